@@ -1,0 +1,50 @@
+# `make demo` runs an experiment, `make test` the tests, `make check` the linters. Each first makes the environment.
+#
+#   PYTHON       the interpreter, 3.11 or 3.12 (default: the first one found)
+#   TORCH_INDEX  index to take PyTorch from. On a Linux machine without a GPU, PyPI's default build brings several GB
+#                of CUDA libraries that nothing will use: set this to PyTorch's CPU wheel index to be quick.
+#   ARGS         more arguments, such as: make demo ARGS='seed=1'
+
+SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))
+PYTHON ?= $(shell for p in python3.11 python3.12 python3 python; do \
+	$$p -c '$(SUPPORTED)' 2>/dev/null && { echo $$p; break; }; done)
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# Compiled afterwards, on all cores: pip spends half of its time on that, on one.
+INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile -c constraints.txt
+ARGS ?=
+
+.PHONY: demo test check format clean
+
+demo: $(STAMP)
+	$(BIN)/python -m atropos_exp.run experiment=demo $(ARGS)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(STAMP)
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy
+
+format: $(STAMP)
+	$(BIN)/python -m ruff check --fix .
+	$(BIN)/python -m ruff format .
+
+$(STAMP): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 not found; name one with PYTHON=/path/to/python" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+ifdef TORCH_INDEX
+	$(INSTALL) --index-url "$(TORCH_INDEX)" torch
+endif
+	@echo "Installing the packages of constraints.txt into $(VENV), some minutes ..."
+	@command -v nvidia-smi >/dev/null || test -n "$(TORCH_INDEX)" || \
+		echo "(No NVIDIA GPU here. Should pip fetch nvidia packages, see TORCH_INDEX in the Makefile.)"
+	$(INSTALL) -e ".[dev]"
+	@$(BIN)/python -W ignore -m compileall -qq -j 0 $(VENV)/lib >/dev/null 2>&1 || true # some packages ship templates
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

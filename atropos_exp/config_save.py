@@ -1,0 +1,45 @@
+"""What is written of a configuration: the resolved file without secrets, and the hash that identifies its results."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+
+from atropos_exp.redaction import redact
+
+# Where a run is stored, watched and executed does not change what it computes.
+NOT_HASHED = ("logger", "output_dir", "run_dir", "resume", "name", "cluster")
+
+
+def save_config(config: DictConfig, path: Path) -> None:
+    """Write the resolved configuration as YAML, secrets redacted, so that a reader sees the whole file or none."""
+    plain = redact(OmegaConf.to_container(config, resolve=True))
+    part = path.with_name(path.name + ".part")
+    part.write_text(OmegaConf.to_yaml(OmegaConf.create(plain)), encoding="utf-8")
+    part.replace(path)
+
+
+def config_hash(config: DictConfig) -> str:
+    """SHA-256, in hex, of everything in the resolved configuration that can change a result."""
+    same = copy.deepcopy(config)
+    with read_write(same), open_dict(same):
+        same.update(dict.fromkeys(NOT_HASHED))  # before resolving: other keys may refer to these
+    plain = _canonical(OmegaConf.to_container(same, resolve=True))
+    text = json.dumps(plain, sort_keys=True, separators=(",", ":"), default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _canonical(value: Any) -> Any:
+    """0 and 0.0 are the same setting."""
+    if isinstance(value, dict):
+        return {key: _canonical(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_canonical(item) for item in value]
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value

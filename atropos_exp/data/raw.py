@@ -1,0 +1,136 @@
+"""Rows of well-known raw data sets -> verl's rows, recognised by their columns.
+
+Used by `data.hf_datasets` on the fly and by the builders of `data_prep`, so that both give the same prompts.
+A row without a usable answer gets ground_truth None: the schema check then quarantines it with its reason.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+Row = dict[str, Any]
+
+GSM8K_INSTRUCTION = 'Reason step by step, then write the final answer after "####".'
+MATH_INSTRUCTION = "Reason step by step, then write the final answer within \\boxed{}."
+HELLASWAG_INSTRUCTION = "Which ending continues the text best? Answer with its letter only."
+LETTERS = "ABCD"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RawFormat:
+    """How rows with these columns become verl's."""
+
+    name: str
+    columns: frozenset[str]  # a table that has all of them is in this format
+    data_source: str  # the name that verl's reward_score knows, where it knows one
+    ability: str
+    convert: Callable[[Mapping[str, Any]], tuple[str, str | None, Row]]  # -> question, ground truth, extra_info
+
+
+def verl_row(raw: Mapping[str, Any], raw_format: RawFormat, *, split: str, index: int) -> Row:
+    """One row in verl's schema. `index`: the row's place in its raw split."""
+    question, ground_truth, extra = raw_format.convert(raw)
+    return make_row(
+        data_source=raw_format.data_source, content=question, ability=raw_format.ability,
+        ground_truth=ground_truth, split=split, index=index, **extra,
+    )  # fmt: skip
+
+
+def make_row(
+    *, data_source: str, content: str, ability: str, ground_truth: str | None, split: str, index: int, **extra: Any
+) -> Row:
+    """verl's schema: a one-message prompt and a rule-based reward."""
+    return {
+        "data_source": data_source,
+        "prompt": [{"role": "user", "content": content}],
+        "ability": ability,
+        "reward_model": {"style": "rule", "ground_truth": ground_truth},
+        "extra_info": {"split": split, "index": index, **extra},
+    }
+
+
+def recognise(columns: Collection[str]) -> RawFormat | None:
+    """The format whose columns are all there, or None."""
+    return next((one for one in FORMATS if one.columns <= set(columns)), None)
+
+
+def gsm8k_answer(solution: str) -> str | None:
+    """The number after the last '####', without thousands separators."""
+    found = re.findall(r"####\s*\$?\s*(-?[\d.,]+)", solution)
+    answer = found[-1].replace(",", "").rstrip(".") if found else ""
+    return answer or None
+
+
+def boxed_answer(solution: str) -> str | None:
+    r"""What stands in the last \boxed{...} (nested braces) or after the last '\boxed ' / '\fbox{...}'."""
+    start = max(solution.rfind("\\boxed"), solution.rfind("\\fbox"))
+    if start < 0:
+        return None
+    rest = solution[start:].split("boxed" if solution.startswith("\\boxed", start) else "fbox", 1)[1]
+    if not rest.lstrip().startswith("{"):
+        word = rest.strip().split("$")[0].split()  # "\boxed 3$": the braces are optional in TeX
+        return word[0] if word else None
+    rest = rest.lstrip()
+    depth = 0
+    for position, character in enumerate(rest):
+        depth += {"{": 1, "}": -1}.get(character, 0)
+        if depth == 0:
+            return rest[1:position].strip() or None
+    return None  # an unclosed brace
+
+
+def _gsm8k(raw: Mapping[str, Any]) -> tuple[str, str | None, Row]:
+    question, solution = str(raw["question"] or "").strip(), str(raw["answer"] or "")
+    content = f"{question}\n{GSM8K_INSTRUCTION}" if question else ""
+    return content, gsm8k_answer(solution), {"question": question, "answer": solution}
+
+
+def _math(raw: Mapping[str, Any]) -> tuple[str, str | None, Row]:
+    problem, solution = str(raw["problem"] or "").strip(), str(raw["solution"] or "")
+    content = f"{problem}\n{MATH_INSTRUCTION}" if problem else ""
+    extra = {"solution": solution, "level": str(raw.get("level") or ""), "subject": _subject(raw)}
+    return content, boxed_answer(solution), extra
+
+
+def _subject(raw: Mapping[str, Any]) -> str:
+    return str(raw.get("type") or raw.get("subject") or "")
+
+
+def _hellaswag(raw: Mapping[str, Any]) -> tuple[str, str | None, Row]:
+    endings = [_clean(ending) for ending in raw["endings"] or []]
+    context = _clean(f"{raw['ctx_a'] or ''} {(raw['ctx_b'] or '').capitalize()}")
+    label = str(raw["label"] if raw["label"] is not None else "").strip()
+    usable = context and len(endings) == len(LETTERS) and label in ("0", "1", "2", "3")
+    choices = "\n".join(f"{letter}. {ending}" for letter, ending in zip(LETTERS, endings, strict=False))
+    content = f"{_clean(raw['activity_label'] or '')}: {context}\n\n{choices}\n\n{HELLASWAG_INSTRUCTION}"
+    extra = {"label": label, "source_id": str(raw.get("source_id") or ""), "endings": endings}
+    return (content if context else ""), (LETTERS[int(label)] if usable else None), extra
+
+
+def _clean(text: str) -> str:
+    """WikiHow texts carry '[title]', '[step]', '[substeps]': a title ends a sentence, the others say nothing."""
+    text = re.sub(r"\[.*?\]", "", text.replace(" [title]", ". "))
+    return re.sub(r"\s+", " ", text).strip()
+
+
+GSM8K = RawFormat(
+    name="gsm8k", columns=frozenset({"question", "answer"}), data_source="openai/gsm8k", ability="math", convert=_gsm8k
+)
+MATH = RawFormat(
+    name="math",
+    columns=frozenset({"problem", "solution"}),
+    data_source="DigitalLearningGmbH/MATH-lighteval",
+    ability="math",
+    convert=_math,
+)
+HELLASWAG = RawFormat(
+    name="hellaswag",
+    columns=frozenset({"activity_label", "ctx_a", "ctx_b", "endings", "label"}),
+    data_source="Rowan/hellaswag",
+    ability="commonsense",
+    convert=_hellaswag,
+)
+FORMATS = (HELLASWAG, MATH, GSM8K)

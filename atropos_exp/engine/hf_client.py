@@ -1,0 +1,218 @@
+"""The trainer's side of engine `hf`: every call is one bounded exchange with the server process."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from atropos_exp.types import Finish, Floats, Sample, SamplingParams, TokenIds, UserError
+from atropos_exp.wire import HEARTBEAT, EngineError, WireError, flatten, pack, split, unpack
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from atropos_exp.engine.process import ServerProcess
+    from atropos_exp.engine.transport import Transport
+
+Message = dict[str, Any]
+
+
+class HFClient:
+    """An `Engine`. Safe to use from several threads; requests that wait at the same time are decoded together."""
+
+    def __init__(
+        self,
+        process: ServerProcess,
+        transport: Transport,
+        *,
+        dtype: str,
+        request_timeout_seconds: float,
+        health_timeout_seconds: float,
+    ) -> None:
+        import httpx
+
+        self.process = process
+        self._transport = transport
+        self._dtype = dtype
+        self._request_timeout_seconds = request_timeout_seconds
+        self._health_timeout_seconds = health_timeout_seconds
+        self._http = httpx.Client(
+            base_url=process.address,
+            headers={"authorization": f"Bearer {process.token}"},
+            timeout=httpx.Timeout(health_timeout_seconds),  # for every single read: the server beats more often
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=64),
+            trust_env=False,  # a proxy has no business on loopback
+        )
+
+    @property
+    def dtype(self) -> str:
+        return self._dtype
+
+    def wait_until_ready(self, seconds: float) -> None:
+        """Until the server answers and has generated a token. Raises EngineError."""
+        import httpx
+
+        deadline = time.monotonic() + seconds
+        while True:
+            if self.process.has_ended():
+                raise EngineError(f"engine hf did not start: {self.process.state()}")
+            try:
+                self._http.post("/info", content=pack({"timeout_seconds": 1.0}), timeout=httpx.Timeout(1.0))
+                break
+            except httpx.TransportError:
+                if time.monotonic() > deadline:
+                    reason = f"waited {seconds:g} s (engine.start_timeout_seconds) for the server to load the model"
+                    raise EngineError(f"engine hf did not start: {reason}; {self.process.state()}") from None
+        self._exchange("/health", {}, what="the first token", seconds=max(1.0, deadline - time.monotonic()))
+
+    def generate(self, prompts: Sequence[TokenIds], params: SamplingParams, *, num_samples: int) -> list[list[Sample]]:
+        """See `Engine.generate`. A prompt that does not fit, or a token outside the vocabulary, is a UserError."""
+        if not prompts:
+            return []
+        token_ids, lengths = flatten(prompts, np.int32)
+        message = {
+            "token_ids": token_ids,
+            "lengths": lengths,
+            "num_samples": num_samples,
+            "temperature": float(params.temperature),
+            "top_p": float(params.top_p),
+            "top_k": int(params.top_k),
+            "max_tokens": int(params.max_tokens),
+            "stop_token_ids": [int(token) for token in params.stop_token_ids],
+            "seed": int(params.seed),
+        }
+        what = f"{num_samples} completions of {len(prompts)} prompts, up to {params.max_tokens} tokens each"
+        answer = self._exchange("/generate", message, what=what)
+        samples = [
+            Sample(
+                token_ids=tokens,
+                logprobs=logprobs,
+                finish=Finish.STOP if stopped else Finish.LENGTH,
+                policy_version=version,
+            )
+            for tokens, logprobs, stopped, version in zip(
+                split(answer["token_ids"], answer["lengths"]),
+                split(answer["logprobs"], answer["lengths"]),
+                answer["stopped"].tolist(),
+                answer["versions"].tolist(),
+                strict=True,
+            )
+        ]
+        assert len(samples) == len(prompts) * num_samples
+        return [samples[start : start + num_samples] for start in range(0, len(samples), num_samples)]
+
+    def score(self, sequences: Sequence[TokenIds], *, temperature: float) -> list[Floats]:
+        if not sequences:
+            return []
+        token_ids, lengths = flatten(sequences, np.int32)
+        message = {"token_ids": token_ids, "lengths": lengths, "temperature": float(temperature)}
+        answer = self._exchange("/score", message, what=f"the logprobs of {len(sequences)} sequences")
+        return split(answer["logprobs"], answer["lengths"])
+
+    def version(self) -> int:
+        return int(self.info()["version"])
+
+    def info(self) -> Message:
+        """What the server says of itself: version, problem, expected tensors, batches decoded, library versions."""
+        return self._exchange("/info", {}, what="its version", seconds=self._health_timeout_seconds)
+
+    def check(self) -> None:
+        self._exchange("/health", {}, what="a token as a sign of health", seconds=self._health_timeout_seconds)
+
+    def pause(self) -> None:
+        """Hold new generations; returns when the batch in flight has ended."""
+        self._exchange("/pause", {}, what="the batch in flight to end")
+
+    def resume(self) -> None:
+        self._exchange("/resume", {}, what="sampling to resume", seconds=self._health_timeout_seconds)
+
+    @contextlib.contextmanager
+    def updating(self, version: int) -> Iterator[HFReceiver]:
+        """See `Engine.updating`. Nothing is sampled between the pause and the commit."""
+        expected = {name: (kind, tuple(shape)) for name, kind, shape in self.info()["expected"]}
+        receiver = HFReceiver(self, expected, version)
+        self.pause()
+        try:
+            self._exchange("/weights/begin", {"version": version}, what=f"the update to version {version} to begin")
+            yield receiver
+            self._exchange("/weights/finish", {}, what=f"version {version} to be accepted")
+        except BaseException as error:
+            try:
+                self._exchange("/weights/abort", {}, what="the update to be given up", seconds=5.0)
+                self.resume()
+            except EngineError as also:
+                error.add_note(f"while giving the update up: {also}")
+            raise
+        finally:
+            self._transport.clear()
+        self.resume()
+
+    def stop(self) -> None:
+        self._http.close()
+        self.process.stop()
+        self._transport.close()
+
+    def _exchange(self, path: str, message: Message, *, what: str, seconds: float | None = None) -> Message:
+        """One request and its answer within the deadline. Raises EngineError, or UserError for a wrong request."""
+        import httpx
+
+        seconds = self._request_timeout_seconds if seconds is None else seconds
+        deadline = time.monotonic() + seconds
+        waiting = f"engine hf: waited for {what}"
+        content = pack({**message, "timeout_seconds": seconds})
+        silence = min(seconds, self._health_timeout_seconds)
+        try:
+            with self._http.stream("POST", path, content=content, timeout=silence) as response:
+                body = bytearray()
+                for chunk in response.iter_raw():
+                    body += chunk
+                    if time.monotonic() > deadline + 1.0:  # the server itself gives up at the deadline
+                        raise EngineError(f"{waiting} longer than {seconds:g} s; {self.process.state()}")
+        except httpx.TimeoutException as error:
+            reason = f"no sign of life for {silence:g} s (engine.health_timeout_seconds): it hangs"
+            raise EngineError(f"{waiting}; {reason}. {self.process.state()}") from error
+        except httpx.TransportError as error:
+            self.process.wait(1.0)
+            raise EngineError(f"{waiting}; {type(error).__name__} {error}: {self.process.state()}") from error
+        try:
+            answer = unpack(bytes(body).lstrip(HEARTBEAT))
+        except WireError as error:
+            got = f"status {response.status_code} and {bytes(body[:80])!r}"
+            raise EngineError(f"{waiting}; got {got}: {error}") from None
+        if "error" in answer:
+            if answer["status"] == 400 and path in ("/generate", "/score"):
+                raise UserError(f"engine hf refused a request for {what}: {answer['error']}")
+            raise EngineError(f"{waiting}; it answered {answer['status']}: {answer['error']}")
+        return answer
+
+    def send(self, bucket: Sequence[tuple[str, Tensor]], version: int) -> None:
+        """One bucket of the update in progress. Returns when it is loaded."""
+        message = self._transport.write(bucket)
+        names = f"{bucket[0][0]} .. {bucket[-1][0]}" if bucket else "nothing"
+        self._exchange("/weights/bucket", message, what=f"version {version}: {names} to be loaded")
+
+    def digests(self) -> dict[str, str]:
+        digests: dict[str, str] = self._exchange("/weights/digests", {}, what="the digests of its weights")["digests"]
+        return digests
+
+
+class HFReceiver:
+    """A `WeightReceiver`: one update of the server's weights."""
+
+    def __init__(self, client: HFClient, expected: Mapping[str, tuple[str, tuple[int, ...]]], version: int) -> None:
+        self._client = client
+        self._expected = expected
+        self._version = version
+
+    def expected(self) -> Mapping[str, tuple[str, tuple[int, ...]]]:
+        return self._expected
+
+    def receive(self, bucket: Sequence[tuple[str, Tensor]]) -> None:
+        self._client.send(bucket, self._version)
+
+    def digests(self) -> Mapping[str, str]:
+        return self._client.digests()

@@ -1,0 +1,100 @@
+"""How a bucket of weights reaches a server process on this machine: shared memory, or files."""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from atropos_exp.wire_tensors import layout, write_bucket
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Bucket = Sequence[tuple[str, "Tensor"]]
+
+
+class Transport(Protocol):
+    """The sender's side."""
+
+    @property
+    def inherited_fds(self) -> tuple[int, ...]: ...
+
+    def arguments(self) -> list[str]:
+        """What tells the server where to look."""
+        ...
+
+    def write(self, bucket: Bucket) -> dict[str, Any]:
+        """Lay the bucket down; the message that tells the server what lies there. The next call overwrites it."""
+        ...
+
+    def clear(self) -> None:
+        """Give the space of the last bucket back."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class ShmTransport:
+    """Anonymous shared memory that the child inherits: it has no name that could be left behind, whoever dies."""
+
+    def __init__(self) -> None:
+        self._fd = os.memfd_create("atropos_exp-weights", os.MFD_CLOEXEC)
+
+    @property
+    def inherited_fds(self) -> tuple[int, ...]:
+        return (self._fd,)
+
+    def arguments(self) -> list[str]:
+        return ["--weights-fd", str(self._fd)]
+
+    def write(self, bucket: Bucket) -> dict[str, Any]:
+        pieces, num_bytes = layout(bucket)
+        if os.fstat(self._fd).st_size < num_bytes:
+            os.ftruncate(self._fd, num_bytes)
+        if num_bytes:
+            write_bucket(bucket, pieces, mmap.mmap(self._fd, num_bytes))
+        return {"pieces": [piece.to_message() for piece in pieces], "num_bytes": num_bytes}
+
+    def clear(self) -> None:
+        os.ftruncate(self._fd, 0)
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+class DiskTransport:
+    """One safetensors file, overwritten by each bucket, in a folder of its own."""
+
+    FILE = "bucket.safetensors"
+
+    def __init__(self, parent: Path) -> None:
+        parent.mkdir(parents=True, exist_ok=True)
+        self._folder = Path(tempfile.mkdtemp(prefix="weights_", dir=parent))
+
+    @property
+    def inherited_fds(self) -> tuple[int, ...]:
+        return ()
+
+    def arguments(self) -> list[str]:
+        return ["--weights-folder", str(self._folder)]
+
+    def write(self, bucket: Bucket) -> dict[str, Any]:
+        from safetensors.torch import save_file
+
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in bucket}, self._folder / self.FILE)
+        return {"file": self.FILE}
+
+    def clear(self) -> None:
+        (self._folder / self.FILE).unlink(missing_ok=True)
+
+    def close(self) -> None:
+        self.clear()
+        with contextlib.suppress(FileNotFoundError):
+            self._folder.rmdir()

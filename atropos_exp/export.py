@@ -1,0 +1,191 @@
+"""`python -m atropos_exp.export CHECKPOINT OUT`: a checkpoint as a Hugging Face folder, LoRA merged.
+
+CHECKPOINT is a run folder (its newest intact checkpoint), its `checkpoints` folder, or one checkpoint. OUT then loads
+with `AutoModelForCausalLM.from_pretrained` and in every engine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from atropos_exp import manifest
+from atropos_exp.checkpoint import Checkpoint, find_latest, open_checkpoint
+from atropos_exp.model import hf_folder
+from atropos_exp.types import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from torch import Tensor
+
+DTYPES = ("float32", "bfloat16", "float16")
+INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exported:
+    """What was written."""
+
+    step: int
+    dtype: str
+    num_tensors: int
+    num_bytes: int
+    num_merged: int  # weights that an adapter was added to
+
+
+def export(source: Path, out: Path, dtype: str | None = None) -> Exported:
+    """Write the model of `source` to the new folder `out`, in `dtype` or the one its config.json names.
+
+    `out` appears complete or not at all. Raises UserError.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} exists and is not empty; name a new folder")
+    checkpoint = choose(source)
+    weights, model = _folders(checkpoint.folder)
+    config = hf_folder.read_json(model / "config.json")
+    dtype = dtype or config.get("dtype") or config.get("torch_dtype") or "float32"
+    temporary = out.resolve().with_name(f".{out.resolve().name}.{uuid.uuid4().hex}")
+    try:
+        hf_folder.copy_description(model, temporary)
+        config = {**{key: value for key, value in config.items() if key != "torch_dtype"}, "dtype": dtype}
+        (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        num_tensors, num_bytes, num_merged = _write_weights(weights, temporary, dtype)
+        for path in temporary.iterdir():
+            manifest.fsync(path)
+        if out.exists():
+            out.rmdir()
+        temporary.rename(out)
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)  # gone already if it was published
+    return Exported(
+        step=checkpoint.step, dtype=dtype, num_tensors=num_tensors, num_bytes=num_bytes, num_merged=num_merged
+    )
+
+
+def choose(source: Path) -> Checkpoint:
+    """The checkpoint that `source` names or contains, verified."""
+    if not source.is_dir():
+        raise UserError(
+            f"{source} does not exist; name a run folder, or a checkpoint such as RUN/checkpoints/step_000010"
+        )
+    if (source / manifest.MANIFEST).is_file():
+        try:
+            return open_checkpoint(source)
+        except manifest.DamagedError as error:
+            raise UserError(f"the checkpoint {source} is damaged: {error}; name another one") from error
+    folder = source / "checkpoints" if (source / "checkpoints").is_dir() else source
+    found, damaged = find_latest(folder)
+    if found is None:
+        reasons = "".join(f"; {path.name} is damaged: {reason}" for path, reason in damaged.items())
+        raise UserError(f"no checkpoint in {folder}{reasons}")
+    return found
+
+
+def _folders(checkpoint: Path) -> tuple[Path, Path]:
+    """Where in the checkpoint the weights lie, and where configuration and tokenizer: in `model/`, or at the top."""
+    folders = (checkpoint / "model", checkpoint)
+    weights = next((folder for folder in folders if any(folder.glob("model*.safetensors"))), None)
+    model = next((folder for folder in folders if (folder / "config.json").is_file()), None)
+    if weights is None or model is None:
+        missing = "weights (model*.safetensors)" if weights is None else "config.json"
+        raise UserError(f"{checkpoint} has no {missing}, neither in model/ nor at the top, so it cannot be exported")
+    return weights, model
+
+
+def _write_weights(model: Path, out: Path, dtype: str) -> tuple[int, int, int]:
+    """Cast, and merge adapters, file by file: one file's tensors are in memory at a time."""
+    import torch
+    from safetensors.torch import save_file
+
+    adapters = _Adapters(model)
+    weight_map, num_bytes = {}, 0
+    for file in sorted(set(_weight_map(model, "model").values())):
+        tensors = {}
+        for name, tensor in _tensors(model / file):
+            tensor = adapters.merge(name, tensor)
+            tensors[name] = tensor.to(getattr(torch, dtype)) if tensor.is_floating_point() else tensor
+            num_bytes += tensors[name].nbytes
+            weight_map[name] = file
+        save_file(tensors, out / file, metadata={"format": "pt"})
+    if unused := adapters.unmerged():
+        raise UserError(f"{model} has an adapter for {unused[0]}, which is not a weight of the model")
+    if set(weight_map.values()) != {"model.safetensors"}:
+        index = {"metadata": {"total_size": num_bytes}, "weight_map": weight_map}
+        (out / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+    return len(weight_map), num_bytes, adapters.num_merged
+
+
+def _tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
+    from safetensors import safe_open
+
+    with safe_open(file, framework="pt") as opened:
+        for name in opened.keys():  # noqa: SIM118  # not a dictionary: it cannot be iterated
+            yield name, opened.get_tensor(name)
+
+
+def _weight_map(folder: Path, stem: str) -> Mapping[str, str]:
+    """tensor name -> file, from the index or the only file."""
+    index = folder / f"{stem}.safetensors.index.json"
+    if index.is_file():
+        weight_map: Mapping[str, str] = hf_folder.read_json(index)["weight_map"]
+        return weight_map
+    only = folder / f"{stem}.safetensors"
+    return dict.fromkeys((name for name, _ in _tensors(only)), only.name) if only.is_file() else {}
+
+
+class _Adapters:
+    """LoRA matrices as the trainer saves them: `base_model.model.<module>.lora_A.default.weight` and `lora_B`."""
+
+    def __init__(self, model: Path) -> None:
+        self.num_merged = 0
+        self._matrices: dict[str, dict[str, Any]] = {}  # weight name -> {"A": [r, in], "B": [out, r]}
+        for file in sorted(set(_weight_map(model, "adapter").values())):
+            for name, tensor in _tensors(model / file):
+                module, _, rest = name.removeprefix("base_model.model.").partition(".lora_")
+                self._matrices.setdefault(f"{module}.weight", {})[rest[0]] = tensor.float()
+        self._scaling = 0.0
+        if self._matrices:
+            lora = hf_folder.read_json(model / "trainer.json")["lora"]
+            self._scaling = lora["alpha"] / lora["rank"]
+
+    def merge(self, name: str, weight: Tensor) -> Tensor:
+        """W + scaling * B @ A, in float32; `weight` itself if it has no adapter."""
+        pair = self._matrices.pop(name, None)
+        if pair is None:
+            return weight
+        self.num_merged += 1
+        merged: Tensor = weight.float() + self._scaling * (pair["B"] @ pair["A"])
+        return merged
+
+    def unmerged(self) -> list[str]:
+        return sorted(self._matrices)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m atropos_exp.export", description=__doc__.split(":", 1)[1].strip())
+    parser.add_argument("checkpoint", type=Path, help="run folder, its checkpoints folder, or one checkpoint")
+    parser.add_argument("out", type=Path, help="new folder for the Hugging Face model")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the weights (default: the one in the model's config.json)")
+    options = parser.parse_args(arguments)
+    try:
+        done = export(options.checkpoint, options.out, options.dtype)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    merged = f", {done.num_merged} adapters merged" if done.num_merged else ""
+    size = f"{done.num_tensors} tensors, {done.num_bytes / 1e6:.1f} MB {done.dtype}"
+    print(f"{options.out}: step {done.step}, {size}{merged}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,224 @@
+"""The verbs: what each replaceable part must do. A new part is one file that satisfies one of these + one YAML."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from atropos_exp.types import (
+    Dropped,
+    Floats,
+    Prompt,
+    RewardFailure,
+    RolloutGroup,
+    Sample,
+    SamplingParams,
+    StepMetrics,
+    SyncStats,
+    TokenIds,
+    TrainBatch,
+    UpdateStats,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from atropos_exp.run_files import SampleRecord
+
+JSON = dict[str, Any]
+
+
+class AdvantageEstimator(Protocol):
+    """`conf/advantage`: how rewards of a group are compared."""
+
+    def __call__(self, groups: Sequence[RolloutGroup]) -> list[Floats]:
+        """One float32 [G] per group, in order. Groups with environment-supplied advantages get zeros here."""
+        ...
+
+
+class PolicyLoss(Protocol):
+    """`conf/loss`: from log-probabilities to a scalar. Rows are sequences, columns their trained tokens."""
+
+    def __call__(
+        self,
+        *,
+        logprobs_NR: Tensor,  # of the policy being trained, with gradient
+        old_logprobs_NR: Tensor,  # of the same policy before this update, detached
+        advantages_NR: Tensor,
+        mask_NR: Tensor,  # bool, False is padding
+        importance_NR: Tensor | None,  # detached weights pi_old / behaviour, truncated; None: on-policy
+        reference_logprobs_NR: Tensor | None,
+        num_tokens: int,  # trained tokens of the whole mini-batch, all ranks
+        num_sequences: int,  # likewise
+        dp_size: int,
+    ) -> tuple[Tensor, dict[str, float]]:
+        """A scalar whose sum over micro-batches and mean over ranks is the loss of the mini-batch; and
+        `policy_loss`, `clip_fraction`, `reference_kl` of this micro-batch (sums weighted like the loss)."""
+        ...
+
+
+class Reward(Protocol):
+    """`conf/reward`: how an answer is scored. Runs in a killable child process; must be importable and picklable."""
+
+    def __call__(self, answer: str, prompt: Prompt) -> float: ...
+
+
+class Scorer(Protocol):
+    """Runs a reward over many answers in killable processes (`reward/pool.py`)."""
+
+    def score(self, items: Sequence[tuple[str, Prompt]]) -> list[float | RewardFailure]: ...
+
+
+class PromptLoader(Protocol):
+    """`conf/data`: an endless, exactly resumable stream of prompts."""
+
+    def take(self, num_prompts: int) -> list[Prompt]: ...
+
+    def state(self) -> JSON: ...
+
+    def restore(self, state: JSON) -> None:
+        """Continue after `state`. Raises UserError if the data changed since."""
+        ...
+
+
+class Engine(Protocol):
+    """`conf/engine`: a client of a server process that samples from the policy."""
+
+    @property
+    def dtype(self) -> str:
+        """Of the served weights: float32 | bfloat16 | float16."""
+        ...
+
+    def generate(self, prompts: Sequence[TokenIds], params: SamplingParams, *, num_samples: int) -> list[list[Sample]]:
+        """`num_samples` completions per prompt, in order. Same call, seed and weights: same tokens."""
+        ...
+
+    def score(self, sequences: Sequence[TokenIds], *, temperature: float) -> list[Floats]:
+        """For each sequence [T] the logprobs [T - 1] of tokens 1.., nats."""
+        ...
+
+    def version(self) -> int: ...
+
+    def check(self) -> None:
+        """Raise EngineError unless a real token can be generated within the deadline."""
+        ...
+
+    def updating(self, version: int) -> AbstractContextManager[WeightReceiver]:
+        """Pause, accept weights, resume as `version`. Leaving by an exception aborts: the engine then refuses
+        to generate until a complete update has arrived."""
+        ...
+
+    def stop(self) -> None: ...
+
+
+class WeightReceiver(Protocol):
+    """The engine's side of one weight update."""
+
+    def expected(self) -> Mapping[str, tuple[str, tuple[int, ...]]]:
+        """name -> (dtype, shape) of every tensor the engine must be given."""
+        ...
+
+    def receive(self, bucket: Sequence[tuple[str, Tensor]]) -> None:
+        """Hand over one bucket of full CPU or device tensors in the engine's dtype. Returns when it is loaded."""
+        ...
+
+    def digests(self) -> Mapping[str, str]:
+        """xxh3-128 of each tensor as the engine now holds it; empty if the engine cannot tell."""
+        ...
+
+
+class PolicyTrainer(Protocol):
+    """`conf/trainer`: owns the weights. Every method is collective: all ranks call it with equal arguments."""
+
+    def update(self, batch: TrainBatch) -> UpdateStats: ...
+
+    def logprobs(self, sequences: Sequence[TokenIds], *, temperature: float) -> list[Floats]:
+        """For each sequence [T] the logprobs [T - 1] of tokens 1.., nats: what `Engine.score` must reproduce."""
+        ...
+
+    def parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """Full tensors one by one under their Hugging Face names, LoRA merged. Consume all of it on every rank."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Write model (safetensors), optimizer, scheduler and RNG into `folder` (rank 0 writes)."""
+        ...
+
+    def load(self, folder: Path) -> None: ...
+
+
+class RolloutSource(Protocol):
+    """`conf/rollout`: where scored groups come from."""
+
+    def take(self, num_groups: int, *, step: int) -> tuple[list[RolloutGroup], Dropped]: ...
+
+    def state(self) -> JSON: ...
+
+    def restore(self, state: JSON) -> None: ...
+
+
+class Evaluator(Protocol):
+    """`conf/eval`: held-out prompts, answered by the engine."""
+
+    def __call__(self, policy_version: int) -> dict[str, float]:
+        """Metrics by name: `eval/<set>/accuracy` and so on."""
+        ...
+
+
+class Publisher(Protocol):
+    """Moves the trainer's weights into the engine and proves that they arrived (`sharding/`)."""
+
+    @property
+    def num_syncs(self) -> int:
+        """Begun so far."""
+        ...
+
+    @property
+    def num_verified(self) -> int:
+        """Of these, proven."""
+        ...
+
+    def publish(self, version: int) -> SyncStats: ...
+
+
+class Checkpointer(Protocol):
+    """Saves and restores the whole run: weights, optimizer, RNG, data cursor. Collective."""
+
+    def restore(self) -> int:
+        """Load the newest valid checkpoint; return the number of finished steps (0 without one)."""
+        ...
+
+    def save(self, step: int) -> None: ...
+
+
+class Recorder(Protocol):
+    """Turns what happened in a step into metrics, samples and log lines."""
+
+    def resume(self, step: int) -> None:
+        """Forget what an interrupted process recorded after `step`: it will be done again."""
+        ...
+
+    def record(
+        self,
+        *,
+        step: int,
+        groups: Sequence[RolloutGroup],
+        advantages: Sequence[Floats],
+        sync: SyncStats,
+        evaluation: Mapping[str, float],
+        seconds: Mapping[str, float],
+        dropped: Dropped | None = None,
+        update: UpdateStats | None = None,
+    ) -> None: ...
+
+
+class Logger(Protocol):
+    """`conf/logger`: who is told. Must never stop or slow a run."""
+
+    def log(self, metrics: StepMetrics) -> None: ...
+
+    def samples(self, step: int, records: Sequence[SampleRecord]) -> None: ...
+
+    def close(self, summary: JSON) -> None: ...

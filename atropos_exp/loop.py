@@ -1,0 +1,95 @@
+"""GRPO, one step per turn: restore, sample, weigh, pack, update, publish, evaluate, log, save."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from atropos_exp.batching import pack
+from atropos_exp.metrics import Clock
+
+if TYPE_CHECKING:
+    from atropos_exp.interfaces import (
+        AdvantageEstimator,
+        Checkpointer,
+        Evaluator,
+        PolicyTrainer,
+        Publisher,
+        Recorder,
+        RolloutSource,
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Schedule:
+    max_steps: int
+    groups_per_step: int
+    eval_every: int  # 0: only before the first and after the last step
+    save_every: int  # 0: only after the last step
+    temperature: float  # of the sampler; the trainer scores under the same
+
+    def is_due(self, every: int, step: int) -> bool:
+        return step == self.max_steps or (every > 0 and step % every == 0)
+
+
+def train(
+    schedule: Schedule,
+    *,
+    source: RolloutSource,
+    estimate: AdvantageEstimator,
+    trainer: PolicyTrainer,
+    publisher: Publisher,
+    evaluate: Evaluator,
+    recorder: Recorder,
+    checkpoints: Checkpointer,
+    should_stop: Callable[[], bool],
+) -> int:
+    """Train to `schedule.max_steps` or until `should_stop`; return the number of finished steps.
+
+    Step k is the k-th update. After it the policy version is k, and its line in metrics.jsonl says k. Step 0 is
+    the untrained policy: only synced and evaluated.
+    """
+    done = checkpoints.restore()
+    recorder.resume(done)
+    clock = Clock()
+    with clock("sync"):
+        sync = publisher.publish(done)
+    if done == 0:
+        with clock("eval"):
+            scores = evaluate(0)
+        recorder.record(step=0, groups=[], advantages=[], sync=sync, evaluation=scores, seconds=clock.seconds)
+
+    clock = Clock()
+    for step in range(done + 1, schedule.max_steps + 1):
+        with clock("rollout"):
+            groups, dropped = source.take(schedule.groups_per_step, step=step)
+        with clock("advantage"):
+            advantages = estimate(groups)
+        with clock("pack"):
+            batch = pack(groups, advantages, temperature=schedule.temperature)
+        with clock("update"):
+            update = trainer.update(batch) if batch is not None else None
+        with clock("sync"):
+            sync = publisher.publish(step)
+        with clock("eval"):
+            scores = evaluate(step) if schedule.is_due(schedule.eval_every, step) else {}
+        seconds, clock = clock.seconds, Clock()  # logging and saving count in the next step's line
+        with clock("log"):
+            recorder.record(
+                step=step,
+                groups=groups,
+                advantages=advantages,
+                dropped=dropped,
+                update=update,
+                sync=sync,
+                evaluation=scores,
+                seconds=seconds,
+            )
+        done, stopping = step, should_stop()
+        with clock("save"):
+            if stopping or schedule.is_due(schedule.save_every, step):
+                checkpoints.save(step)
+        if stopping:
+            break
+    return done

@@ -1,0 +1,262 @@
+"""Every metric of a step: its name, its one sentence, and how it comes from the nouns. Pure.
+
+`python -m atropos_exp.metrics` prints the table of the README. Units stand in the name where they are not obvious;
+a value that cannot be measured is NaN here and null in metrics.jsonl. Logprobs and entropies are in nats.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from time import perf_counter
+
+import numpy as np
+from numpy.typing import NDArray
+
+from atropos_exp.statistics import mean_interval, pass_at_k, wilson_interval
+from atropos_exp.types import Dropped, Finish, RolloutGroup, StepMetrics, SyncStats, UpdateStats
+
+METRICS: Mapping[str, str] = {
+    "reward/mean": "Mean reward of the rollouts.",
+    "reward/std": "Standard deviation of the reward over all rollouts of the step.",
+    "group/num": "Groups that reached the step.",
+    "group/zero_variance_fraction": "Groups of several rollouts whose rewards are all equal: they teach nothing.",
+    "group/singleton_fraction": "Groups with one rollout, which has nothing to be compared with.",
+    "rollout/num": "Rollouts that reached the step.",
+    "rollout/num_<source>": "Of these, sampled by this source (`local`, `atropos`).",
+    "rollout/num_tokens": "Tokens of the rollouts, prompts included.",
+    "rollout/dropped_<reason>": "Rollouts that were dropped for this reason before they reached a group.",
+    "batch/num_tokens": "Packed tokens of the update, prompts included.",
+    "batch/num_trained_tokens": "Tokens of the update that carry a loss.",
+    "batch/num_micro_batches": "Forward and backward passes of the update on one rank.",
+    "loss/policy": "Policy loss.",
+    "loss/total": "Policy loss plus the weighted KL to the reference model.",
+    "grad/norm": "Global gradient norm before clipping.",
+    "lr": "Learning rate of the update.",
+    "update/skipped": "1 if the loss or a gradient was not finite, so that nothing was applied.",
+    "policy/version": "Version of the weights that the step trained, before its update.",
+    "policy/version_lag_mean": "Mean over rollouts of `policy/version` minus the version that sampled the rollout.",
+    "policy/version_lag_max": "The same, of the oldest rollout.",
+    "policy/entropy": "Mean entropy of the policy per trained token, nats.",
+    "policy/mismatch_kl": "k3 estimate of KL(behaviour || trained policy) per trained token, nats.",
+    "policy/logprob_gap_mean": "Mean |trainer - sampler| of the logprob of a trained token, nats.",
+    "policy/logprob_gap_max": "Largest |trainer - sampler| of the logprob of a trained token, nats.",
+    "policy/importance_truncated_fraction": "Trained tokens whose importance weight hit its cap.",
+    "policy/clip_fraction": "Trained tokens that the policy loss clipped.",
+    "policy/reference_kl": "KL to the reference model per trained token, nats; 0 without one.",
+    "length/prompt_mean": "Mean tokens before the first sampled one.",
+    "length/response_mean": "Mean sampled tokens of a rollout.",
+    "length/response_max": "Most sampled tokens of a rollout.",
+    "length/truncated_fraction": "Rollouts that the token limit cut.",
+    "time/rollout_s": "Seconds until the groups were there.",
+    "time/journal_s": "Seconds to write the groups to the rollout journal.",
+    "time/advantage_s": "Seconds to compute advantages.",
+    "time/pack_s": "Seconds to lay the batch out.",
+    "time/update_s": "Seconds of forward, backward and optimizer.",
+    "time/sync_s": "Seconds to move the weights into the engine, without the proof.",
+    "time/proof_s": "Seconds to prove that the weights arrived.",
+    "time/eval_s": "Seconds of held-out evaluation.",
+    "time/save_s": "Seconds to save a checkpoint.",
+    "time/log_s": "Seconds that recording the previous step took.",
+    "time/step_s": "Wall-clock seconds of the step; contains all of the above but `time/log_s`.",
+    "throughput/tokens_per_s": "`rollout/num_tokens` per second of `time/step_s`: prompt and sampled tokens.",
+    "throughput/trained_tokens_per_s": "`batch/num_trained_tokens` per second of `time/step_s`.",
+    "throughput/mfu": "Model FLOPs of the update over the devices' peak in `time/update_s`.",
+    "sync/tensors": "Tensors that the engine received.",
+    "sync/bytes": "Bytes that the engine received.",
+    "sync/digests_compared": "Tensors whose digest in the engine was compared with the trainer's.",
+    "sync/canary_gap_mean": "Mean |engine - trainer| logprob on the canary prompts after the sync, nats.",
+    "sync/canary_gap_max": "Largest |engine - trainer| logprob on the canary prompts after the sync, nats.",
+    "eval/<set>/accuracy": "Greedy accuracy on this held-out set.",
+    "eval/<set>/accuracy_ci_low": "Lower end of its 95 % Wilson interval.",
+    "eval/<set>/accuracy_ci_high": "Upper end of its 95 % Wilson interval.",
+    "eval/<set>/pass_at_<k>": "Unbiased estimate that one of k samples is correct.",
+    "eval/<set>/pass_at_<k>_ci_low": "Lower end of its 95 % interval over problems.",
+    "eval/<set>/pass_at_<k>_ci_high": "Upper end of its 95 % interval over problems.",
+    "eval/<set>/num": "Problems of the held-out set.",
+    "eval/reward_failures": "Held-out answers that could not be scored; they count as wrong.",
+    "atropos/<counter>": "A counter of the Atropos client: batches, retries, rejected groups and the like.",
+}
+
+
+def _pattern(name: str) -> re.Pattern[str]:
+    pieces = re.findall(r"<\w+>|[^<]+", name)
+    blanks = {"<k>": r"\d+"}
+    return re.compile("".join(blanks.get(p, r"[^/]+") if p.startswith("<") else re.escape(p) for p in pieces))
+
+
+_PATTERNS = [(_pattern(name), said) for name, said in METRICS.items() if "<" in name]
+
+
+def sentence(name: str) -> str | None:
+    """What the metric called `name` says; None if there is no such metric."""
+    if name in METRICS:
+        return METRICS[name]
+    return next((said for pattern, said in _PATTERNS if pattern.fullmatch(name)), None)
+
+
+def slug(text: str) -> str:
+    """`text` as one part of a metric's name: what would break the name becomes an underscore."""
+    return re.sub(r"[^\w.+-]+", "_", text).strip("_") or "unnamed"
+
+
+class Clock:
+    """Seconds per stage of one step. A new clock for every step."""
+
+    def __init__(self) -> None:
+        self._stages: dict[str, float] = {}
+        self._start = perf_counter()
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        """Time a stage; `stage` is the X of a `time/X_s`. Several spans of one stage add up."""
+        assert f"time/{stage}_s" in METRICS, f"no metric is called time/{stage}_s"
+        start = perf_counter()
+        try:
+            yield
+        finally:
+            self._stages[stage] = self._stages.get(stage, 0.0) + perf_counter() - start
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """By stage so far, and `step`: everything since the clock was made."""
+        return self._stages | {"step": perf_counter() - self._start}
+
+
+def summarize(
+    *,
+    step: int,
+    groups: Sequence[RolloutGroup],
+    dropped: Dropped,
+    update: UpdateStats | None,
+    sync: SyncStats | None,
+    seconds: Mapping[str, float],
+    policy_version: int,
+    eval: Mapping[str, float],
+    extra: Mapping[str, float] | None = None,
+) -> StepMetrics:
+    """One step's metrics.
+
+    `policy_version` is that of the weights before this step's update; `seconds` are a `Clock`'s; `eval` and `extra`
+    hold metrics by their full name. Without an update or a sync their metrics are left out.
+    """
+    values: dict[str, float] = {"policy/version": policy_version}
+    values |= _of_groups(groups, policy_version)
+    values |= {f"rollout/dropped_{slug(reason)}": num for reason, num in dropped.reasons.items()}
+    if update is not None:
+        values |= _of_update(update)
+    values |= {f"time/{stage}_s": spent for stage, spent in seconds.items()}
+    if sync is not None:
+        values |= _of_sync(sync)  # after the clock's, whose span of the sync holds the proof too
+    if seconds.get("step", 0.0) > 0.0:
+        values["throughput/tokens_per_s"] = values["rollout/num_tokens"] / seconds["step"]
+        values["throughput/trained_tokens_per_s"] = (update.num_trained_tokens if update else 0) / seconds["step"]
+    values |= {**eval, **(extra or {})}
+    unknown = [name for name in values if sentence(name) is None]
+    assert not unknown, f"metrics without a sentence in metrics.METRICS: {unknown}"
+    return StepMetrics(step=step, values={name: float(value) for name, value in values.items()})
+
+
+def eval_metrics(
+    *,
+    name: str,
+    correct: NDArray[np.bool_],
+    num_correct: NDArray[np.integer] | None = None,
+    num_samples: int = 0,
+    k: int = 0,
+) -> dict[str, float]:
+    """Metrics of the held-out set `name`, with 95 % intervals.
+
+    `correct` [N]: the greedy answer was right. `num_correct` [N]: right ones of `num_samples` sampled answers, for
+    pass@k; None: off.
+    """
+    prefix, num = f"eval/{slug(name)}", len(correct)
+    accuracy = float(np.mean(correct)) if num else float("nan")
+    values: dict[str, float] = {f"{prefix}/num": num, f"{prefix}/accuracy": accuracy}
+    if num:
+        low, high = wilson_interval(mean=accuracy, num=num)
+        values |= {f"{prefix}/accuracy_ci_low": low, f"{prefix}/accuracy_ci_high": high}
+    if num and num_correct is not None:
+        estimates = pass_at_k(num_correct=num_correct, num_samples=num_samples, k=k)
+        low, high = mean_interval(estimates)
+        values[f"{prefix}/pass_at_{k}"] = float(np.mean(estimates))
+        values |= {f"{prefix}/pass_at_{k}_ci_low": low, f"{prefix}/pass_at_{k}_ci_high": high}
+    return values
+
+
+def markdown_table() -> str:
+    """Every metric with its sentence, as the README shows them."""
+    rows = [f"| `{name}` | {said} |" for name, said in METRICS.items()]
+    return "\n".join(["| metric | what it says |", "| --- | --- |", *rows])
+
+
+def _of_groups(groups: Sequence[RolloutGroup], policy_version: int) -> dict[str, float]:
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    values: dict[str, float] = {
+        "group/num": len(groups),
+        "rollout/num": len(rollouts),
+        "rollout/num_tokens": sum(len(rollout.token_ids) for rollout in rollouts),
+    }
+    by_source: Counter[str] = Counter()
+    for group in groups:
+        by_source[slug(group.source)] += len(group.rollouts)
+    values |= {f"rollout/num_{source}": num for source, num in by_source.items()}
+    if not rollouts:
+        return values | {"reward/mean": float("nan")}
+    rewards_N = np.array([rollout.reward for rollout in rollouts], dtype=np.float64)
+    lags_N = policy_version - np.array([rollout.policy_version for rollout in rollouts])
+    responses_N = np.array([rollout.num_trained for rollout in rollouts])
+    flat = [
+        len(group.rollouts) > 1 and not group.has_own_advantages and float(np.ptp(group.rewards)) == 0.0
+        for group in groups
+    ]
+    return values | {
+        "reward/mean": rewards_N.mean(),
+        "reward/std": rewards_N.std(),
+        "group/zero_variance_fraction": float(np.mean(flat)),
+        "group/singleton_fraction": float(np.mean([len(group.rollouts) == 1 for group in groups])),
+        "policy/version_lag_mean": lags_N.mean(),
+        "policy/version_lag_max": lags_N.max(),
+        "length/prompt_mean": float(np.mean([np.argmax(rollout.trained) for rollout in rollouts])),
+        "length/response_mean": responses_N.mean(),
+        "length/response_max": responses_N.max(),
+        "length/truncated_fraction": float(np.mean([rollout.finish is Finish.LENGTH for rollout in rollouts])),
+    }
+
+
+def _of_update(update: UpdateStats) -> dict[str, float]:
+    return {
+        "batch/num_tokens": update.num_tokens,
+        "batch/num_trained_tokens": update.num_trained_tokens,
+        "batch/num_micro_batches": update.num_micro_batches,
+        "loss/policy": update.policy_loss,
+        "loss/total": update.loss,
+        "grad/norm": update.grad_norm,
+        "lr": update.learning_rate,
+        "update/skipped": update.skipped,
+        "policy/entropy": update.entropy,
+        "policy/mismatch_kl": update.mismatch_kl,
+        "policy/logprob_gap_mean": update.logprob_gap_mean,
+        "policy/logprob_gap_max": update.logprob_gap_max,
+        "policy/importance_truncated_fraction": update.importance_truncated_fraction,
+        "policy/clip_fraction": update.clip_fraction,
+        "policy/reference_kl": update.reference_kl,
+    }
+
+
+def _of_sync(sync: SyncStats) -> dict[str, float]:
+    return {
+        "time/sync_s": sync.seconds,
+        "time/proof_s": sync.proof_seconds,
+        "sync/tensors": sync.num_tensors,
+        "sync/bytes": sync.num_bytes,
+        "sync/digests_compared": sync.digests_compared,
+        "sync/canary_gap_mean": sync.canary_gap_mean,
+        "sync/canary_gap_max": sync.canary_gap_max,
+    }
+
+
+if __name__ == "__main__":
+    print(markdown_table())

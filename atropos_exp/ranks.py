@@ -1,0 +1,68 @@
+"""The trainer processes of one run, and how they agree. Pure; torch.distributed only where there are several."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+from atropos_exp.types import UserError
+
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ranks:
+    """All methods are collective; with one rank they do nothing but return. The process group exists already."""
+
+    rank: int
+    world_size: int
+
+    @staticmethod
+    def of_environment() -> Ranks:
+        return Ranks(rank=int(os.environ.get("RANK", "0")), world_size=int(os.environ.get("WORLD_SIZE", "1")))
+
+    @property
+    def is_zero(self) -> bool:
+        return self.rank == 0
+
+    def broadcast(self, value: Value) -> Value:
+        """Rank 0's value, on every rank."""
+        if self.world_size == 1:
+            return value
+        import torch.distributed as dist
+
+        message = [value]
+        dist.broadcast_object_list(message, src=0)
+        return message[0]
+
+    def on_zero(self, work: Callable[[], Value]) -> Value:
+        """Run `work` on rank 0 alone; every rank gets its result, or an error that says what rank 0's was."""
+        if self.world_size == 1:
+            return work()
+        result: tuple[bool, object] = (False, None)
+        failure: Exception | None = None
+        if self.is_zero:
+            try:
+                result = (True, work())
+            except Exception as error:
+                failure = error
+                result = (False, f"{type(error).__name__}: {error}")
+        succeeded, value = self.broadcast(result)
+        if failure is not None:
+            raise failure
+        if not succeeded:
+            raise UserError(f"rank 0 failed: {value}")
+        return value  # type: ignore[return-value]
+
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` is set on some rank: all ranks stop at the same step."""
+        if self.world_size == 1:
+            return flag
+        import torch
+        import torch.distributed as dist
+
+        flags = torch.tensor([int(flag)])
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+        return bool(flags.item())

@@ -1,0 +1,29 @@
+"""`python -m atropos_exp.report RUN [RUN …] [--out FILE]`: one HTML file of one or more runs, to open offline."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from atropos_exp.report.page import write_report
+from atropos_exp.types import UserError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0, or 2 with one message if a path is no run."""
+    parser = argparse.ArgumentParser(prog="python -m atropos_exp.report", description=__doc__)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run folder, or a folder of runs (a sweep)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="where to write; default: report.html in the folder")
+    given = parser.parse_args(arguments)
+    try:
+        print(write_report(given.runs, given.out))
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,164 @@
+"""What a run folder holds, read with patience: a run may be unfinished, failed, one step long, or half missing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from atropos_exp.run_files import Row, read_metrics, read_samples
+from atropos_exp.types import UserError
+
+MAX_POINTS = 1500  # of a curve; longer runs are thinned to means of neighbours
+_PARTS = ("metrics.jsonl", "summary.json", "config.yaml", "run.json")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunData:
+    """One run, as far as its folder tells. `missing` says in words what it does not."""
+
+    folder: Path
+    rows: list[Row]  # by step
+    summary: Mapping[str, Any]
+    config_text: str
+    config: Mapping[str, Any]
+    commands: list[str]  # one per attempt
+    samples: list[tuple[int, list[dict[str, Any]]]]  # (step, records), early and late
+    missing: list[str] = field(default_factory=list)
+
+    @property
+    def status(self) -> str:
+        """finished | stopped | failed as the summary says, else unfinished."""
+        status = str(self.summary.get("status") or "unfinished")
+        later = max((int(row["step"] or 0) for row in self.rows), default=0) > (self.summary.get("steps") or 0)
+        return "unfinished" if later else status
+
+    @property
+    def name(self) -> str:
+        return str(self.config.get("name") or self.folder.name)
+
+
+def find_runs(paths: Sequence[Path]) -> list[Path]:
+    """The run folders among `paths`; a folder of runs, such as a sweep, stands for all of them."""
+    found: list[Path] = []
+    for path in paths:
+        if not path.is_dir():
+            raise UserError(
+                f"report: {path} is no folder; give the folder of a run, such as outputs/demo/<date>/<time>"
+            )
+        inside = [path] if _is_run(path) else sorted({file.parent for part in _PARTS for file in path.rglob(part)})
+        if not inside:
+            raise UserError(f"report: {path} holds no run: none of {', '.join(_PARTS)} is in it or below it")
+        found += [folder for folder in inside if folder not in found]
+    return found
+
+
+def load_run(folder: Path) -> RunData:
+    """Read one run folder. Never raises for what is missing or damaged; says so in `missing`."""
+    missing: list[str] = []
+    rows, num_bad = read_metrics(folder / "metrics.jsonl")
+    if not rows:
+        missing.append("metrics.jsonl has no steps yet: there are no curves")
+    if num_bad:
+        missing.append(f"metrics.jsonl: {num_bad} torn line{'s' if num_bad > 1 else ''} left out")
+    summary = _read_json(folder / "summary.json", missing)
+    config_text, config = _read_config(folder / "config.yaml", missing)
+    commands = _text(folder / "command.txt").splitlines()
+    if not commands:
+        missing.append("command.txt is not there: the command line is unknown")
+    samples = _early_and_late(folder / "samples")
+    if not samples:
+        missing.append("samples/ is empty: there are no sample rollouts")
+    return RunData(
+        folder=folder,
+        rows=sorted({int(row["step"] or 0): row for row in rows}.values(), key=lambda row: row["step"] or 0),
+        summary=summary,
+        config_text=config_text,
+        config=config,
+        commands=commands,
+        samples=samples,
+        missing=missing,
+    )
+
+
+def columns(rows: Sequence[Row]) -> dict[str, list[float | None]]:
+    """Rows as columns by name, thinned to about MAX_POINTS: neighbours are averaged, gaps stay gaps."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    stride = -(-len(rows) // MAX_POINTS)
+    if stride <= 1:
+        return {name: [_number(row.get(name)) for row in rows] for name in names}
+    blocks = [rows[at : at + stride] for at in range(0, len(rows), stride)]
+    return {name: [_mean([_number(row.get(name)) for row in block]) for block in blocks] for name in names}
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _is_run(folder: Path) -> bool:
+    return any((folder / part).exists() for part in _PARTS)
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    given = [value for value in values if value is not None]
+    return sum(given) / len(given) if given else None
+
+
+def _early_and_late(folder: Path) -> list[tuple[int, list[dict[str, Any]]]]:
+    """The first and the last file with records in it."""
+    paths = sorted(path for path in folder.glob("step_*.jsonl") if path.stem.removeprefix("step_").isdigit())
+    read = ((int(path.stem.removeprefix("step_")), read_samples(path)) for path in paths)
+    early = next(((step, records) for step, records in read if records), None)
+    back = ((int(path.stem.removeprefix("step_")), read_samples(path)) for path in reversed(paths))
+    late = next(((step, records) for step, records in back if records), None)
+    if early is None or late is None:
+        return []
+    return [early] if early[0] == late[0] else [early, late]
+
+
+def _read_json(path: Path, missing: list[str]) -> Mapping[str, Any]:
+    if not path.exists():
+        missing.append(f"{path.name} is not there: the run goes on, or was killed")
+        return {}
+    try:
+        content = json.loads(_text(path))
+    except ValueError:
+        content = None
+    if isinstance(content, dict):
+        return content
+    missing.append(f"{path.name} is damaged")
+    return {}
+
+
+def _read_config(path: Path, missing: list[str]) -> tuple[str, Mapping[str, Any]]:
+    import yaml
+
+    text = _text(path)
+    if not text:
+        missing.append(f"{path.name} is not there")
+        return "", {}
+    try:
+        config = yaml.safe_load(text)
+    except yaml.YAMLError:
+        config = None
+    if isinstance(config, dict):
+        return text, config
+    missing.append(f"{path.name} is damaged")
+    return text, {}
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""

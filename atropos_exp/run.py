@@ -1,0 +1,189 @@
+"""Entry point: compose the configuration, check it, build the parts, run the loop.
+
+python -m atropos_exp.run [group=option] [key=value] …
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import traceback
+from contextlib import ExitStack
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
+
+from omegaconf import DictConfig
+
+from atropos_exp.config_check import Checked, validate
+from atropos_exp.config_cli import hydra_main, job_command
+from atropos_exp.config_save import config_hash, save_config
+from atropos_exp.config_sizes import describe
+from atropos_exp.provenance import git_commit, versions
+from atropos_exp.ranks import Ranks
+from atropos_exp.run_files import note_command, read_metrics, write_summary
+from atropos_exp.run_folder import RunFolder, open_run_folder
+from atropos_exp.summary import summarize_run
+from atropos_exp.types import UserError
+
+if TYPE_CHECKING:
+    from atropos_exp.assembly import Assembly
+
+
+def run(config: DictConfig) -> int:
+    """One experiment; returns the exit code, 0 when it finished or stopped on request. UserError is for the caller."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # trainer and engine take turns on the same cores
+    checked = validate(config)
+    _check_preparation(checked)
+    code: int | None = checked.parts["cluster"].launch(job_command())
+    if code is not None:
+        return code
+    ranks = Ranks.of_environment()
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    if ranks.world_size > 1:
+        from atropos_exp.trainer.distributed import join_process_group
+
+        join_process_group(checked.device, timeout_s=checked.parts["trainer"].timeout_s)
+    folder = _open_folder(checked, ranks)
+    if ranks.is_zero:
+        print(describe(checked.sizes), flush=True)
+        print(f"{'Continuing' if folder.resumed else 'Run folder'}: {folder.path}", flush=True)
+        save_config(checked.config, folder.path / "config.yaml")
+        note_command(folder.path, ["python", "-m", "atropos_exp.run", *sys.argv[1:]])
+    return Experiment(checked, folder, ranks).execute()
+
+
+def _check_preparation(checked: Checked) -> None:
+    prepare = checked.parts["data"].prepare
+    if prepare is None:
+        return
+    from data_prep.prepare import preflight
+
+    if problems := preflight(prepare):
+        raise UserError("\n".join(["Wrong configuration:", *problems]))
+
+
+class Experiment:
+    """One attempt at a run, from start-up to summary.json, whatever happens in between."""
+
+    def __init__(self, checked: Checked, folder: RunFolder, ranks: Ranks) -> None:
+        self._checked = checked
+        self._folder = folder
+        self._ranks = ranks
+        self._stop_requested = False
+        self._parts: Assembly | None = None
+
+    def execute(self) -> int:
+        """0: finished or stopped on request, 1: failed, 130: stopped at once by a second Ctrl-C."""
+        handlers = {number: signal.signal(number, self._request_stop) for number in (signal.SIGTERM, signal.SIGINT)}
+        status, error, code = "failed", None, 1
+        try:
+            with ExitStack() as stack:
+                done = self._train(stack)
+            status, code = ("finished" if done == self._checked.parts["trainer"].max_steps else "stopped"), 0
+        except UserError as failure:
+            error = str(failure)
+            raise
+        except KeyboardInterrupt:
+            status, code = "stopped", 130
+        except Exception as failure:
+            error = f"{type(failure).__name__}: {failure}"
+            self._keep_traceback()
+        finally:
+            if self._ranks.is_zero:
+                self._conclude(status, error)
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+            if self._folder.lock is not None:
+                self._folder.lock.close()
+        return code
+
+    def _train(self, stack: ExitStack) -> int:
+        from atropos_exp.assembly import assemble
+        from atropos_exp.loop import train
+
+        self._parts = parts = assemble(self._checked, self._folder, self._ranks, stack)
+        return train(
+            parts.schedule,
+            source=parts.source,
+            estimate=parts.estimate,
+            trainer=parts.trainer,
+            publisher=parts.publisher,
+            evaluate=parts.evaluate,
+            recorder=parts.recorder,
+            checkpoints=parts.checkpoints,
+            should_stop=lambda: self._ranks.any(self._stop_requested),
+        )
+
+    def _keep_traceback(self) -> None:
+        path = self._folder.path / "log" / f"traceback_rank_{self._ranks.rank}.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(traceback.format_exc())
+        print(f"Rank {self._ranks.rank} failed; where: {path}", file=sys.stderr, flush=True)
+
+    def _request_stop(self, number: int, frame: FrameType | None) -> None:
+        if self._stop_requested and number == signal.SIGINT:
+            raise KeyboardInterrupt  # the second Ctrl-C: now
+        self._stop_requested = True
+        if self._ranks.is_zero:
+            name = signal.Signals(number).name
+            os.write(2, f"\n{name}: finishing this step, then saving (Ctrl-C again: stop now)\n".encode())
+
+    def _conclude(self, status: str, error: str | None) -> None:
+        rows, _ = read_metrics(self._folder.path / "metrics.jsonl")
+        parts = self._parts
+        summary = summarize_run(
+            rows,
+            status=status,
+            error=error.splitlines()[0] if error else None,
+            policy_version=max((int(row["step"] or 0) for row in rows), default=0),
+            resumed_from=parts.checkpoints.resumed_from if parts is not None else None,
+            seed=self._checked.run.seed,
+            git=git_commit(),
+            versions=versions(),
+            config_hash=config_hash(self._checked.config),
+            num_failed_syncs=parts.publisher.num_syncs - parts.publisher.num_verified if parts is not None else 0,
+        )
+        write_summary(self._folder.path, summary)
+        if parts is not None and parts.logger is not None:
+            parts.logger.close(summary)
+        elif error:
+            print(f"{status}: {error}", file=sys.stderr)
+        report = self._write_report()
+        if report is not None:
+            print(f"Report: {report}", flush=True)
+
+    def _write_report(self) -> Path | None:
+        from atropos_exp.report.page import write_report
+
+        try:
+            return write_report([self._folder.path], self._folder.path / "report.html")
+        except Exception as error:  # the run itself is done and recorded; say so and go on
+            print(f"The report could not be written ({error}); try python -m atropos_exp.report {self._folder.path}")
+            return None
+
+
+def _open_folder(checked: Checked, ranks: Ranks) -> RunFolder:
+    opened: RunFolder | None = None
+
+    def open_it() -> tuple[str, bool]:
+        nonlocal opened
+        opened = open_run_folder(
+            output_dir=Path(checked.run.output_dir),
+            name=checked.run.name,
+            run_dir=checked.run.run_dir,
+            resume=checked.run.resume,
+            config_hash=config_hash(checked.config),
+        )
+        return str(opened.path), opened.resumed
+
+    path, resumed = ranks.on_zero(open_it)
+    return opened or RunFolder(path=Path(path), resumed=resumed, lock=None)
+
+
+main = hydra_main(run)
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,154 @@
+"""Moves the trainer's weights into the engine after an update, and proves that they arrived."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from atropos_exp.sharding.agreement import from_rank_zero, same_outcome
+from atropos_exp.sharding.proof import Account, SyncError, check_canary, check_complete, check_digests
+from atropos_exp.types import Floats, SyncStats, TokenIds
+from atropos_exp.wire import EngineError
+from atropos_exp.wire_tensors import torch_dtype
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from atropos_exp.interfaces import Engine, PolicyTrainer, WeightReceiver
+
+# Largest |engine - trainer| logprob of one canary token that rounding explains, by the dtype of the served weights.
+DEFAULT_TOLERANCE = {"float32": 2e-3, "float16": 0.05, "bfloat16": 0.2}
+
+
+class ShardingManager:
+    """A `Publisher`. Collective: every rank calls `publish`; rank 0 alone talks to the engine.
+
+    One sync: the tensors are gathered one by one, cast to the engine's dtype and streamed in buckets, so that no
+    rank holds more than one bucket besides its shards. Before the engine commits, names, shapes, dtypes, bytes and
+    digests of what it holds are compared with what was sent. After it, the canary: fixed prompts must get the
+    trainer's logprobs from the engine. A failed proof leaves the engine refusing to sample, and raises SyncError
+    on every rank.
+    """
+
+    def __init__(
+        self,
+        trainer: PolicyTrainer,
+        engine: Engine | None,
+        *,
+        is_rank_zero: bool,
+        bucket_bytes: int,
+        canary: Sequence[TokenIds],
+        temperature: float,
+        tolerance: float | None,
+    ) -> None:
+        """`canary`: sequences of two or more tokens. `tolerance`: nats; None takes the engine dtype's default."""
+        assert (engine is not None) == is_rank_zero
+        assert canary and all(len(prompt) > 1 for prompt in canary) and bucket_bytes > 0
+        self._trainer = trainer
+        self._engine = engine
+        self._bucket_bytes = bucket_bytes
+        self._canary = canary
+        self._temperature = temperature
+        self._tolerance = tolerance
+        self.num_syncs = 0  # begun
+        self.num_verified = 0  # proven
+
+    def publish(self, version: int) -> SyncStats:
+        """Make the engine serve the trainer's weights as `version`. Raises SyncError; EngineError if it fails."""
+        self.num_syncs += 1
+        started = time.perf_counter()
+        with same_outcome(f"the weight sync to version {version}"):
+            account, compared = self._transfer(version)
+        transferred = time.perf_counter()
+        with same_outcome(f"the proof of the weight sync to version {version}"):
+            ours = self._trainer.logprobs(self._canary, temperature=self._temperature)
+            largest, mean = self._score_canary(version, ours)
+        finished = time.perf_counter()
+        stats = from_rank_zero(
+            SyncStats(
+                policy_version=version,
+                num_tensors=len(account.kinds),
+                num_bytes=account.num_bytes,
+                seconds=transferred - started - account.proof_seconds,
+                proof_seconds=account.proof_seconds + finished - transferred,
+                canary_gap_max=largest,
+                canary_gap_mean=mean,
+                digests_compared=compared,
+            )
+        )
+        self.num_verified += 1
+        return stats
+
+    def _transfer(self, version: int) -> tuple[Account, int]:
+        """Send every tensor and compare what the engine then holds; the number of digests compared."""
+        parameters = self._trainer.parameters()
+        account = Account()
+        compared = 0
+        try:
+            if self._engine is not None:
+                with self._engine.updating(version) as receiver:
+                    for bucket in self._buckets(parameters, account):
+                        receiver.receive(bucket)
+                    compared = self._compare(receiver, account)
+        finally:
+            # The gathering is collective: the other ranks need this one to the end, also when the engine failed.
+            for _ in parameters:
+                pass
+        return account, compared
+
+    def _buckets(
+        self, parameters: Iterator[tuple[str, Tensor]], account: Account
+    ) -> Iterator[list[tuple[str, Tensor]]]:
+        """Cast tensors in groups of at most `bucket_bytes`; a larger tensor goes alone."""
+        assert self._engine is not None
+        dtype = torch_dtype(self._engine.dtype)
+        bucket: list[tuple[str, Tensor]] = []
+        num_bytes = 0
+        for name, full in parameters:
+            tensor = full.detach().to(dtype).cpu()  # cast first: half the bytes leave the device
+            account.add(name, tensor)
+            if bucket and num_bytes + tensor.nbytes > self._bucket_bytes:
+                yield bucket
+                bucket, num_bytes = [], 0
+            bucket.append((name, tensor))
+            num_bytes += tensor.nbytes
+        if bucket:
+            yield bucket
+
+    def _compare(self, receiver: WeightReceiver, account: Account) -> int:
+        started = time.perf_counter()
+        expected = receiver.expected()
+        check_complete(account.kinds, expected)
+        compared = check_digests(account.digests, receiver.digests(), expected)
+        account.proof_seconds += time.perf_counter() - started
+        return compared
+
+    def _score_canary(self, version: int, ours: Sequence[Floats]) -> tuple[float, float]:
+        """Largest and mean gap on rank 0, zeros elsewhere."""
+        if self._engine is None:
+            return 0.0, 0.0
+        try:
+            serves = self._engine.version()
+            if serves != version:
+                raise SyncError(f"the engine says that it serves version {serves} after the sync to version {version}")
+            theirs = self._engine.score(self._canary, temperature=self._temperature)
+            tolerance = DEFAULT_TOLERANCE[self._engine.dtype] if self._tolerance is None else self._tolerance
+            return check_canary(self._canary, ours, theirs, tolerance=tolerance, version=version)
+        except SyncError as error:
+            self._quarantine(version, error)
+            raise
+
+    def _quarantine(self, version: int, error: SyncError) -> None:
+        """An update that is given up leaves the engine refusing to sample: nobody gets tokens of unproven weights."""
+        assert self._engine is not None
+        try:
+            with contextlib.suppress(_GivenUp), self._engine.updating(version):
+                raise _GivenUp
+        except EngineError as also:
+            error.add_note(f"the engine could not be told to stop sampling: {also}")
+
+
+class _GivenUp(Exception):
+    """Ends an update on purpose."""

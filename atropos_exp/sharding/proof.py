@@ -1,0 +1,95 @@
+"""Did the weights arrive? The account of what was sent, against what the engine expects and holds."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from atropos_exp.types import Floats, TokenIds
+from atropos_exp.wire_tensors import digest, dtype_name
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+TensorKinds = Mapping[str, tuple[str, tuple[int, ...]]]
+
+
+class SyncError(RuntimeError):
+    """The engine does not provably hold the trainer's weights. The text names the tensor or the reason."""
+
+
+@dataclass(kw_only=True)
+class Account:
+    """What the sender handed over during one update."""
+
+    kinds: dict[str, tuple[str, tuple[int, ...]]] = field(default_factory=dict)  # name -> (dtype, shape)
+    digests: dict[str, str] = field(default_factory=dict)
+    num_bytes: int = 0
+    proof_seconds: float = 0.0
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        if name in self.kinds:
+            raise SyncError(f"the trainer gave {name} twice")
+        started = time.perf_counter()
+        self.kinds[name] = (dtype_name(tensor), tuple(tensor.shape))
+        self.digests[name] = digest(tensor)
+        self.num_bytes += tensor.nbytes
+        self.proof_seconds += time.perf_counter() - started
+
+
+def check_complete(sent: TensorKinds, expected: TensorKinds) -> None:
+    """Every expected tensor was sent, with its dtype and shape. More may have been sent: the engine judges those."""
+    missing = [name for name in expected if name not in sent]
+    if missing:
+        raise SyncError(f"{_some(missing)} of {len(expected)} tensors never sent to the engine")
+    for name, want in expected.items():
+        if sent[name] != want:
+            got = sent[name]
+            raise SyncError(f"{name} sent as {got[0]} {list(got[1])}, but the engine holds {want[0]} {list(want[1])}")
+
+
+def check_digests(sent: Mapping[str, str], held: Mapping[str, str], expected: Iterable[str]) -> int:
+    """Each tensor that the engine holds has the bits that were sent. Returns how many were compared: all or,
+    for an engine that cannot tell, none."""
+    if not held:
+        return 0
+    untold = [name for name in expected if name not in held]
+    if untold:
+        raise SyncError(f"the engine gave no digest of {_some(untold)}")
+    wrong = [name for name in expected if held[name] != sent[name]]
+    if wrong:
+        raise SyncError(f"the engine holds other bits than were sent of {_some(wrong)} ({len(wrong)} tensors differ)")
+    return len(held)
+
+
+def check_canary(
+    canary: Sequence[TokenIds], trainer: Sequence[Floats], engine: Sequence[Floats], *, tolerance: float, version: int
+) -> tuple[float, float]:
+    """Largest and mean |engine - trainer| logprob over the canary's tokens, in nats. Above tolerance: SyncError."""
+    largest, total, count = 0.0, 0.0, 0
+    if len(trainer) != len(canary) or len(engine) != len(canary):
+        raise SyncError(f"canary: {len(canary)} prompts, but scores of {len(trainer)} and {len(engine)}")
+    for index, (prompt, ours, theirs) in enumerate(zip(canary, trainer, engine, strict=True)):
+        if len(ours) != len(prompt) - 1 or len(theirs) != len(prompt) - 1:
+            raise SyncError(f"canary prompt {index}: {len(prompt)} tokens, scores of {len(ours)} and {len(theirs)}")
+        gap = np.abs(ours.astype(np.float64) - theirs.astype(np.float64))
+        if not np.isfinite(gap).all():
+            raise SyncError(f"canary prompt {index}: a logprob is not finite (trainer {ours}, engine {theirs})")
+        if gap.size and gap.max() > tolerance:
+            place = int(gap.argmax())
+            raise SyncError(
+                f"canary prompt {index}, token {place + 1}: the engine gives {theirs[place]:.6f} nats and the trainer "
+                f"{ours[place]:.6f} after the sync to version {version}; they may differ by {tolerance:g} "
+                "(sync.tolerance). The engine does not serve the trainer's weights"
+            )
+        largest = max(largest, float(gap.max(initial=0.0)))
+        total, count = total + float(gap.sum()), count + gap.size
+    return largest, total / max(count, 1)
+
+
+def _some(names: Sequence[str], limit: int = 3) -> str:
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

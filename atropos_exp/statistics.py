@@ -1,0 +1,63 @@
+"""Intervals and estimators for held-out evaluation. Pure: numpy and the standard library."""
+
+from __future__ import annotations
+
+import math
+from statistics import NormalDist
+
+import numpy as np
+from numpy.typing import NDArray
+
+Interval = tuple[float, float]
+
+
+def wilson_interval(*, mean: float, num: float, confidence: float = 0.95) -> Interval:
+    """Score interval of a proportion `mean` seen in `num` independent trials (Wilson, 1927).
+
+    Unlike the normal interval it stays inside [0, 1] and keeps its width at 0 and 1. Without trials: (0, 1).
+    """
+    if not 0.0 <= mean <= 1.0:
+        raise ValueError(f"wilson_interval: mean must lie in [0, 1]; got {mean}")
+    if not 0.0 < confidence < 1.0:
+        raise ValueError(f"wilson_interval: confidence must lie in (0, 1); got {confidence}")
+    if num <= 0:
+        return 0.0, 1.0
+    z = NormalDist().inv_cdf(0.5 + confidence / 2)
+    shrink = 1 + z * z / num
+    centre = (mean + z * z / (2 * num)) / shrink
+    half = z / shrink * math.sqrt(mean * (1 - mean) / num + z * z / (4 * num * num))
+    # the exact bound at 0 and 1 is the mean itself; rounding must not put it on the wrong side
+    return min(mean, max(0.0, centre - half)), max(mean, min(1.0, centre + half))
+
+
+def pass_at_k(*, num_correct: NDArray[np.integer], num_samples: int, k: int) -> NDArray[np.float64]:
+    """[N] chance that one of `k` samples of a problem is correct, from [N] counts among `num_samples`.
+
+    The unbiased estimator 1 - C(n - c, k) / C(n, k) of Chen et al., arXiv 2107.03374.
+    """
+    if not 1 <= k <= num_samples:
+        raise ValueError(f"pass_at_k: k must lie in 1..num_samples ({num_samples}); got {k}")
+    counts = np.asarray(num_correct)
+    if counts.size and (counts.min() < 0 or counts.max() > num_samples):
+        raise ValueError(f"pass_at_k: counts must lie in 0..{num_samples}; got {counts.min()}..{counts.max()}")
+    whole = math.comb(num_samples, k)
+    by_count = np.array([1 - math.comb(num_samples - c, k) / whole for c in range(num_samples + 1)])
+    estimates: NDArray[np.float64] = by_count[counts]
+    return estimates
+
+
+def mean_interval(values: NDArray[np.floating], *, confidence: float = 0.95) -> Interval:
+    """Interval of the mean of [N] independent values in [0, 1], such as one pass@k estimate per problem.
+
+    Wilson's interval with Kish's effective number of trials, mean (1 - mean) / variance * N: values between 0 and 1
+    vary less than coin tosses do. Equal values tell nothing of their variance, so they count as coin tosses.
+    """
+    if len(values) == 0:
+        return 0.0, 1.0
+    # rounding may carry a mean of ones a hair beyond 1
+    mean = min(1.0, max(0.0, float(np.mean(values, dtype=np.float64))))
+    variance = float(np.var(values, dtype=np.float64, ddof=1)) if len(values) > 1 else 0.0
+    num = float(len(values))
+    if variance > 1e-12:
+        num = max(num, num * mean * (1 - mean) / variance)
+    return wilson_interval(mean=mean, num=num, confidence=confidence)

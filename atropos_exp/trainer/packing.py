@@ -1,0 +1,203 @@
+"""How sequences are laid end to end: the plan of micro-batches, and the layout of one of them.
+
+Shape suffixes beside those of `types.py`:
+    M = trained tokens of a micro-batch, in packed order
+    B = padded positions of all length buckets together
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from atropos_exp.types import TrainBatch, UserError
+
+
+def split_balanced(lengths: Sequence[int], num_bins: int) -> list[list[int]]:
+    """Indices of `lengths` in `num_bins` bins of about equal sums: longest first into the emptiest bin."""
+    bins: list[list[int]] = [[] for _ in range(num_bins)]
+    loads = [(0, number) for number in range(num_bins)]
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        load, number = loads[0]
+        bins[number].append(index)
+        heapq.heapreplace(loads, (load + lengths[index], number))
+    return [sorted(indices) for indices in bins]
+
+
+def plan_micro_batches(lengths: Sequence[int], *, dp_size: int, max_tokens: int) -> list[list[list[int]]]:
+    """[data-parallel rank][micro-batch] -> indices of `lengths`.
+
+    No micro-batch holds more than `max_tokens`. All ranks get equally many, since each is a collective; some
+    may be empty. Every rank computes the same plan, so nothing is communicated.
+    """
+    if max(lengths) > max_tokens:
+        raise UserError(
+            f"a sequence of {max(lengths)} tokens does not fit a micro-batch of {max_tokens} tokens. Raise "
+            "trainer.max_tokens_per_micro_batch, or lower max_prompt_length or max_response_length."
+        )
+    ranks = split_balanced(lengths, dp_size)
+    num_micro = max(1, *(-(-sum(lengths[i] for i in rank) // max_tokens) for rank in ranks))
+    while True:
+        plan = [
+            [[rank[i] for i in indices] for indices in split_balanced([lengths[i] for i in rank], num_micro)]
+            for rank in ranks
+        ]
+        if all(sum(lengths[i] for i in micro) <= max_tokens for rank in plan for micro in rank):
+            return plan
+        num_micro += 1
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Packing:
+    """Where the sequences of one forward pass lie. Handed through the model to `packed_attention`."""
+
+    lengths: tuple[int, ...]  # of the sequences, the alignment padding as a last one
+    device: torch.device
+    sp_size: int  # ranks that share the sequence (Ulysses)
+
+    @cached_property
+    def starts(self) -> Tensor:
+        """[N + 1] int32, the offset of each sequence and the total: what variable-length kernels take."""
+        offsets = torch.tensor((0, *self.lengths), dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        return offsets.to(self.device)
+
+    @property
+    def max_length(self) -> int:
+        return max(self.lengths)
+
+    @property
+    def uniform(self) -> bool:
+        return min(self.lengths) == max(self.lengths)
+
+    @cached_property
+    def buckets(self) -> list[tuple[int, int, Tensor]]:
+        """(sequences n, padded length T, source positions [n * T]) of each length bucket.
+
+        Lengths of one bucket differ by less than a factor of two, so less than half of it is padding. A padded
+        position reads position 0: causal attention from valid positions never looks at it.
+        """
+        lengths = torch.tensor(self.lengths)
+        starts = lengths.cumsum(0) - lengths
+        classes = torch.tensor([(length - 1).bit_length() for length in self.lengths])
+        buckets = []
+        for size in classes.unique():
+            members = (classes == size).nonzero()[:, 0]
+            longest = int(lengths[members].max())
+            steps = torch.arange(longest)
+            source = (starts[members, None] + steps).masked_fill(steps >= lengths[members, None], 0)
+            buckets.append((len(members), longest, source.reshape(-1).to(self.device)))
+        return buckets
+
+    @cached_property
+    def bucketed_positions(self) -> Tensor:
+        """[S] where each packed position lies in the concatenated buckets [B]."""
+        lengths = torch.tensor(self.lengths)
+        starts = lengths.cumsum(0) - lengths
+        classes = torch.tensor([(length - 1).bit_length() for length in self.lengths])
+        positions = torch.empty(int(lengths.sum()), dtype=torch.int64)
+        offset = 0
+        for size in classes.unique():
+            members = (classes == size).nonzero()[:, 0]
+            longest = int(lengths[members].max())
+            steps = torch.arange(longest)
+            valid = steps < lengths[members, None]
+            here = offset + torch.arange(len(members))[:, None] * longest + steps
+            positions[(starts[members, None] + steps)[valid]] = here[valid]
+            offset += len(members) * longest
+        return positions.to(self.device)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class MicroBatch:
+    """One packed forward pass of one data-parallel rank, on its device."""
+
+    token_ids_S: Tensor  # int64, padded so that the ranks of a sequence-parallel group share it evenly
+    position_ids_S: Tensor  # int64, 0 where a sequence starts
+    packing: Packing
+    trained_M: Tensor  # int64 packed positions of the trained tokens; their logits are one position earlier
+    rows_M: Tensor  # int64, sequence of each
+    columns_M: Tensor  # int64, its number among the trained tokens of that sequence
+    shape_NR: tuple[int, int]
+    advantages_M: Tensor
+    behaviour_M: Tensor
+    has_behaviour_M: Tensor
+    empty: bool  # a stand-in that only keeps the ranks in step: contributes nothing
+
+    def rows(self, values_M: Tensor) -> Tensor:
+        """[N, R]: one row per sequence, trained tokens left-aligned, 0 elsewhere. Differentiable."""
+        num_rows, num_columns = self.shape_NR
+        flat = values_M.new_zeros(num_rows * num_columns)
+        return flat.index_copy(0, self.rows_M * num_columns + self.columns_M, values_M).view(self.shape_NR)
+
+    def mask(self) -> Tensor:
+        """[N, R] bool, True where `rows` holds a value."""
+        return self.rows(torch.ones_like(self.rows_M, dtype=torch.bool))
+
+
+def make_micro_batch(
+    batch: TrainBatch, sequences: Sequence[int], *, device: torch.device, sp_size: int = 1
+) -> MicroBatch:
+    """Pack `sequences` of `batch` (indices in order). Vectorised: no Python per token."""
+    if not sequences:
+        return _stand_in(device, sp_size)
+    chosen = torch.tensor(sequences)
+    lengths_N = batch.lengths_N[chosen]
+    total = int(lengths_N.sum())
+    starts_N = lengths_N.cumsum(0) - lengths_N
+    row_S = torch.repeat_interleave(torch.arange(len(chosen)), lengths_N, output_size=total)
+    position_S = torch.arange(total) - starts_N[row_S]
+    source_S = (batch.lengths_N.cumsum(0) - batch.lengths_N)[chosen][row_S] + position_S
+
+    trained_M = batch.trained_S[source_S].nonzero()[:, 0]
+    if not len(trained_M):
+        return _stand_in(device, sp_size)
+    if bool((position_S[trained_M] == 0).any()):
+        raise ValueError("the first token of a sequence has no prediction, so it cannot be trained")
+    row_M = row_S[trained_M]
+    per_row_N = torch.bincount(row_M, minlength=len(chosen))
+    column_M = torch.arange(len(trained_M)) - (per_row_N.cumsum(0) - per_row_N)[row_M]
+    source_M = source_S[trained_M]
+
+    padding = -total % sp_size
+    token_ids_S, lengths = batch.token_ids_S[source_S], lengths_N.tolist()
+    if padding:
+        token_ids_S = torch.cat([token_ids_S, token_ids_S.new_zeros(padding)])
+        position_S = torch.cat([position_S, torch.arange(padding)])
+        lengths.append(padding)
+    return MicroBatch(
+        token_ids_S=token_ids_S.to(device, torch.int64),
+        position_ids_S=position_S.to(device),
+        packing=Packing(lengths=tuple(lengths), device=device, sp_size=sp_size),
+        trained_M=trained_M.to(device),
+        rows_M=row_M.to(device),
+        columns_M=column_M.to(device),
+        shape_NR=(len(chosen), int(per_row_N.max())),
+        advantages_M=batch.advantages_S[source_M].to(device, torch.float32),
+        behaviour_M=batch.behaviour_logprobs_S[source_M].to(device, torch.float32),
+        has_behaviour_M=batch.has_behaviour_N[chosen][row_M].to(device),
+        empty=False,
+    )
+
+
+def _stand_in(device: torch.device, sp_size: int) -> MicroBatch:
+    length = max(2, sp_size)
+    length += -length % sp_size
+    zeros, one = torch.zeros(length, dtype=torch.int64, device=device), torch.ones(1, dtype=torch.int64, device=device)
+    return MicroBatch(
+        token_ids_S=zeros,
+        position_ids_S=torch.arange(length, device=device),
+        packing=Packing(lengths=(length,), device=device, sp_size=sp_size),
+        trained_M=one,
+        rows_M=one - 1,
+        columns_M=one - 1,
+        shape_NR=(1, 1),
+        advantages_M=torch.zeros(1, device=device),
+        behaviour_M=torch.zeros(1, device=device),
+        has_behaviour_M=torch.zeros(1, dtype=torch.bool, device=device),
+        empty=True,
+    )

@@ -1,0 +1,129 @@
+"""A CPU platform for verl, through its public plugin interface; verl 0.9.1 knows accelerators only.
+
+`install()` must run before anything of `verl.workers` is imported: verl reads the device name at import.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from verl.plugin.platform import PlatformBase, set_platform
+
+
+class _CpuDeviceModule(types.ModuleType):
+    """`torch.cpu` with the calls of `torch.cuda` that verl makes; a CPU has no device memory to report."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch.cpu, name)
+
+    @staticmethod
+    def get_rng_state(*_: Any) -> torch.Tensor:
+        return torch.get_rng_state()
+
+    @staticmethod
+    def set_rng_state(state: torch.Tensor, *_: Any) -> None:
+        torch.set_rng_state(state)
+
+    @staticmethod
+    def memory_allocated(*_: Any) -> int:
+        return 0
+
+    memory_reserved = max_memory_allocated = max_memory_reserved = memory_allocated
+
+    @staticmethod
+    def mem_get_info(*_: Any) -> tuple[int, int]:
+        return 0, 0
+
+    @staticmethod
+    def empty_cache() -> None:
+        pass
+
+    ipc_collect = empty_cache
+
+
+class PlatformCPU(PlatformBase):  # type: ignore[misc]  # verl is untyped
+    """Gloo collectives, the host's memory."""
+
+    _device_module = _CpuDeviceModule("verl_cpu_device")
+
+    @property
+    def device_name(self) -> str:
+        return "cpu"
+
+    @property
+    def vendor_name(self) -> str:
+        return "cpu"
+
+    @property
+    def device_module(self) -> types.ModuleType:
+        return self._device_module
+
+    def is_available(self) -> bool:
+        return True
+
+    def current_device(self) -> Any:
+        return "cpu"  # verl hands it to Tensor.to, which takes no index for the CPU
+
+    def device_count(self) -> int:
+        return 1
+
+    def set_device(self, device_index: int) -> None:
+        pass
+
+    def synchronize(self, device_index: int | None = None) -> None:
+        pass
+
+    def manual_seed(self, seed: int) -> None:
+        torch.manual_seed(seed)
+
+    def manual_seed_all(self, seed: int) -> None:
+        torch.manual_seed(seed)
+
+    def set_allocator_settings(self, settings: str) -> None:
+        pass
+
+    def empty_cache(self) -> None:
+        pass
+
+    def get_device_capability(self, device_index: int = 0) -> tuple[int | None, int | None]:
+        return None, None
+
+    def communication_backend_name(self) -> str:
+        return "gloo"
+
+    def visible_devices_envvar(self) -> str:
+        return "CUDA_VISIBLE_DEVICES"
+
+    @contextmanager
+    def nvtx_range(self, msg: str) -> Iterator[None]:
+        yield
+
+    def profiler_start(self) -> None:
+        pass
+
+    def profiler_stop(self) -> None:
+        pass
+
+    def ray_resource_name(self) -> str:
+        return "CPU"
+
+    def ray_noset_envvars(self) -> list[str]:
+        return []
+
+    def is_ipc_supported(self) -> bool:
+        return False
+
+    def cudart(self) -> Any:
+        return None
+
+
+def install() -> None:
+    """Make the CPU verl's device for this process. May be called again."""
+    from verl.plugin.platform import platform_manager
+
+    if not isinstance(platform_manager._current_platform, PlatformCPU):
+        set_platform(PlatformCPU())

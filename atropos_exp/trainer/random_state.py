@@ -1,0 +1,65 @@
+"""The random streams of a process (torch, numpy, Python) as tensors, for all ranks."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+DTYPES = {
+    "torch_cpu": torch.uint8,
+    "torch_cuda": torch.uint8,
+    "numpy_state": torch.int64,
+    "numpy_gauss": torch.float64,
+    "python_state": torch.int64,
+    "python_gauss": torch.float64,
+}
+
+
+def capture() -> dict[str, Tensor]:
+    """Of this process."""
+    legacy: Any = np.random.get_state(legacy=True)
+    _, keys, position, has_gauss, gauss = legacy
+    version, internal, python_gauss = random.getstate()
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else torch.empty(0, dtype=torch.uint8)
+    return {
+        "torch_cpu": torch.get_rng_state(),
+        "torch_cuda": cuda,
+        "numpy_state": torch.tensor([position, has_gauss, *keys.tolist()]),
+        "numpy_gauss": torch.tensor([gauss], dtype=torch.float64),
+        "python_state": torch.tensor([version, *internal]),
+        "python_gauss": torch.tensor([math.nan if python_gauss is None else python_gauss], dtype=torch.float64),
+    }
+
+
+def gather() -> dict[str, Tensor]:
+    """[ranks, ...] of each stream. Collective."""
+    streams = {}
+    for key, mine in capture().items():
+        everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+        if dist.get_world_size() > 1:
+            dist.all_gather(everyone, mine)
+        else:
+            everyone = [mine]
+        streams[key] = torch.stack(everyone)
+    return streams
+
+
+def restore(streams: Mapping[str, Tensor]) -> None:
+    """Continue this rank's streams; with another number of ranks than were saved, those of rank modulo theirs."""
+    mine: dict[str, Any] = {key: values[dist.get_rank() % len(values)] for key, values in streams.items()}
+    torch.set_rng_state(mine["torch_cpu"].contiguous())
+    if torch.cuda.is_available() and mine["torch_cuda"].numel():
+        torch.cuda.set_rng_state(mine["torch_cuda"].contiguous())
+    position, has_gauss, *keys = mine["numpy_state"].tolist()
+    gauss = mine["numpy_gauss"].item()
+    np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), position, has_gauss, gauss))
+    version, *internal = mine["python_state"].tolist()
+    python_gauss = mine["python_gauss"].item()
+    random.setstate((version, tuple(internal), None if math.isnan(python_gauss) else python_gauss))

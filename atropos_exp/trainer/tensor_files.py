@@ -1,0 +1,105 @@
+"""Named tensors in safetensors files of bounded size, named and indexed as transformers does it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+MAX_FILE_BYTES = 2 << 30
+
+
+class TensorWriter:
+    """Takes the tensors in the order of `num_bytes` and writes a file whenever it is full."""
+
+    def __init__(self, folder: Path, stem: str, num_bytes: Mapping[str, int]) -> None:
+        self._folder = folder
+        self._files = _file_names(stem, num_bytes)
+        self._left = list(num_bytes)
+        self._content: dict[str, Tensor] = {}
+        if len(set(self._files.values())) > 1:
+            index = {"metadata": {"total_size": sum(num_bytes.values())}, "weight_map": self._files}
+            (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
+
+    def add(self, key: str, tensor: Tensor) -> None:
+        from safetensors.torch import save_file
+
+        assert key == self._left.pop(0)
+        self._content[key] = tensor.detach().cpu().contiguous()
+        file = self._files[key]
+        if not self._left or self._files[self._left[0]] != file:
+            save_file(self._content, self._folder / file, metadata={"format": "pt"})
+            self._content = {}
+
+
+class TensorReader:
+    """Reads tensors by key, with one file open at a time."""
+
+    def __init__(self, folder: Path, stem: str) -> None:
+        self._folder, self._stem = folder, stem
+        self._files: dict[str, str] | None = None
+        self._open_file = ""
+        self._handle: Any = None
+
+    def __enter__(self) -> TensorReader:
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._close()
+
+    def get(self, key: str) -> Tensor:
+        from safetensors import safe_open
+
+        if self._files is None:
+            self._files = _stored_files(self._folder, self._stem)
+        if self._files[key] != self._open_file:
+            self._close()
+            self._open_file = self._files[key]
+            self._handle = safe_open(self._folder / self._open_file, framework="pt").__enter__()
+        tensor: Tensor = self._handle.get_tensor(key)
+        return tensor
+
+    def _close(self) -> None:
+        if self._handle is not None:
+            self._handle.__exit__(None, None, None)
+            self._handle = None
+
+
+def read_shapes(folder: Path, stem: str) -> dict[str, list[int]]:
+    """key -> shape of all stored tensors; empty if there is no file of that stem. Reads headers only."""
+    from safetensors import safe_open
+
+    shapes = {}
+    for file in dict.fromkeys(_stored_files(folder, stem).values()):
+        with safe_open(folder / file, framework="pt") as handle:
+            shapes.update({key: list(handle.get_slice(key).get_shape()) for key in handle.keys()})  # noqa: SIM118
+    return shapes
+
+
+def _file_names(stem: str, num_bytes: Mapping[str, int]) -> dict[str, str]:
+    """key -> file, a new one before the last would grow beyond MAX_FILE_BYTES."""
+    numbers, number, size = {}, 0, 0
+    for key, length in num_bytes.items():
+        if size and size + length > MAX_FILE_BYTES:
+            number, size = number + 1, 0
+        size += length
+        numbers[key] = number
+    if number == 0:
+        return dict.fromkeys(numbers, f"{stem}.safetensors")
+    return {key: f"{stem}-{n + 1:05d}-of-{number + 1:05d}.safetensors" for key, n in numbers.items()}
+
+
+def _stored_files(folder: Path, stem: str) -> dict[str, str]:
+    from safetensors import safe_open
+
+    index, single = folder / f"{stem}.safetensors.index.json", folder / f"{stem}.safetensors"
+    if index.is_file():
+        files: dict[str, str] = json.loads(index.read_text())["weight_map"]
+        return files
+    if not single.is_file():
+        return {}
+    with safe_open(single, framework="pt") as handle:
+        return dict.fromkeys(handle.keys(), single.name)

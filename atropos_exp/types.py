@@ -1,0 +1,202 @@
+"""The nouns: what flows between the parts. Pure data, no I/O, no framework.
+
+    Prompt -> Rollout -> RolloutGroup -> TrainBatch -> UpdateStats -> StepMetrics
+
+Shape suffixes: ``x_NT`` has shape [N, T].
+    T = token positions of one sequence (prompt, completion, tool output), in order
+    P = token positions of one prompt
+    G = rollouts of one group
+    N = sequences of a batch, all groups flattened
+    S = token positions of a whole batch, its sequences laid end to end (packed, no padding)
+    R = trained tokens of one sequence, left-aligned
+
+A per-token array is *token-aligned*: entry t speaks of token t itself. The logits at t score
+token t + 1, so whoever needs logits reads them at t - 1; that shift happens in the trainer only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+TokenIds = NDArray[np.int32]
+Floats = NDArray[np.float32]
+Mask = NDArray[np.bool_]
+
+
+class UserError(ValueError):
+    """Something the user can mend: what, where, got, expected, what to do. Ends a run with exit code 2."""
+
+
+class Finish(Enum):
+    """Why sampling stopped."""
+
+    STOP = "stop"  # the model ended its turn; the stop token is part of the completion
+    LENGTH = "length"  # the token limit cut it
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prompt:
+    """One task, already tokenised."""
+
+    prompt_id: str  # stable across runs: "<data_source>/<split>/<index>"
+    data_source: str  # verl's name of the data set; rewards may dispatch on it
+    text: str  # the last user message, for people
+    token_ids: TokenIds  # [P], formatted by the chat template or plain
+    ground_truth: str
+    ability: str = ""
+    extra_info: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplingParams:
+    """How tokens are drawn. `temperature=0` is greedy."""
+
+    temperature: float
+    top_p: float  # 1.0: off
+    top_k: int  # 0: off
+    max_tokens: int
+    stop_token_ids: tuple[int, ...]
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Sample:
+    """One completion of an engine."""
+
+    token_ids: TokenIds  # [R], the stop token included when it ended the turn
+    logprobs: Floats  # [R], nats, under the distribution at `temperature` before top-p/top-k
+    finish: Finish
+    policy_version: int  # of the weights that sampled it
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Rollout:
+    """One scored sequence. The arrays align token by token.
+
+    `trained` may be non-contiguous: in a multi-turn episode tool and user tokens are False.
+    """
+
+    token_ids: TokenIds  # [T] prompt, completion, and any tool output
+    trained: Mask  # [T] True where the policy sampled the token
+    logprobs: Floats | None  # [T] of the behaviour policy, nats; 0.0 where not trained; None if unknown
+    reward: float
+    finish: Finish
+    policy_version: int  # the oldest weights that sampled a token of it
+    advantages: Floats | None = None  # [T] supplied by the environment: used verbatim for the whole group
+    zero_advantage: bool = False  # counts in its group's baseline, contributes no gradient
+
+    def __post_init__(self) -> None:
+        length = len(self.token_ids)
+        for name in ("trained", "logprobs", "advantages"):
+            values = getattr(self, name)
+            if values is not None and len(values) != length:
+                raise ValueError(f"{name} must align with token_ids: got {len(values)} entries for {length} tokens")
+            if values is not None and name != "trained" and not np.isfinite(values).all():
+                raise ValueError(f"{name} must be finite; got {values[~np.isfinite(values)][0]}")
+        if not self.trained.any():
+            raise ValueError("a rollout needs at least one trained token")
+        if self.trained[0]:
+            raise ValueError("the first token of a sequence has no prediction, so it cannot be trained")
+        if not np.isfinite(self.reward):
+            raise ValueError(f"reward must be finite; got {self.reward}")
+
+    @property
+    def num_trained(self) -> int:
+        return int(self.trained.sum())
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class RolloutGroup:
+    """Rollouts of one prompt: the unit that rewards are compared within."""
+
+    prompt_id: str
+    source: str  # who sampled it: "local" or "atropos"
+    rollouts: tuple[Rollout, ...]
+
+    @property
+    def rewards(self) -> Floats:
+        return np.array([rollout.reward for rollout in self.rollouts], dtype=np.float32)
+
+    @property
+    def has_own_advantages(self) -> bool:
+        return any(rollout.advantages is not None for rollout in self.rollouts)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RewardFailure:
+    """An answer that could not be scored: it drops its rollout and is counted under `reason`."""
+
+    reason: str  # "timeout", "crashed", "non_finite" or "error:<exception class>"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Dropped:
+    """Rollouts that did not reach a group, by reason. A bad rollout is data, not a crash."""
+
+    reasons: Mapping[str, int]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class TrainBatch:
+    """What one optimizer step sees: sequences laid end to end, one row per rollout. Token-aligned."""
+
+    token_ids_S: Tensor  # int64
+    lengths_N: Tensor  # int64, sums to S
+    trained_S: Tensor  # bool
+    advantages_S: Tensor  # float32, 0 where not trained
+    behaviour_logprobs_S: Tensor  # float32 nats, 0 where not trained or unknown
+    has_behaviour_N: Tensor  # bool: this sequence came with behaviour logprobs
+    num_trained_tokens: int  # the loss denominator of token_mean, over the whole batch
+    temperature: float  # the sampler's; logits are divided by it before log_softmax
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class UpdateStats:
+    """What the trainer reports of one update. Logprobs and entropy in nats per trained token."""
+
+    loss: float
+    policy_loss: float
+    grad_norm: float  # before clipping
+    learning_rate: float
+    entropy: float
+    mismatch_kl: float  # k3 estimate of KL(behaviour || trainer); NaN without behaviour logprobs
+    logprob_gap_mean: float  # |trainer - behaviour|
+    logprob_gap_max: float
+    importance_truncated_fraction: float  # of tokens whose importance weight hit the cap
+    clip_fraction: float  # of tokens clipped by the policy loss
+    reference_kl: float  # 0 without a reference model
+    num_tokens: int  # packed tokens, prompts included
+    num_trained_tokens: int
+    num_micro_batches: int
+    skipped: bool  # a non-finite loss or gradient: nothing was applied
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SyncStats:
+    """What one proven weight sync cost and showed."""
+
+    policy_version: int
+    num_tensors: int
+    num_bytes: int
+    seconds: float  # gather + transfer + commit
+    proof_seconds: float
+    canary_gap_max: float  # nats, engine versus trainer
+    canary_gap_mean: float
+    digests_compared: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepMetrics:
+    """One step's numbers by their name in `metrics.py`."""
+
+    step: int
+    values: Mapping[str, float]

@@ -1,0 +1,86 @@
+"""What a builder is: a frozen dataclass whose fields are its arguments, and the rows that it drafts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+from atropos_exp.types import UserError
+
+if TYPE_CHECKING:
+    from atropos_exp.interfaces import Reward
+
+Row = dict[str, Any]
+AS_RUN: dict[str, Any] = {"num_workers": 2, "timeout_seconds": 10.0}  # how the self-test runs a reward
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Draft:
+    """Rows in verl's schema before duplicates are dropped."""
+
+    train: list[Row]
+    test: list[Row]
+    source: str  # where they come from, for the manifest
+    counts: Mapping[str, int] = field(default_factory=dict)  # what was left out on the way here
+
+
+class Builder(Protocol):
+    """Equal arguments draft equal rows."""
+
+    NAME: ClassVar[str]
+    VERSION: ClassVar[int]  # raised whenever equal arguments would give other rows
+    MAX_UNSCORABLE: ClassVar[float]  # fraction of rows that may fail the reward self-test: they are dropped
+    MAY_HANG: ClassVar[bool]  # the reward might on these rows: the self-test then scores them with a time limit
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    def draft(self) -> Draft: ...
+
+    def reward(self) -> Reward:
+        """The reward that these rows are made for."""
+        ...
+
+    def gold(self, row: Row) -> str:
+        """A right answer, found without looking at the row's ground_truth where that is possible."""
+        ...
+
+    def wrong(self, row: Row) -> str:
+        """A plausible wrong answer in the right form."""
+        ...
+
+
+def argument(default: Any, explanation: str) -> Any:
+    """A field of a builder: one option of its command line."""
+    return field(default=default, metadata={"help": explanation})
+
+
+def arguments_of(builder: Builder) -> dict[str, Any]:
+    """All arguments by name: with NAME and VERSION they identify the rows."""
+    return {one.name: getattr(builder, one.name) for one in fields(builder)}
+
+
+def defaults_of(builder: type[Builder]) -> dict[str, Any]:
+    defaults = {}
+    for one in fields(builder):
+        assert one.default is not MISSING or one.default_factory is not MISSING, f"{one.name} needs a default"
+        defaults[one.name] = one.default if one.default_factory is MISSING else one.default_factory()
+    return defaults
+
+
+def at_least(low: int, **values: int | None) -> None:
+    """Raise UserError for each value below `low`."""
+    wrong = [
+        f"{name}: got {value}, expected at least {low}"
+        for name, value in values.items()
+        if value is not None and value < low
+    ]
+    if wrong:
+        raise UserError("\n".join(wrong))
+
+
+def prompt_text(row: Row) -> str:
+    return str(row["prompt"][-1]["content"])
+
+
+def ground_truth(row: Row) -> str:
+    return str(row["reward_model"]["ground_truth"])

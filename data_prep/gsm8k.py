@@ -1,0 +1,66 @@
+"""GSM8K, grade-school word problems (Cobbe et al. 2021, https://arxiv.org/abs/2110.14168).
+
+python -m data_prep.gsm8k --out outputs/data/gsm8k [--from FOLDER]
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from atropos_exp.data.raw import GSM8K
+from data_prep.builder import AS_RUN, Draft, Row, argument, at_least, ground_truth
+from data_prep.hub_builder import draft_from_hub
+
+if TYPE_CHECKING:
+    from atropos_exp.interfaces import Reward
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Gsm8k:
+    """Word problems whose answer is a number after '####'. Train: 7473, test: 1319."""
+
+    NAME: ClassVar[str] = "gsm8k"
+    VERSION: ClassVar[int] = 1
+    MAX_UNSCORABLE: ClassVar[float] = 0.0
+    MAY_HANG: ClassVar[bool] = False
+
+    dataset: str = argument("openai/gsm8k", "Hugging Face id")
+    config: str = argument("main", "its configuration")
+    revision: str | None = argument(None, "commit or tag of the data set; none: the newest")
+    from_folder: str | None = argument(None, "local copy in place of the hub: save_to_disk output, or its files")
+    max_train: int | None = argument(None, "first rows only")
+    max_test: int | None = argument(None, "first rows only")
+
+    def __post_init__(self) -> None:
+        at_least(1, max_train=self.max_train, max_test=self.max_test)
+
+    def draft(self) -> Draft:
+        return draft_from_hub(
+            GSM8K,
+            dataset=self.dataset,
+            config=self.config,
+            revision=self.revision,
+            from_folder=self.from_folder,
+            test_splits=("test",),
+            max_train=self.max_train,
+            max_test=self.max_test,
+        )
+
+    def reward(self) -> Reward:
+        from atropos_exp.reward.reward_score import RewardScore
+
+        return RewardScore(**AS_RUN)
+
+    def gold(self, row: Row) -> str:
+        """The data set's own worked solution."""
+        return str(row["extra_info"]["answer"])
+
+    def wrong(self, row: Row) -> str:
+        return f"#### {float(ground_truth(row)) + 1:g}"
+
+
+if __name__ == "__main__":
+    from data_prep.cli import main
+
+    raise SystemExit(main(Gsm8k))

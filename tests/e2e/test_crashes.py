@@ -1,0 +1,128 @@
+"""kill -9 at random moments, then the same command again: nothing lost, nothing twice, the same bits at the end."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from experiments import ROOT, command, environment, final_state, metrics, summary
+
+NUM_KILLS = 20
+RUN = ("trainer.max_steps=36", "checkpoint.every=4", "eval.num_prompts=0")
+
+
+class Zygote:
+    """Starts experiments as forks of one warm process."""
+
+    def __init__(self) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("zygote.py"))],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment(), cwd=ROOT,
+        )  # fmt: skip
+        assert self.process.stdout.readline() == "ready\n"
+
+    def start(self, folder: Path) -> int:
+        request = {"overrides": command(folder, *RUN)[3:], "log": str(folder.parent / "output.log")}
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        return int(self.process.stdout.readline())
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.stdout.close()
+        self.process.terminate()
+        self.process.wait(30)
+
+
+@pytest.fixture(scope="module")
+def zygote():
+    started = Zygote()
+    yield started
+    started.close()
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def last_step(folder: Path) -> int:
+    try:
+        lines = (folder / "metrics.jsonl").read_text().splitlines()
+        return max(json.loads(line)["step"] for line in lines)
+    except (OSError, ValueError):
+        return -1
+
+
+def wait_until(condition, pid: int, folder: Path, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert alive(pid), f"the run ended by itself:\n{(folder.parent / 'output.log').read_text()[-3000:]}"
+        assert time.monotonic() < deadline, f"no progress:\n{(folder.parent / 'output.log').read_text()[-3000:]}"
+        time.sleep(0.01)
+
+
+def wait_for_end(pid: int, folder: Path, seconds: float = 240) -> None:
+    deadline = time.monotonic() + seconds
+    while alive(pid):
+        assert time.monotonic() < deadline, (folder.parent / "output.log").read_text()[-3000:]
+        time.sleep(0.05)
+
+
+@pytest.mark.timeout(900)
+def test_twenty_kills_change_nothing(zygote, tmp_path):
+    undisturbed, killed = tmp_path / "a" / "run", tmp_path / "b" / "run"
+    undisturbed.parent.mkdir()
+    killed.parent.mkdir()
+    wait_for_end(zygote.start(undisturbed), undisturbed)
+    assert summary(undisturbed)["status"] == "finished"
+
+    moments = random.Random(7)
+    reached = -1
+    for number in range(NUM_KILLS):
+        pid = zygote.start(killed)
+        if number == 0:
+            time.sleep(moments.uniform(0.1, 1.0))  # during start-up
+        else:
+            goal = reached + moments.choice((0, 1, 1, 2, 3))
+            wait_until(lambda goal=goal: last_step(killed) >= goal, pid, killed)
+            time.sleep(moments.uniform(0.0, 0.3))
+        assert alive(pid), "it must be killed, not finish"
+        os.kill(pid, signal.SIGKILL)
+        wait_for_end(pid, killed, 10)
+        reached = max(reached, last_step(killed))
+        assert reached < 36, "the kills must come before the end"
+    wait_for_end(zygote.start(killed), killed)
+
+    assert summary(killed)["status"] == "finished"
+    assert summary(killed)["resumed_from"] is not None
+    assert [row["step"] for row in metrics(killed)] == list(range(37)), "no step lost, none twice"
+    assert final_state(killed) == final_state(undisturbed)
+    for name in ("reward/mean", "loss/policy", "grad/norm"):
+        assert [row.get(name) for row in metrics(killed)] == [row.get(name) for row in metrics(undisturbed)]
+    assert not list(Path("/dev/shm").glob(f"*{killed.name}*"))
+
+
+@pytest.mark.timeout(300)
+def test_sigterm_finishes_the_step_and_the_same_command_continues(zygote, tmp_path):
+    folder = tmp_path / "run"
+    pid = zygote.start(folder)
+    wait_until(lambda: last_step(folder) >= 2, pid, folder)
+    os.kill(pid, signal.SIGTERM)
+    wait_for_end(pid, folder, 60)
+    stopped = summary(folder)
+    assert stopped["status"] == "stopped"
+    assert 2 <= stopped["steps"] < 36
+    newest = max((folder / "checkpoints").glob("step_*"))
+    assert newest.name == f"step_{stopped['steps']:06d}", "the last finished step is saved"
+    wait_for_end(zygote.start(folder), folder)
+    assert summary(folder)["status"] == "finished"
+    assert summary(folder)["resumed_from"] == newest.name

@@ -1,0 +1,57 @@
+"""What users type first: each trains for real, with every sync proven."""
+
+import pytest
+from experiments import metrics, run, run_here, summary
+
+
+def weights_moved(folder):
+    rows = metrics(folder)
+    return any((row.get("grad/norm") or 0.0) > 0.0 for row in rows)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["advantage.norm_by_std=false"],
+        ["advantage=dr_grpo", "loss=dr_grpo"],
+        ["advantage=rloo", "loss=advantage_weighted_sft"],
+        ["advantage=reinforce_plus_plus_baseline", "loss=gspo"],
+        ["advantage=opo", "loss=cispo", "trainer.num_mini_batches=2"],
+        ["model.lora.rank=8", "loss.kl_coef=0.01"],
+        ["engine.transport=disk", "reward=numeric", "data.prepare.arguments.operations='+-'"],
+    ],
+    ids=lambda overrides: overrides[0],
+)
+def test_it_trains(overrides, tmp_path):
+    folder = tmp_path / "run"
+    found = run_here(folder, "trainer.max_steps=2", *overrides)
+    assert (found["status"], found["steps"], found["policy_version"]) == ("finished", 2, 2)
+    assert found["sync"]["count"] == found["sync"]["verified"] == 3
+    assert found["sync"]["canary_gap_max"] < 1e-4
+    assert found["rollouts"]["local"] == 2 * 16
+    assert weights_moved(folder)
+    assert max(row.get("policy/logprob_gap_max") or 0.0 for row in metrics(folder)) < 1e-4
+    assert (folder / "report.html").stat().st_size > 10_000
+
+
+def test_two_ranks_end_where_one_ends(tmp_path):
+    """The same rollouts for both: the second run reads the first one's journal."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    run_here(one, "trainer.max_steps=2")
+    found = run(two, "trainer.max_steps=2", "cluster.num_processes=2")
+    assert found["status"] == "finished"
+    for left, right in zip(metrics(one), metrics(two), strict=True):
+        for name in ("reward/mean", "loss/policy", "grad/norm", "policy/entropy", "eval/arithmetic/accuracy"):
+            assert left.get(name) == pytest.approx(right.get(name), rel=1e-4, abs=1e-7), name
+
+
+def test_the_summary_keeps_its_contract(tmp_path):
+    found = run_here(tmp_path / "run", "trainer.max_steps=1")
+    assert set(found) == {
+        "status", "error", "steps", "policy_version", "reward_first", "reward_last", "eval_first", "eval_last",
+        "wall_seconds", "tokens_per_second", "rollouts", "sync", "resumed_from", "seed", "git", "versions",
+        "config_hash",
+    }  # fmt: skip
+    assert set(found["rollouts"]) == {"atropos", "local", "dropped"}
+    assert set(found["sync"]) == {"count", "verified", "seconds_mean", "bytes", "canary_gap_max"}
+    assert summary(tmp_path / "run")["error"] is None

@@ -1,0 +1,44 @@
+"""Forks one experiment per request, so that twenty crashes do not import torch and verl twenty times.
+
+Reads a line of JSON (the overrides) from standard input, forks, prints the child's process id; the child runs the
+experiment exactly as `python -m atropos_exp.run` does and writes to the file named by "log".
+"""
+
+import json
+import os
+import signal
+import sys
+
+
+def main() -> None:
+    from atropos_exp.trainer import platform_cpu
+
+    platform_cpu.install()
+    import transformers.models.qwen2.modeling_qwen2  # noqa: F401
+
+    import atropos_exp.trainer.engine  # noqa: F401
+
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the killed
+    print("ready", flush=True)
+    for line in sys.stdin:
+        request = json.loads(line)
+        child = os.fork()
+        if child:
+            print(child, flush=True)
+            continue
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        os.close(0)
+        sys.argv = ["atropos_exp.run", *request["overrides"]]
+        from atropos_exp.run import main as run
+
+        try:
+            run()
+        finally:
+            os._exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,224 @@
+"""The command line as a user meets it: a mistake is one clear message and exit code 2, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+# Command lines, and what their messages must say. Mistakes of one kind share a command line: all must be reported.
+MISTAKES = [
+    # unknown keys
+    (
+        ["batch_sise=3", "loss.cilp_low=3", "learning_rate=1"],
+        [
+            "batch_sise: unknown key. Did you mean 'batch_size'? [override 'batch_sise=3']",
+            "loss.cilp_low: unknown key. Did you mean 'loss.clip_low'?",
+            "learning_rate: unknown key. Did you mean 'trainer.learning_rate'?",
+        ],
+    ),
+    (
+        ["+batch_sise=3", "+loss.cilp_low=3", "+checkpoint.evry=3", "+model._partial_=true", "+gpro_epsilon=1e-6"],
+        [
+            "batch_sise: unknown key. Did you mean 'batch_size'? [override '+batch_sise=3']",
+            "loss.cilp_low: unknown key. Did you mean 'loss.clip_low'?",
+            "checkpoint.evry: unknown key. Did you mean 'checkpoint.every'?",
+            "model._partial_: unknown key.",
+            "gpro_epsilon: it is now advantage.epsilon",
+        ],
+    ),
+    (["+seed=1", "+loss=gspo"], ["seed: it is there already: write it without the '+', as 'seed=1'", "as 'loss=gspo'"]),
+    (["~batch_size"], ["batch_size: missing"]),
+    # unknown groups and options
+    (
+        ["loss=ppo_clop", "los=gspo", "experiment=dmo"],
+        [
+            "loss: unknown option 'ppo_clop'. Did you mean 'ppo_clip'? There are: advantage_weighted_sft, cispo",
+            "los: unknown key. Did you mean 'loss'?",
+            "experiment: unknown option 'dmo'. Did you mean 'demo'?",
+        ],
+    ),
+    (["loss=null"], ["loss: unknown option 'null'."]),
+    # wrong types and ranges
+    (
+        ["seed=abc", "batch_size=2.5", "loss.clip_low=[1]", "group_size=null", "loss.clip_high=x", "temperature=-1"],
+        [
+            "seed: got 'abc', expected a whole number [override 'seed=abc']",
+            "batch_size: got 2.5, expected a whole number",
+            "loss.clip_low: got [1], expected a number",
+            "loss.clip_high: got 'x', expected a number",
+            "group_size: got null, expected a whole number",
+            "temperature: got -1.0, expected above 0 and at most 10",
+        ],
+    ),
+    (
+        ["checkpoint.keep=0", "device=tpu", "name=a/b", "cluster.num_processes=0"],
+        [
+            "checkpoint.keep: got 0, expected at least 1",
+            "device: got 'tpu', expected auto, cpu or cuda",
+            "name: got 'a/b', expected letters",
+            "cluster.num_processes: got 0, expected at least 1",
+        ],
+    ),
+    (["seed=${nowhere}"], ["seed: Interpolation key 'nowhere' not found"]),
+    (["seed=???"], ["seed: missing"]),
+    # overrides that nobody can read
+    (["seed=[1", "group_size"], ["cannot read the override 'seed=[1'", "cannot read the override 'group_size'"]),
+    # code that is not ours
+    (["reward._target_=os.system"], ["reward._target_: got 'os.system', expected a class inside atropos_exp.reward"]),
+    (
+        ["loss._target_=atropos_exp.advantage.grpo.GRPO"],
+        ["expected a class inside atropos_exp.loss: others are refused"],
+    ),
+    # older keys
+    (
+        ["use_gpro=true", "advantage_clipping=[0,1]", "model_path=x"],
+        [
+            "use_gpro: it is now advantage=grpo",
+            "advantage_clipping: it is now advantage.clip",
+            "model_path: it is now model.path",
+        ],
+    ),
+    # sizes
+    (
+        ["group_size=1"],
+        ["group_size: got 1, but GRPO (advantage) compares the rollouts of a group: expected at least 2"],
+    ),
+    (
+        ["trainer.max_tokens_per_micro_batch=10", "cluster.num_processes=3", "batch_size=4", "group_size=4"],
+        [
+            "trainer.max_tokens_per_micro_batch: got 10, but one sequence may have",
+            "4 prompts x 4 rollouts (group_size) = 16 sequences do not divide over 3 ranks; use batch_size=3 or 6",
+        ],
+    ),
+    (["trainer.sequence_parallel_size=2"], ["got 2, which does not divide the 1 trainer processes"]),
+    (["max_prompt_length=100000", "trainer.max_tokens_per_micro_batch=200000"], ["context"]),
+    # what the machine lacks
+    (["data.parquet_paths=[nowhere/*.parquet]"], ["data.parquet_paths: ", "nowhere"]),
+    (["engine=vllm"], ["engine", "GPU", "[override 'engine=vllm']"]),
+    (["device=cuda"], ["device: got cuda, but no NVIDIA GPU is visible"]),
+    # files and folders
+    (["--config-dir", "nowhere"], ["nowhere", "not found"]),
+]
+
+# Runs many command lines through the real entry point, each in a process of its own that inherits the imports.
+DRIVER = """
+import json, os, sys
+from atropos_exp.run import main
+codes = []
+for number, arguments in enumerate(json.loads(sys.argv[1])):
+    os.makedirs(f"{number}/empty")
+    child = os.fork()
+    if child == 0:
+        for stream, name in ((1, "out"), (2, "err")):
+            os.dup2(os.open(f"{number}/{name}", os.O_CREAT | os.O_WRONLY), stream)
+        os.chdir(f"{number}/empty")
+        sys.argv[1:] = arguments
+        main()  # leaves by SystemExit
+        os._exit(99)
+    codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+print(json.dumps(codes))
+"""
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[int, Path]]:
+    """Exit code, and folder with out, err and the working directory, of each of MISTAKES."""
+    folder = tmp_path_factory.mktemp("mistakes")
+    command = [sys.executable, "-c", DRIVER, json.dumps([arguments for arguments, _ in MISTAKES])]
+    environ = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, cwd=folder, env=environ, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    return [(code, folder / str(number)) for number, code in enumerate(json.loads(done.stdout))]
+
+
+@pytest.mark.parametrize("number", range(len(MISTAKES)), ids=[" ".join(arguments)[:60] for arguments, _ in MISTAKES])
+def test_a_mistake_is_one_message(number: int, answers: list[tuple[int, Path]]) -> None:
+    code, folder = answers[number]
+    message = (folder / "err").read_text()
+    assert code == 2, message
+    assert message.startswith("Wrong configuration")
+    assert "Traceback" not in message
+    for word in MISTAKES[number][1]:
+        assert word in message, message
+    assert (folder / "out").read_text() == ""
+    assert list((folder / "empty").iterdir()) == [], "bad input leaves nothing behind"
+
+
+def run(*arguments: str, cwd: Path, **environ: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "atropos_exp.run", *arguments]
+    environment = {**os.environ, **environ}
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
+
+
+def refused(*arguments: str, cwd: Path, **environ: str) -> str:
+    """The message of a run that must not start."""
+    done = run(*arguments, cwd=cwd, **environ)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+    assert list(cwd.iterdir()) == [], "bad input leaves nothing behind"
+    return done.stderr
+
+
+def test_all_mistakes_are_in_one_message(tmp_path: Path) -> None:
+    message = refused("batch_sise=3", "loss=gspoo", "seed=x", "+foo=1", "temperature=-1", "use_gpro=1", cwd=tmp_path)
+    assert message.startswith("Wrong configuration, 6 mistakes:")
+    for word in (
+        "batch_sise",
+        "'gspoo'",
+        "seed: got 'x'",
+        "foo: unknown key",
+        "temperature: got -1.0",
+        "advantage=grpo",
+    ):
+        assert word in message, message
+
+
+def test_ranks_complain_once(tmp_path: Path) -> None:
+    assert refused("seed=x", cwd=tmp_path, RANK="1", WORLD_SIZE="2") == ""
+    assert refused("seed=x", cwd=tmp_path, RANK="0", WORLD_SIZE="2").count("seed: got") == 1
+
+
+def test_a_mistake_in_a_file_names_file_and_line(tmp_path: Path) -> None:
+    folder = tmp_path / "mine"
+    (folder / "loss").mkdir(parents=True)
+    (folder / "loss" / "own.yaml").write_text("_target_: atropos_exp.loss.gspo.GSPO\nclip_lowe: 1\n")
+    (folder / "experiment").mkdir()
+    (folder / "experiment" / "own.yaml").write_text("# @package _global_\nseed: x\nbatch_size: 4\n")
+    done = run("--config-dir", str(folder), "loss=own", "experiment=own", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "loss.clip_lowe: unknown key. Did you mean 'loss.clip_low'?" in done.stderr
+    assert "loss/own.yaml line 2]" in done.stderr
+    assert "seed: got 'x', expected a whole number" in done.stderr
+    assert "experiment/own.yaml line 2]" in done.stderr
+    (folder / "loss" / "own.yaml").write_text("a: [1\n")
+    done = run("--config-dir", str(folder), "loss=own", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "loss/own.yaml" in done.stderr, "a file that is not YAML is named"
+    assert "Traceback" not in done.stderr
+
+
+def test_a_sweep_reports_every_job_and_fails(tmp_path: Path) -> None:
+    done = run("-m", "seed=x,y", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "seed: got 'x'" in done.stderr
+    assert "seed: got 'y'" in done.stderr
+    assert "Traceback" not in done.stderr
+    done = run("-m", "loss=gspo,gspoo", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "loss: unknown option 'gspoo'. Did you mean 'gspo'?" in done.stderr
+
+
+def test_the_configuration_can_be_shown_from_any_directory(tmp_path: Path) -> None:
+    done = run("--cfg", "job", "experiment=demo", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "_target_: atropos_exp.advantage.grpo.GRPO" in done.stdout
+    done = run("--help", cwd=tmp_path)
+    assert done.returncode == 0
+    assert "advantage: " in done.stdout
+    assert list(tmp_path.iterdir()) == []
