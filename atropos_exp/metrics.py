@@ -188,7 +188,9 @@ def eval_metrics(
 
 def markdown_table() -> str:
     """Every metric with its sentence, as the README shows them."""
-    rows = [f"| `{name}` | {said} |" for name, said in METRICS.items()]
+    rows = [
+        f"| `{name}` | {escaped} |" for name, escaped in ((n, said.replace("|", r"\|")) for n, said in METRICS.items())
+    ]
     return "\n".join(["| metric | what it says |", "| --- | --- |", *rows])
 
 

@@ -1,7 +1,11 @@
 """What users type first: each trains for real, with every sync proven."""
 
+import shutil
+import subprocess
+import sys
+
 import pytest
-from experiments import metrics, run, run_here, summary
+from experiments import command, environment, metrics, run, run_here, summary
 
 
 def weights_moved(folder):
@@ -35,14 +39,32 @@ def test_it_trains(overrides, tmp_path):
 
 
 def test_two_ranks_end_where_one_ends(tmp_path):
-    """The same rollouts for both: the second run reads the first one's journal."""
+    """On the same rollouts: the second run finds the first one's journal in its folder."""
     one, two = tmp_path / "one", tmp_path / "two"
     run_here(one, "trainer.max_steps=2")
+    shutil.copytree(one / "rollouts", two / "rollouts")
     found = run(two, "trainer.max_steps=2", "cluster.num_processes=2")
     assert found["status"] == "finished"
-    for left, right in zip(metrics(one), metrics(two), strict=True):
+    rows = list(zip(metrics(one), metrics(two), strict=True))
+    assert len(rows) == 3
+    for left, right in rows:
         for name in ("reward/mean", "loss/policy", "grad/norm", "policy/entropy", "eval/arithmetic/accuracy"):
-            assert left.get(name) == pytest.approx(right.get(name), rel=1e-4, abs=1e-7), name
+            if left.get(name) is None:
+                assert right.get(name) is None, name
+            else:
+                assert right[name] == pytest.approx(left[name], rel=1e-4, abs=1e-6), name
+
+
+def test_torchrun_starts_it_as_well(tmp_path):
+    folder = tmp_path / "run"
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    done = subprocess.run(
+        [*start, *command(folder, "trainer.max_steps=1")[2:]],
+        env=environment(), capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert summary(folder)["status"] == "finished"
+    assert "2 with data of their own" in done.stdout
 
 
 def test_the_summary_keeps_its_contract(tmp_path):
