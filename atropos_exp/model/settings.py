@@ -43,7 +43,7 @@ class ModelSettings:
     attn_implementation: str
     gradient_checkpointing: bool
     lora: LoraSettings
-    learning_rate: float  # what the trainer takes unless it is told otherwise
+    suggested_learning_rate: float  # what the trainer takes unless it is told otherwise
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -52,8 +52,8 @@ class ModelSettings:
             raise UserError(
                 f"attn_implementation: got {self.attn_implementation!r}, expected one of {', '.join(ATTENTIONS)}"
             )
-        if not self.learning_rate >= 0:
-            raise UserError(f"model.learning_rate must not be negative; got {self.learning_rate}")
+        if not self.suggested_learning_rate >= 0:
+            raise UserError(f"model.suggested_learning_rate must not be negative; got {self.suggested_learning_rate}")
         if self.trust_remote_code and not _COMMIT.fullmatch(self.revision or ""):
             raise UserError(
                 "trust_remote_code: got true, which runs Python code that comes with the model, so model.revision must "

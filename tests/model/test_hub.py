@@ -25,7 +25,7 @@ def model(path: str, **changes: Any) -> HubModel:
         "attn_implementation": "auto",
         "gradient_checkpointing": False,
         "lora": LoraSettings(rank=0, alpha=16, target_modules=[]),
-        "learning_rate": 1e-6,
+        "suggested_learning_rate": 1e-6,
     }
     return HubModel(**{**settings, **changes})
 
