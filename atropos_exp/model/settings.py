@@ -53,7 +53,7 @@ class ModelSettings:
                 f"attn_implementation: got {self.attn_implementation!r}, expected one of {', '.join(ATTENTIONS)}"
             )
         if not self.suggested_learning_rate >= 0:
-            raise UserError(f"model.suggested_learning_rate must not be negative; got {self.suggested_learning_rate}")
+            raise UserError(f"suggested_learning_rate: got {self.suggested_learning_rate}, expected 0 or more")
         if self.trust_remote_code and not _COMMIT.fullmatch(self.revision or ""):
             raise UserError(
                 "trust_remote_code: got true, which runs Python code that comes with the model, so model.revision must "
