@@ -41,6 +41,8 @@ OWNERS = {
     "rich": ("logger/",),
     "starlette": ("engine/",),
     "uvicorn": ("engine/",),
+    "aiohttp": ("gateway/",),
+    "uvloop": ("gateway/",),
     "httpx": ("engine/", "model/hub.py", "atropos/"),
     "vllm": ("engine/vllm",),
     "sglang": ("engine/sglang",),

@@ -71,12 +71,15 @@ class AtroposSource:
         self._counters: Counter[str] = Counter()
 
     def take(self, num_groups: int, *, step: int) -> tuple[list[RolloutGroup], Dropped]:
-        """The groups of one batch, whatever their number; raises SourceUnavailable when a deadline passes."""
+        """The groups of one batch, whatever their number; raises SourceUnavailable when a deadline passes.
+
+        Raises ForeignRun, a UserError, if another run has the API when this one starts; later it counts as an outage.
+        """
         if self._since is None or self._phase == "data":
             self._since = time.monotonic()
         pause = FIRST_PAUSE
         while not self._batches:
-            reason = self._ask(step)
+            reason = self._ask(step, refuse_foreign=self._phase == "first")
             if self._batches:
                 break
             self._look_around()
@@ -119,13 +122,15 @@ class AtroposSource:
 
     def restore(self, state: JSON) -> None: ...
 
-    def _ask(self, step: int) -> str | None:
+    def _ask(self, step: int, *, refuse_foreign: bool = False) -> str | None:
         """One attempt to get a batch into `_batches`. None if the API works; else what is wrong with it."""
         try:
             if not self._connected:
                 self._connect(step)
             self._fetch(step)
         except (ApiDown, ForeignRun) as error:
+            if refuse_foreign and isinstance(error, ForeignRun):
+                raise
             self._lose(str(error))
             return str(error)
         except ApiLost as error:

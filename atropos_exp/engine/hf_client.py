@@ -121,7 +121,7 @@ class HFClient:
     def score_top(
         self, sequence: TokenIds, *, temperature: float, num_top: int
     ) -> tuple[Floats, NDArray[np.int32], Floats]:
-        """As `score` for one sequence [T], and the likeliest tokens at each place: ids and logprobs [T - 1, num_top]."""
+        """As `score` for one sequence [T], and the likeliest tokens of each place: ids, logprobs [T - 1, num_top]."""
         message = {
             "token_ids": np.asarray(sequence, dtype=np.int32),
             "lengths": np.array([len(sequence)]),

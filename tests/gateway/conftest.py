@@ -22,7 +22,7 @@ from atropos_exp.types import Endpoint, Mask, SamplingParams, TokenIds
 
 MAX_LENGTH = 64
 STOP = 1  # <|end|>
-CHAT = [3, 20, 21, 15, 22, 23, 4]  # <|user|>01+23<|assistant|>
+CHAT = [3, 21, 22, 15, 23, 24, 33, 4]  # <|user|>12+34=<|assistant|>; the greedy answer is 46<|end|>
 
 
 def settings(**changes: Any) -> GatewaySettings:

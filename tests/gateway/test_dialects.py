@@ -207,9 +207,7 @@ def test_the_ledger_knows_what_every_dialect_gave(gateway: GatewayClient, helper
     greedy = helpers.post(
         gateway, "/v1/completions", {"prompt": [5, 9], "temperature": 0, "max_tokens": 3, "return_token_ids": True}
     )
-    (one,) = gateway.lookup(
-        [helpers.sequence([5, 9], (greedy["choices"][0]["token_ids"], True))], claim=False
-    )
+    (one,) = gateway.lookup([helpers.sequence([5, 9], (greedy["choices"][0]["token_ids"], True))], claim=False)
     assert one is not None and one.temperature == 1.0  # under which a greedy token's logprob holds
 
 

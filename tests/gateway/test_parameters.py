@@ -71,7 +71,7 @@ def test_numbers() -> None:
             Fields({"x": value}).number("x", 0.0, 0, 10)
         with pytest.raises(Refusal, match="from 0 to 10"):
             Fields({"x": value}).integer("x", None, 0, 10)
-    with pytest.raises(Refusal, match="whole number from 0 to 10; got 1.5"):
+    with pytest.raises(Refusal, match=r"whole number from 0 to 10; got 1\.5"):
         Fields({"x": 1.5}).integer("x", None, 0, 10)
 
 

@@ -124,7 +124,6 @@ class RunEnv(BaseEnv):  # type: ignore[misc]
             tasks_per_step=self.settings.run.batch_size,
         )
         self.dropped: Counter[str] = Counter()  # rollouts whose failure cost their group, by reason
-        self.num_dropped_groups = 0
 
     def prepare(self) -> None:
         """Whatever takes long: runs in a thread, once, before the environment registers."""
@@ -149,12 +148,12 @@ class RunEnv(BaseEnv):  # type: ignore[misc]
                 raise  # `process`: it would repeat the same failure for ever
             return None, []
 
-    def drop(self, reason: str, *, num_rollouts: int = 1, detail: str = "") -> None:
+    def drop(self, reason: str, *, detail: str = "") -> None:
         """Count what cost a group. The API holds a smaller group back until others make it up to the full size, which
         may be never, and a made-up score would falsify the baseline: so the whole group goes."""
         if not self.dropped[reason]:
             log.warning("a group is dropped: %s%s (further ones are only counted)", reason, detail and f": {detail}")
-        self.dropped[reason] += num_rollouts
+        self.dropped[reason] += 1
 
     def training_params(self, place: Place) -> SamplingParams:
         config = self.config

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -16,7 +15,7 @@ import numpy as np
 from pydantic import Field
 
 from atropos_exp.atropos.envs.base import RunEnv, RunEnvConfig
-from atropos_exp.atropos.envs.calculator_chain import Chain, Dialogue, draw_chain
+from atropos_exp.atropos.envs.calculator_chain import Chain, Dialogue, draw_chain, turn_credit
 from atropos_exp.atropos.envs.episode import Episode
 from atropos_exp.atropos.envs.sampler import Completion
 from atropos_exp.atropos.envs.stream import Place
@@ -74,7 +73,9 @@ class CalculatorEnv(RunEnv):
             return None
         episodes = [episode for episode, _ in played]
         dialogues = [dialogue for _, dialogue in played]
-        advantages = turn_advantages(episodes, dialogues) if self.config.token_advantages else None
+        advantages = None
+        if self.config.token_advantages:
+            advantages = [episode.spread(row) for episode, row in zip(episodes, turn_credit(dialogues), strict=True)]
         group = self.group(episodes, [one.num_right / one.chain.num_sums for one in dialogues], advantages)
         if self.config.include_messages:
             group["messages"] = [
@@ -135,7 +136,7 @@ class CalculatorEnv(RunEnv):
         dialogues = [dialogue for ((_, dialogue),) in played]
         metrics: dict[str, float] = {}
         if dialogues:
-            right = np.array([_by_sum(dialogue) for dialogue in dialogues])
+            right = np.array([dialogue.by_sum for dialogue in dialogues])
             metrics |= eval_metrics(name="calculator", correct=np.asarray(right.all(axis=1)))
             for index in range(self.config.num_sums):
                 metrics |= eval_metrics(name=f"calculator_sum_{index + 1}", correct=right[:, index])
@@ -153,23 +154,6 @@ class CalculatorEnv(RunEnv):
         )
         await self.wandb_log(dict(metrics))
         return metrics
-
-
-def turn_advantages(episodes: Sequence[Episode], dialogues: Sequence[Dialogue]) -> list[list[float]]:
-    """Per episode [T]: every token of a turn gets its sum's right (1) or wrong (0), less the mean over the group and
-    divided by the standard deviation (0 where all are equal); a sum that was not reached is wrong."""
-    right = np.array([_by_sum(dialogue) for dialogue in dialogues], dtype=np.float64)
-    std = right.std(axis=0)
-    credit = np.where(std > 0, (right - right.mean(axis=0)) / np.where(std > 0, std, 1.0), 0.0)
-    return [
-        episode.spread([float(row[at]) for at in dialogue.turn_sums])
-        for episode, dialogue, row in zip(episodes, dialogues, credit, strict=True)
-    ]
-
-
-def _by_sum(dialogue: Dialogue) -> list[bool]:
-    missing = dialogue.chain.num_sums - len(dialogue.answered)
-    return [*dialogue.answered, *[False] * missing]
 
 
 if __name__ == "__main__":
