@@ -36,7 +36,7 @@ from atropos_exp.wire import HEARTBEAT, pack, unpack
 
 PROMPT = [21, 15, 22, 33, 15, 22]
 NEW_TOKENS = 2
-LEDGER_TOKENS = 100_000  # full after 2,000 requests, so that its growth is part of the warm-up
+LEDGER_TOKENS = 25_000  # full after 500 requests, so that its growth is part of the warm-up
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,8 +174,8 @@ async def measure(engine: Any, client: Any, *, requests: int, connections: int) 
     answer = unpack((await connection.ask(alone.request())).lstrip(HEARTBEAT))
     assert len(answer["token_ids"]) == NEW_TOKENS
     connection.close()
-    warm_up = max(2500, requests // 10)
-    await throughput(alone, 500, connections)
+    warm_up = max(600, requests // 10)
+    await throughput(alone, 200, connections)
     await throughput(through, warm_up, connections)
     engine_s, gateway_s = await latencies(alone, through, min(500, requests // 10))
     before = client.counters()
@@ -184,7 +184,7 @@ async def measure(engine: Any, client: Any, *, requests: int, connections: int) 
     used = dict.fromkeys(pids, 0.0)
     rounds = 10
     for _ in range(rounds):  # in turns, see above
-        rates["engine"].append(await throughput(alone, max(200, requests // rounds // 5), connections))
+        rates["engine"].append(await throughput(alone, max(50, requests // rounds // 5), connections))
         for name, pid in pids.items():
             used[name] -= cpu_seconds(pid)
         rates["gateway"].append(await throughput(through, requests // rounds, connections))

@@ -14,7 +14,8 @@ HERE = Path(__file__).resolve().parent
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """One run of the trainer: 2 groups of 4 sequences a step, sequences of at most 136 tokens, no evaluation."""
+    """One run of the trainer: 2 groups of 4 sequences a step; sequences of at most 136 tokens, completions of 8; no
+    evaluation."""
 
     folder: Path  # of the run; the same again resumes it
     steps: int
