@@ -10,6 +10,7 @@ log of each. The exit code is 1 if any part failed.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import shutil
 import signal
@@ -76,10 +77,8 @@ class Part:
                 late = True
         self.seconds = time.monotonic() - self.started
         for process in self.processes:
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
             process.wait()
         if late:
             return f"stopped after {self.seconds:.0f} s"
@@ -100,7 +99,6 @@ def tests(*paths: str) -> list[str]:
         "-q",
         "-W",
         "default",
-        "--durations=0",
         "--durations-min=5",
         "--tb=short",
         *paths,
@@ -127,7 +125,7 @@ def rounds(device: str, num_gpus: int, folder: Path, scratch: Path, smoke: list[
         ]
     demo = [
         "-m", "atropos_exp.run", "experiment=demo", f"device={device}", "trainer.max_steps=4", "rollout=local",
-        "batch_size=8", "logger=none", "eval.every=0", f"output_dir={scratch / 'runs'}",
+        "batch_size=8", "logger=none", "eval.num_prompts=32", "eval.samples_per_prompt=0", f"output_dir={scratch / 'runs'}",
     ]  # fmt: skip
     return [
         [

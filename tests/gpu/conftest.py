@@ -16,10 +16,11 @@ from typing import Any
 
 import pytest
 
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE))
+sys.path.insert(0, str(Path(__file__).parent))
 
 import gpu_cases
+
+HERE = Path(__file__).parent
 
 
 class Processes:
