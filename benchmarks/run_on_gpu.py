@@ -125,7 +125,8 @@ def rounds(device: str, num_gpus: int, folder: Path, scratch: Path, smoke: list[
         ]
     demo = [
         "-m", "atropos_exp.run", "experiment=demo", f"device={device}", "trainer.max_steps=4", "rollout=local",
-        "batch_size=8", "logger=none", "eval.num_prompts=32", "eval.samples_per_prompt=0", f"output_dir={scratch / 'runs'}",
+        "batch_size=8", "logger=none", "eval.num_prompts=32", "eval.samples_per_prompt=0",
+        f"output_dir={scratch / 'runs'}",
     ]  # fmt: skip
     return [
         [

@@ -36,6 +36,8 @@ class Processes:
             port = free.getsockname()[1]
         for rank in range(num_ranks):
             environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE.parents[1]), *_python_path()])}
+            if device == "cpu":
+                environment["CUDA_VISIBLE_DEVICES"] = ""
             if num_ranks > 1:
                 environment |= {
                     "RANK": str(rank),
