@@ -146,6 +146,8 @@ def main() -> int:
     parser.add_argument("--smoke", action="store_true")
     parser.add_argument("--gpus", type=int, help="default: all that are visible; on the CPU, ranks")
     parser.add_argument("--total-seconds", type=float, default=350.0, help="for everything")
+    parser.add_argument("--limit-scale", type=float, default=1.0, help="the limit of each part times this")
+    parser.add_argument("--only", nargs="+", default=[], help="parts whose name begins with one of these")
     options = parser.parse_args()
     deadline = time.monotonic() + options.total_seconds
     folder: Path = options.folder.resolve()
@@ -158,8 +160,10 @@ def main() -> int:
     scratch = Path(tempfile.mkdtemp())
     shown, failed = [], False
     smoke = ["--smoke"] if options.smoke else []
-    for parts in rounds(options.device, num_gpus, folder, scratch, smoke):
+    for every in rounds(options.device, num_gpus, folder, scratch, smoke):
+        parts = [part for part in every if not options.only or part.name.startswith(tuple(options.only))]
         for part in parts:
+            part.limit_s *= options.limit_scale
             part.start(folder)
         for part in parts:
             result = part.finish(deadline)

@@ -13,7 +13,7 @@ from atropos_exp.trainer.packing import Packing
 
 pytestmark = pytest.mark.gpu
 
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}  # |difference| / |expected|
+TOLERANCE = {torch.float32: 5e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}  # |difference| / |expected|
 
 
 def by_hand(query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], scale: float, window: int) -> Tensor:
