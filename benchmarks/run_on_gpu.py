@@ -43,9 +43,10 @@ class Part:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
+        python_path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         self.started = time.monotonic()
         for rank in range(self.num_ranks):
-            environment = os.environ | {"PYTHONUNBUFFERED": "1"} | self.environment
+            environment = os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONPATH": python_path} | self.environment
             if self.num_ranks > 1:
                 environment |= {
                     "RANK": str(rank),

@@ -1,8 +1,8 @@
 """One update of the trainer on GPUs: seconds, tokens per second, MFU and memory of each way to run it.
 
-    python benchmarks/trainer_gpu.py FOLDER                                    one GPU
-    torchrun --nproc-per-node 2 benchmarks/trainer_gpu.py FOLDER               two
-    python benchmarks/trainer_gpu.py FOLDER --smoke --device cpu               tiny, to try the script itself
+    python -m benchmarks.trainer_gpu FOLDER                                    one GPU
+    torchrun --nproc-per-node 2 -m benchmarks.trainer_gpu FOLDER               two
+    python -m benchmarks.trainer_gpu FOLDER --smoke --device cpu               tiny, to try the script itself
 
 A random model of the shape of Qwen2.5-0.5B trains on 32 prompts x 16 samples x (128 + 256) tokens with the shipped
 loss and optimizer. FOLDER takes `trainer_N.json` (every number; N = ranks) and a profile of one update.
