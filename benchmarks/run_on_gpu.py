@@ -101,6 +101,7 @@ def tests(*paths: str) -> list[str]:
         "-W",
         "default",
         "--durations-min=5",
+        "--maxfail=12",
         "--tb=short",
         *paths,
     ]

@@ -59,10 +59,10 @@ class Processes:
                 process.wait(timeout=400)
         finally:
             codes = [process.poll() for process, _ in self._running]
-            logs = "\n".join(f"== {path.name}\n{path.read_text()[-4000:]}" for _, path in self._running)
+            logs = "\n".join(f"== {path.name}\n{path.read_text()[-1500:]}" for _, path in self._running)
             self.stop()
         if any(codes):
-            pytest.fail(f"exit codes {codes}\n{logs}", pytrace=False)
+            pytest.fail(f"exit codes {codes}: {logs.strip().splitlines()[-1]}\n{logs}", pytrace=False)
 
     def stop(self) -> None:
         for process, _ in self._running:
@@ -70,8 +70,11 @@ class Processes:
             process.wait()
         self._running = []
 
-    def results(self, way: str, device: str, rank: int = 0) -> dict[str, Any]:
-        content: dict[str, Any] = json.loads((self.folder / f"{way}_{device}_{rank}.json").read_text())
+    def case(self, way: str, device: str, name: str, rank: int = 0) -> dict[str, Any]:
+        """What a rank has measured; fails with the error that it met."""
+        content: dict[str, Any] = json.loads((self.folder / f"{way}_{device}_{rank}.json").read_text())[name]
+        if error := content.get("error"):
+            pytest.fail(f"{way} on {device}: {error.strip().splitlines()[-1]}\n{error[-1500:]}", pytrace=False)
         return content
 
 

@@ -53,8 +53,8 @@ def assert_same_change(name: str, actual: torch.Tensor, expected: torch.Tensor) 
 
 @pytest.mark.parametrize("name", list(CASES))
 def test_one_gpu_computes_what_the_cpu_does_in_float32(one_rank: Any, device: str, name: str) -> None:
-    here = one_rank.results("whole", device)[name]
-    assert_same_run(name, here, one_rank.results("exact", "cpu")[name])
+    here = one_rank.case("whole", device, name)
+    assert_same_run(name, here, one_rank.case("exact", "cpu", name))
     assert_same_change(name, change(one_rank.folder, "whole", name), change(one_rank.folder, "exact", name))
     assert here["dtypes"] == ["torch.float32"]  # the masters, whatever is computed in
     if device == "cuda":
@@ -63,15 +63,14 @@ def test_one_gpu_computes_what_the_cpu_does_in_float32(one_rank: Any, device: st
 
 def test_bfloat16_is_computed_in(one_rank: Any, device: str) -> None:
     """Else the tolerances above would prove nothing of it."""
-    results = one_rank.results("whole", device)
-    gap = abs(results["bf16"]["stats"][0]["loss"] - results["fp32"]["stats"][0]["loss"])
-    assert 1e-6 < gap < LOSS["bf16"]
+    half, full = (one_rank.case("whole", device, name)["stats"][0]["loss"] for name in ("bf16", "fp32"))
+    assert 1e-6 < abs(half - full) < LOSS["bf16"]
 
 
 @pytest.mark.parametrize(("name", "plain"), [("bf16_checkpointing", "bf16"), ("bf16_offload", "bf16_adam")])
 def test_what_saves_memory_changes_nothing(one_rank: Any, device: str, name: str, plain: str) -> None:
-    results = one_rank.results("whole", device)
-    for ours, theirs in zip(results[name]["stats"], results[plain]["stats"], strict=False):  # one made more updates
+    saving, usual = (one_rank.case("whole", device, case)["stats"] for case in (name, plain))
+    for ours, theirs in zip(saving, usual, strict=False):  # one made more updates
         assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-4)
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
     ours, theirs = change(one_rank.folder, "whole", name), change(one_rank.folder, "whole", plain)
@@ -82,10 +81,10 @@ def test_what_saves_memory_changes_nothing(one_rank: Any, device: str, name: str
 @pytest.mark.parametrize("name", list(CASES))
 def test_two_gpus_compute_what_one_does(two_ranks: Any, device: str, way: str, name: str) -> None:
     """By shares of the batch, or of each sequence (Ulysses)."""
-    both, one = two_ranks.results(way, device)[name], two_ranks.results("whole", device)[name]
+    both, one = two_ranks.case(way, device, name), two_ranks.case("whole", device, name)
     assert_same_run(name, both, one)
     assert_same_change(name, change(two_ranks.folder, way, name), change(two_ranks.folder, "whole", name))
-    other = two_ranks.results(way, device, rank=1)[name]
+    other = two_ranks.case(way, device, name, rank=1)
     assert other["stats"] == both["stats"] and other["logprobs"] == both["logprobs"]
 
 
@@ -93,6 +92,6 @@ def test_two_gpus_compute_what_one_does(two_ranks: Any, device: str, way: str, n
 @pytest.mark.parametrize("way", ["whole", "data", "sequence"])
 def test_a_checkpoint_continues_on_another_number_of_gpus(two_ranks: Any, device: str, way: str, name: str) -> None:
     """Saved by one and continued by two, or the other way round: the third update is the same."""
-    saved = two_ranks.results(way, device)[name]
-    resumed = two_ranks.results(f"resumed_{way}", device)[name]
+    saved = two_ranks.case(way, device, name)
+    resumed = two_ranks.case(f"resumed_{way}", device, name)
     assert_same_run(name, resumed, saved | {"stats": saved["stats"][-1:]})
