@@ -107,7 +107,7 @@ def tests(*paths: str) -> list[str]:
     ]
 
 
-def rounds(device: str, num_gpus: int, folder: Path, scratch: Path, smoke: list[str]) -> list[list[Part]]:
+def rounds(device: str, num_gpus: int, folder: Path, scratch: Path, smoke: list[str], scale: float) -> list[list[Part]]:
     """Parts of one round run side by side: tests do not mind, benchmarks run alone."""
     where = {"GPU_TESTS_DEVICE": "cpu", "CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
     benchmark = ["benchmarks/trainer_gpu.py", str(folder), "--device", device, *smoke]
@@ -117,7 +117,7 @@ def rounds(device: str, num_gpus: int, folder: Path, scratch: Path, smoke: list[
             [
                 Part(
                     name="benchmark_2",
-                    command=[*benchmark, "--seconds", "110"],
+                    command=[*benchmark, "--seconds", str(110 * scale)],
                     limit_s=150,
                     num_ranks=2,
                     environment=where,
@@ -137,7 +137,7 @@ def rounds(device: str, num_gpus: int, folder: Path, scratch: Path, smoke: list[
             *([Part(name="tests_sync", command=tests("tests/sharding/test_gpu.py"), limit_s=120)] if not smoke else []),
             Part(name="demo", command=demo, limit_s=150, environment=where),
         ],
-        [Part(name="benchmark_1", command=[*benchmark, "--seconds", "150"], limit_s=210, environment=where)],
+        [Part(name="benchmark_1", command=[*benchmark, "--seconds", str(150 * scale)], limit_s=210, environment=where)],
     ]
 
 
@@ -162,7 +162,7 @@ def main() -> int:
     scratch = Path(tempfile.mkdtemp())
     shown, failed = [], False
     smoke = ["--smoke"] if options.smoke else []
-    for every in rounds(options.device, num_gpus, folder, scratch, smoke):
+    for every in rounds(options.device, num_gpus, folder, scratch, smoke, options.limit_scale):
         parts = [part for part in every if not options.only or part.name.startswith(tuple(options.only))]
         for part in parts:
             part.limit_s *= options.limit_scale
