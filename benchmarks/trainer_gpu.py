@@ -196,11 +196,11 @@ def measure(variant: Variant, size: Size, model_folder: Path, folder: Path, devi
     if variant.name == "shipped settings":
         profile(trainer, size, folder, device)
     started = time.perf_counter()
-    num_bytes = sum(tensor.nbytes for _, tensor in trainer.parameters())
+    num_elements = sum(tensor.numel() for _, tensor in trainer.parameters())  # float32; rank 0 is given them
     synchronize(device)
+    export_s = time.perf_counter() - started
     assert not stats.skipped
     update_s, tokens = statistics.median(seconds[WARM_UPS:]), stats.num_tokens
-    parameters = sum(tensor.numel() for _, tensor in trainer.parameters())
     peak = peak_flops(torch.device(device)) * dist.get_world_size()
     return {
         "start_s": start_s,
@@ -208,12 +208,12 @@ def measure(variant: Variant, size: Size, model_folder: Path, folder: Path, devi
         "update_s": update_s,
         "tokens_per_s": tokens / update_s,
         "mfu": stats.peak_seconds / update_s,
-        "mfu_6nd": 6.0 * parameters * tokens / (update_s * peak),
+        "mfu_6nd": 6.0 * num_elements * tokens / (update_s * peak),
         "peak_gb": memory(device)["peak"] / 1e9,
         "idle_gb": idle / 1e9,
         "micro_batches": stats.num_micro_batches,
-        "export_s": time.perf_counter() - started,
-        "export_gb": num_bytes / 1e9,
+        "export_s": export_s,
+        "export_gb": 4 * num_elements / 1e9,
         "loss": stats.loss,
         "grad_norm": stats.grad_norm,
         "logprob_gap_mean": stats.logprob_gap_mean,

@@ -60,7 +60,7 @@ class UpdateFlops:
     def __call__(self, lengths: Sequence[int], num_trained: int) -> float:
         """Of one update over sequences of these lengths."""
         pairs = sum(length * (length + 1) / 2 for length in lengths)
-        forward = self._per_token * sum(lengths) + self._per_trained_token * num_trained + self._per_pair * pairs
+        forward: float = self._per_token * sum(lengths) + self._per_trained_token * num_trained + self._per_pair * pairs
         return self._passes * forward
 
     def peak_seconds(self, lengths: Sequence[int], num_trained: int, device: torch.device) -> float:
