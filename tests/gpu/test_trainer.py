@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
 
 # float32: sums in another order. bfloat16 keeps 8 bits of each activation and gathered weight, against float32.
 LOSS = {"fp32": 1e-5, "bf16": 5e-3}  # absolute; the losses are of order 1
-GRAD_NORM = {"fp32": 1e-4, "bf16": 2e-2}  # relative
+GRAD_NORM = {"fp32": 1e-4, "bf16": 3e-2}  # relative
 CHANGE = {"fp32": 2e-4, "bf16": 0.06}  # |change - expected change| / |expected change|, over all weights
 LOGPROBS = {"fp32": 2e-4, "bf16": 0.05}  # nats, mean over tokens
 SAME = ("loss", "policy_loss", "supervised_loss", "entropy", "logprob_gap_mean", "reference_kl")
