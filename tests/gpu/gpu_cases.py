@@ -75,7 +75,7 @@ def run(folder: Path, way: str, name: str, device: str) -> dict[str, Any]:
     if way == "exact":
         model = dataclasses.replace(model, dtype="float32")
     loss = clipped_loss(kl_coef=0.3) if mixed else WeightedLoss()
-    sp_size = 2 if way.endswith("sequence") else 1
+    sp_size = 2 if way == "sequence" else 1
     trainer = start(
         folder / model_folder,
         folder / "dumps",
