@@ -73,9 +73,7 @@ def assemble(checked: Checked, folder: RunFolder, ranks: Ranks, stack: ExitStack
     gateway: GatewayClient | None = None
     served = engine
     if engine is not None and outside is not None:
-        gateway = start_gateway(
-            checked, outside, engine, model_folder=model_folder, log_folder=folder.path / "log", stack=stack
-        )
+        gateway = start_gateway(checked, folder, outside, engine, model_folder=model_folder, stack=stack)
         served = HeldEngine(engine, gateway)
     publisher = _sharding_manager(checked, trainer, served, canary, ranks)
     recorder: Recorder = SilentRecorder()

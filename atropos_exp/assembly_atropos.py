@@ -16,6 +16,7 @@ from atropos_exp.atropos.intake import Intake
 from atropos_exp.atropos.launch import UNLIMITED_STEPS, Programs, make_source, start_programs
 from atropos_exp.config_check import Checked
 from atropos_exp.run_folder import RunFolder
+from atropos_exp.seeds import derive_seed
 from atropos_exp.wire import EngineError
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ class Outside:
 
 
 def start_gateway(
-    checked: Checked, outside: Outside, engine: Engine, *, model_folder: Path, log_folder: Path, stack: ExitStack
+    checked: Checked, folder: RunFolder, outside: Outside, engine: Engine, *, model_folder: Path, stack: ExitStack
 ) -> GatewayClient:
     """The gateway, held until the first weights are proven."""
     run, parts = checked.run, checked.parts
@@ -59,8 +60,9 @@ def start_gateway(
         model_name=run.name,
         stop_token_ids=parts["model"].stop_token_ids(model_folder),
         max_sequence_length=max_sequence_length(checked),
-        seed=run.seed,
-        log_folder=log_folder,
+        # What a resumed run samples anew must not repeat what it sampled before.
+        seed=derive_seed(run.seed, "gateway", sum(1 for _ in (folder.path / "rollouts").glob("*.parquet"))),
+        log_folder=folder.path / "log",
     )
     stack.callback(gateway.stop)
     gateway.hold()

@@ -71,7 +71,7 @@ def split(flat: NDArray[Scalar], lengths: NDArray[np.int64]) -> list[NDArray[Sca
     if flat.ndim != 1 or lengths.ndim != 1 or (lengths < 0).any() or int(lengths.sum()) != len(flat):
         raise WireError(f"{len(flat)} entries do not split into rows of lengths {lengths.tolist()[:8]}")
     ends = np.cumsum(lengths).tolist()
-    starts = [0, *ends[:-1]]
+    starts = [0, *ends][:-1]
     return [flat[start:end] for start, end in zip(starts, ends, strict=True)]
 
 

@@ -80,6 +80,7 @@ class Environment:
             "openai.base_url": f"{facts.gateway_url}/v1",
             "openai.api_key": facts.gateway_token,
             "openai.model_name": facts.model_name,
+            "openai.tokenizer_name": facts.tokenizer,  # else atroposlib takes the model_name for a folder or a hub id
             "openai.server_type": self.server_type,
         }
         places = {name: str(getattr(facts, name)) for name in vars(facts)}

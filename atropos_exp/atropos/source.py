@@ -7,7 +7,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -202,7 +202,7 @@ class AtroposSource:
         registration = self._registration(0)
         try:
             queued = self._client.status()[1]
-            environments = []
+            environments: list[Mapping[str, Any]] = []
             while len(environments) < MAX_ENVIRONMENTS and (one := self._client.environment(len(environments))):
                 environments.append(one)
         except ApiDown as error:

@@ -117,6 +117,10 @@ def is_program(name: str, words: list[str]) -> bool:
     return words[1:2] == ["-m"] and words[2].startswith(PROGRAMS[name])
 
 
+def error(folder: Path) -> str:
+    return str(json.loads((folder / "summary.json").read_text())["error"])
+
+
 def dropped(folder: Path) -> dict[str, int]:
     prefix = "atropos/groups_dropped_"
     rows = _rows(folder)

@@ -103,6 +103,9 @@ class Trainer(Protocol):
     def status(self, folder: Path) -> str:
         """finished | stopped | failed"""
 
+    def error(self, folder: Path) -> str:
+        """Why the run ended as failed."""
+
     def dropped(self, folder: Path) -> dict[str, int]:
         """Groups that were dropped so far, by reason."""
 

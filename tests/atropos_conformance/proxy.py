@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import threading
 import time
@@ -97,4 +98,5 @@ class Proxy:
         handler.send_header("content-length", str(len(answer)))
         handler.send_header("connection", "close")
         handler.end_headers()
-        handler.wfile.write(answer)
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # who asked did not wait for it
+            handler.wfile.write(answer)

@@ -159,4 +159,5 @@ def test_sequences_that_are_too_long_are_named_as_the_cause(started: Any) -> Non
     run = started.run("growing", steps=100, environment=[str(HERE / "environments/growing.py")], data_timeout=8.0)
     assert run.wait(START_SECONDS) != 0
     assert trainer.num_steps(run.folder) >= 1, "the short ones were trained"
-    assert re.search(trainer.CAUSES["sequences that are too long"], run.output), run.output
+    error = trainer.error(run.folder)
+    assert re.search(trainer.CAUSES["sequences that are too long"], error), error
