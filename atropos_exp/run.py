@@ -90,7 +90,7 @@ class Experiment:
             status, code = "stopped", 130
         except Exception as failure:
             error = f"{type(failure).__name__}: {failure}"
-            self._keep_traceback()
+            self._keep_traceback(error)
         finally:
             if self._ranks.is_zero:
                 self._conclude(status, error)
@@ -117,11 +117,11 @@ class Experiment:
             should_stop=lambda: self._ranks.any(self._stop_requested),
         )
 
-    def _keep_traceback(self) -> None:
+    def _keep_traceback(self, error: str) -> None:
         path = self._folder.path / "log" / f"traceback_rank_{self._ranks.rank}.txt"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(traceback.format_exc())
-        print(f"Rank {self._ranks.rank} failed; where: {path}", file=sys.stderr, flush=True)
+        print(f"Rank {self._ranks.rank} failed: {error}\nWhere: {path}", file=sys.stderr, flush=True)
 
     def _request_stop(self, number: int, frame: FrameType | None) -> None:
         if self._stop_requested and number == signal.SIGINT:

@@ -54,6 +54,7 @@ def test_rows_of_different_lengths() -> None:
     flat, lengths = flatten(rows, np.int32)
     assert flat.tolist() == [1, 2, 3] and lengths.tolist() == [2, 0, 1]
     assert [row.tolist() for row in split(flat, lengths)] == [[1, 2], [], [3]]
+    assert split(flat[:0], lengths[:0]) == []
     for wrong in ([2, 2], [-1, 4]):
         with pytest.raises(WireError, match="do not split"):
             split(flat, np.array(wrong))
