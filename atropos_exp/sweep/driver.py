@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from atropos_exp.config import build
-from atropos_exp.config_save import config_hash
 from atropos_exp.redaction import redact
 from atropos_exp.sweep.backend import Backend, Job
 from atropos_exp.sweep.commands import run_command, worker_command
@@ -228,11 +227,12 @@ def _freeze(sweep: SweepFolder, plan: Plan) -> None:
     for number, run in enumerate(plan.runs):
         if number in known:
             continue
-        sweep.write_config(number, run.frozen(sweep.run_folder(number)))
+        text, frozen_hash = run.frozen(sweep.run_folder(number))
+        sweep.write_config(number, text)
         sweep.add_record(
             RunRecord(
                 number=number, point=run.point, values=dict(run.values), seed=run.seed,
-                config_hash=config_hash(run.checked.config), max_steps=run.checked.parts["trainer"].max_steps,
+                config_hash=frozen_hash, max_steps=run.checked.parts["trainer"].max_steps,
                 num_devices=run.checked.sizes.world_size,
             )
         )  # fmt: skip

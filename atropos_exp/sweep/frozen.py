@@ -19,8 +19,9 @@ def without_sweep(config: DictConfig) -> DictConfig:
     return kept
 
 
-def frozen_text(config: DictConfig, run_folder: Path) -> str:
-    """`config` as YAML, resolved, for a run in `run_folder` that continues there when it is started again."""
+def freeze(config: DictConfig, run_folder: Path) -> tuple[str, str]:
+    """`config` as YAML, resolved, for a run in `run_folder` that continues there when it is started again; and its
+    hash, which is not that of `config`: folders that it derived from `output_dir` are now plain values."""
     own = copy.deepcopy(config)
     with read_write(own), open_dict(own):
         own.run_dir = str(run_folder)
@@ -28,5 +29,5 @@ def frozen_text(config: DictConfig, run_folder: Path) -> str:
     text = OmegaConf.to_yaml(own, resolve=True)
     read_back = OmegaConf.create(text)
     assert isinstance(read_back, DictConfig)
-    assert config_hash(read_back) == config_hash(config), "a value does not survive YAML"
-    return text
+    assert OmegaConf.to_container(read_back) == OmegaConf.to_container(own, resolve=True), "lost in YAML"
+    return text, config_hash(read_back)

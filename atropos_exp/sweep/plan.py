@@ -29,7 +29,7 @@ from atropos_exp.sweep.axes import (
     parse_space,
     plain_value,
 )
-from atropos_exp.sweep.frozen import frozen_text, without_sweep
+from atropos_exp.sweep.frozen import freeze, without_sweep
 from atropos_exp.sweep.search_space import SearchPlan, plan_search
 from atropos_exp.sweep.settings import GridSweep, OptunaSweep
 from atropos_exp.sweep_folder import describe_point
@@ -47,8 +47,9 @@ class PlannedRun:
     seed: int
     checked: Checked
 
-    def frozen(self, run_folder: Path) -> str:
-        return frozen_text(self.checked.config, run_folder)
+    def frozen(self, run_folder: Path) -> tuple[str, str]:
+        """YAML, and its hash."""
+        return freeze(self.checked.config, run_folder)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
