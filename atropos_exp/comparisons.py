@@ -39,6 +39,13 @@ class Comparison:
     supported: bool  # p_holm is below ALPHA
 
     @property
+    def word(self) -> str:
+        """The verdict in a word or two."""
+        if self.p is None:
+            return "one seed" if self.seeds else "no seed in common"
+        return ("better" if self.difference > 0 else "worse") if self.supported else "not supported"
+
+    @property
     def verdict(self) -> str:
         """One plain sentence."""
         if not self.seeds:
@@ -50,15 +57,16 @@ class Comparison:
         return f"No difference is supported by these {len(self.seeds)} seeds."
 
 
-def seed_mean(values: Sequence[float], *, confidence: float = 0.95) -> SeedMean:
-    """Mean of one value per seed with Student's interval."""
+def seed_mean(values: Sequence[float], *, confidence: float = 0.95, bounds: Interval | None = None) -> SeedMean:
+    """Mean of one value per seed with Student's interval, cut at `bounds` where values outside are impossible."""
     if not len(values):
         raise ValueError("seed_mean: there is no value")
     mean, num = float(np.mean(values)), len(values)
     if num < 2:
         return SeedMean(mean=mean, num=num, interval=None)
     half = t_quantile(confidence, num - 1) * float(np.std(values, ddof=1)) / math.sqrt(num)
-    return SeedMean(mean=mean, num=num, interval=(mean - half, mean + half))
+    least, most = bounds or (-math.inf, math.inf)
+    return SeedMean(mean=mean, num=num, interval=(max(least, mean - half), min(most, mean + half)))
 
 
 def compare(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -18,6 +18,8 @@ from atropos_exp.sweep_folder import Phase, Request, RunRecord, RunState, SweepF
 # What decides which held-out prompts a run is judged on, and how. Points that differ in it cannot be compared.
 _JUDGEMENT = ("eval.num_prompts", "eval.correct_at", "data.prepare", "data.eval_paths", "data.format",
               "data.system_prompt", "reward", "max_prompt_length")  # fmt: skip
+
+ACCURACY = (0.0, 1.0)  # where it can lie
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +130,8 @@ def point_series(point: Point) -> dict[str, Any]:
     }  # fmt: skip
     values: dict[str, list[float | None]] = {}
     for name, column in columns.items():
-        means = [seed_mean(cell) if len(cell) == len(runs) and cell else None for cell in column]
+        bounds = ACCURACY if name == "eval" and not runs[0].metric else None
+        means = [seed_mean(cell, bounds=bounds) if len(cell) == len(runs) and cell else None for cell in column]
         values[name] = [found.mean if found else None for found in means]
         values[f"{name}_low"] = [found.interval[0] if found and found.interval else None for found in means]
         values[f"{name}_high"] = [found.interval[1] if found and found.interval else None for found in means]
@@ -153,12 +156,17 @@ def _points(by_point: Mapping[int, list[SweepRun]], baseline: int | None) -> lis
     return [
         Point(
             number=number, values=runs[0].record.values, runs=runs,
-            final=seed_mean(list(finals[number].values())) if finals[number] else None,
-            best=seed_mean([run.best for run in runs if run.best is not None]) if finals[number] else None,
+            final=_mean(finals[number].values(), runs[0].metric),
+            best=_mean([run.best for run in runs if run.best is not None], runs[0].metric),
             comparison=compared.get(number), not_comparable=reasons[number],
         )
         for number, runs in sorted(by_point.items())
     ]  # fmt: skip
+
+
+def _mean(values: Iterable[float], metric: str | None) -> SeedMean | None:
+    given = list(values)
+    return seed_mean(given, bounds=None if metric else ACCURACY) if given else None
 
 
 def _not_comparable(

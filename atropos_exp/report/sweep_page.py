@@ -31,8 +31,9 @@ def write_sweep_report(folder: SweepFolder, states: Mapping[int, RunState], out:
 def render_sweep(data: SweepData) -> str:
     """The HTML."""
     series = [point_series(point) for point in data.points]
+    seeds = [point.runs for point in data.points]
     known = {name for one in series for name in one["values"]}
-    charts = [chart for chart in _charts() if any(item["name"] in known for item in chart["series"])]
+    charts = [chart for chart in _charts(max(map(len, seeds), default=1)) if any(item["name"] in known for item in chart["series"])]
     body = [
         sweep_header(data),
         findings(data),
@@ -49,8 +50,8 @@ def render_sweep(data: SweepData) -> str:
     )  # fmt: skip
 
 
-def _charts() -> list[dict[str, object]]:
-    band = "mean over seeds; the band is Student's 95 % interval"
+def _charts(num_seeds: int) -> list[dict[str, object]]:
+    band = "mean over seeds; the band is Student's 95 % interval" if num_seeds > 1 else "one run each, so no interval"
 
     def of(name: str, label: str, *, sparse: bool = False) -> dict[str, object]:
         return curve(name, label, band=(f"{name}_low", f"{name}_high"), sparse=sparse)

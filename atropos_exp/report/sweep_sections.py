@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 
-from atropos_exp.comparisons import SeedMean, rank_correlation, variance_shares
+from atropos_exp.comparisons import Comparison, SeedMean, rank_correlation, variance_shares
 from atropos_exp.report.html import card_table, escape, figure, seconds_figure, signed, tag
 from atropos_exp.report.sections import swatch
 from atropos_exp.report.sweep_data import Point, SweepData, SweepRun, spread
@@ -74,20 +74,24 @@ def points_table(data: SweepData) -> str:
         found = point.comparison
         rows.append(
             [
-                f"{swatch(at)} {escape(point.label)}" + (" " + tag("b", "baseline") if is_baseline else ""),
+                tag("span", swatch(at), " ", escape(point.label), class_="label"),
                 f"{point.final.num if point.final else 0} of {len(point.runs)}",
                 _with_interval(point.final),
                 _interval_mark(point.final, axis, at),
                 _with_interval(point.best),
-                signed(found.difference) if found and found.seeds else "–",
-                f"{signed(found.interval[0])} … {signed(found.interval[1])}" if found and found.interval else "–",
+                _difference(found),
                 figure(found.p_holm, 2) if found else "–",
-                escape(found.verdict if found else "Others are compared with it." if is_baseline
-                       else point.not_comparable.capitalize() + "."),
+                _verdict(point, is_baseline),
             ]
-        )  # fmt: skip
-    heads = ["Point", "Seeds", "Final", f"{figure(axis[0], 3)} … {figure(axis[1], 3)}", "Best", "Difference", "95 %",
-             "p (Holm)", "Verdict"]  # fmt: skip
+        )
+    heads = ["Point", "Seeds", "Final", f"{figure(axis[0], 3)} … {figure(axis[1], 3)}", "Best", "Difference",
+             "p (Holm)", "Supported?"]  # fmt: skip
+    if data.request.kind == "optuna":
+        about = "Held-out evaluation of the trials: after the last step, and the highest of each. One seed each."
+        return tag("h2", "Trials") + tag("p", about, class_="muted small") + card_table(heads[:5], [
+            [tag("span", swatch(at), f" {point.number}: {escape(point.label)}", class_="label"), *row[1:5]]
+            for at, (point, row) in enumerate(zip(data.points, rows, strict=True))
+        ])  # fmt: skip
     about = (
         "Held-out evaluation, mean over the seeds that finished, with Student's 95 % interval over seeds. Best is the "
         "highest of each seed's evaluations: it flatters noisy runs, so points are compared by the final one. "
@@ -226,6 +230,23 @@ def _with_interval(found: SeedMean | None) -> str:
     if found.interval is None:
         return f"{figure(found.mean, 3)} <small class=\"muted\">one seed</small>"
     return f"{figure(found.mean, 3)} <small class=\"muted\">[{figure(found.interval[0], 3)}, {figure(found.interval[1], 3)}]</small>"
+
+
+def _difference(found: Comparison | None) -> str:
+    if found is None or not found.seeds:
+        return "–"
+    if found.interval is None:
+        return signed(found.difference)
+    low, high = (signed(end) for end in found.interval)
+    return f'{signed(found.difference)} <small class="muted">[{low}, {high}]</small>'
+
+
+def _verdict(point: Point, is_baseline: bool) -> str:
+    if is_baseline or point.comparison is None:
+        return tag("span", "baseline" if is_baseline else "not compared", class_="muted")
+    word, supported = point.comparison.word, point.comparison.supported
+    kind = "finished" if word == "better" else "failed" if supported else "neutral"
+    return tag("span", escape(word), class_=f"pill {kind}")
 
 
 def _interval_mark(found: SeedMean | None, axis: tuple[float, float], at: int) -> str:

@@ -9,6 +9,8 @@ import select
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -21,6 +23,7 @@ from atropos_exp.sweep_folder import Phase, RunState, SweepFolder
 from atropos_exp.types import UserError
 
 START_SECONDS = 60.0  # for the supervisor to say that it has the jobs
+KILL_SECONDS = 10.0  # for a killed supervisor to be gone
 
 
 class LocalBackend:
@@ -33,7 +36,6 @@ class LocalBackend:
         self._sweep = sweep
         self._spec: dict[str, Any] = {"num_slots": num_slots, "devices": list(devices), "timeout_s": timeout_s,
                                       "grace_s": grace_s}  # fmt: skip
-        self._attached: subprocess.Popen[bytes] | None = None
 
     def submit(self, jobs: Sequence[Job], *, attached: bool) -> None:
         spec = {**self._spec, "parent": os.getpid() if attached else None,
@@ -61,7 +63,8 @@ class LocalBackend:
             process.wait()
             raise UserError(f"the supervisor of the runs did not start within {START_SECONDS:.0f} s; "
                             f"see {self._sweep.log_path('supervisor')}")  # fmt: skip
-        self._attached = process
+        # it may outlive us; if not, somebody has to take note of its end
+        threading.Thread(target=process.wait, name="end of the supervisor", daemon=True).start()
 
     def states(self) -> Mapping[int, RunState]:
         alive = self.supervisor() is not None  # asked first: what it writes before it ends is read below
@@ -94,15 +97,17 @@ class LocalBackend:
 
     def kill(self) -> None:
         pid = self.supervisor()
-        if pid is not None:
-            os.kill(pid, signal.SIGKILL)  # the kernel ends its jobs with it
-        if self._attached is not None:
-            self._attached.wait()
+        if pid is None:
+            return
+        os.kill(pid, signal.SIGKILL)  # the kernel ends its jobs with it
+        deadline = time.monotonic() + KILL_SECONDS
+        while self.supervisor() == pid:
+            if time.monotonic() > deadline:
+                raise UserError(f"process {pid}, which runs the jobs, did not end {KILL_SECONDS:.0f} s after SIGKILL")
+            time.sleep(0.02)
 
     def supervisor(self) -> int | None:
         """Its process id while it lives: it holds the lock, so this is no other process that got the same number."""
-        if self._attached is not None:
-            self._attached.poll()  # else it would stay a zombie
         try:
             with open(self._sweep.path / LOCK, "r+") as lock:
                 try:

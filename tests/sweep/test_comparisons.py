@@ -27,6 +27,7 @@ def test_an_interval_over_seeds_is_scipys() -> None:
     assert found.mean == pytest.approx(0.71)
     assert found.interval == pytest.approx(expected)
     assert seed_mean([0.5]).interval is None
+    assert seed_mean([0.0, 1.0], bounds=(0.0, 1.0)).interval == (0.0, 1.0)
 
 
 def test_a_paired_comparison_is_scipys() -> None:
