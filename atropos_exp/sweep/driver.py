@@ -14,6 +14,7 @@ from atropos_exp.config import build
 from atropos_exp.redaction import redact
 from atropos_exp.sweep.backend import Backend, Job
 from atropos_exp.sweep.commands import run_command, worker_command
+from atropos_exp.sweep.frozen import freeze
 from atropos_exp.sweep.local import LocalBackend
 from atropos_exp.sweep.plan import Plan
 from atropos_exp.sweep.search import prepare_study, trial_is_claimed
@@ -227,7 +228,7 @@ def _freeze(sweep: SweepFolder, plan: Plan) -> None:
     for number, run in enumerate(plan.runs):
         if number in known:
             continue
-        text, frozen_hash = run.frozen(sweep.run_folder(number))
+        text, frozen_hash = freeze(run.config, sweep.run_folder(number))
         sweep.write_config(number, text)
         sweep.add_record(
             RunRecord(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +19,6 @@ from atropos_exp.config_check import Checked, check, report
 from atropos_exp.config_diagnose import COMPOSE_ERRORS, diagnose
 from atropos_exp.config_origin import CONF_DIR, Origin
 from atropos_exp.config_save import config_hash
-from atropos_exp.config_typed import Mistake
 from atropos_exp.sweep.axes import (
     SEED,
     Axis,
@@ -29,7 +29,7 @@ from atropos_exp.sweep.axes import (
     parse_space,
     plain_value,
 )
-from atropos_exp.sweep.frozen import freeze, without_sweep
+from atropos_exp.sweep.frozen import without_sweep
 from atropos_exp.sweep.search_space import SearchPlan, plan_search
 from atropos_exp.sweep.settings import GridSweep, OptunaSweep
 from atropos_exp.sweep_folder import describe_point
@@ -45,11 +45,11 @@ class PlannedRun:
     point: int
     values: Mapping[str, Any]
     seed: int
-    checked: Checked
+    checked: Checked  # of the point, under the first seed
 
-    def frozen(self, run_folder: Path) -> tuple[str, str]:
-        """YAML, and its hash."""
-        return freeze(self.checked.config, run_folder)
+    @property
+    def config(self) -> DictConfig:
+        return _seeded(self.checked.config, self.seed)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -127,7 +127,7 @@ def _with_params(line: CommandLine, base: DictConfig) -> CommandLine:
         if isinstance(value, str) and ("," in value or "(" in value):
             swept[key] = parse_space(key, value)
         else:
-            fixed.append(f"{key}={override_text(value)}")
+            fixed.append(f"{key}={value}")
     return CommandLine(fixed=(*fixed, *line.fixed), swept={**swept, **line.swept})
 
 
@@ -160,33 +160,39 @@ def _plan_grid(settings: GridSweep, line: CommandLine, base: DictConfig, compose
         if not isinstance(values, tuple):
             raise UserError(f"{key}: got an interval, which a grid cannot list; use values, range(...), or sweep=optuna")
         swept[key] = values
-    seeds = [plain_value(text) for text in swept.pop(SEED, ())] or settings.seeds or [base.seed]
+    seed_texts = swept.pop(SEED, ())
+    num_seeds = len(seed_texts) or len(settings.seeds) or 1
     axes = [Axis(settings=tuple({key: text} for text in texts)) for key, texts in swept.items()]
     if settings.zip:
         rows = zip(*settings.zip.values(), strict=True)
         names = list(settings.zip)
         axes.append(Axis(settings=tuple(dict(zip(names, map(override_text, row), strict=True)) for row in rows)))
+    num_points = math.prod(len(axis.settings) for axis in axes)
+    if num_points * num_seeds > MOST_RUNS:
+        raise UserError(f"sweep: {num_points} points x {num_seeds} seeds are more than {MOST_RUNS} runs")
     points = list(combinations(axes))
-    if len(points) * len(seeds) > MOST_RUNS:
-        raise UserError(f"sweep: {len(points)} points x {len(seeds)} seeds are more than {MOST_RUNS} runs")
+    seeds = [plain_value(text) for text in seed_texts] or settings.seeds or [base.seed]
     values = [{key.lstrip("+"): plain_value(text) for key, text in point.items()} for point in points]
     runs, messages = [], []
     for number, point in enumerate(points):
         composed = composer(point)
         if composed is None:
             continue
-        for seed in seeds:
-            checked, mistakes = _checked(composed[0], seed)
-            if checked is None:
-                messages.append(report(mistakes, replace(composed[1], overrides=(*composed[1].overrides, f"seed={seed}"))))
-            else:
-                runs.append(PlannedRun(point=number, values=values[number], seed=seed, checked=checked))
+        config, origin = composed
+        # What is wrong with a seed is wrong at every point, and the other way round.
+        found = [(seed, *check(_seeded(config, seed))) for seed in (seeds if not runs else seeds[:1])]
+        for seed, _, mistakes in found:
+            if mistakes:
+                messages.append(report(mistakes, replace(origin, overrides=(*origin.overrides, f"seed={seed}"))))
+        checked = found[0][1]
+        if checked is not None:
+            runs += [PlannedRun(point=number, values=values[number], seed=seed, checked=checked) for seed in seeds]
     if messages:
         raise UserError("\n".join(dict.fromkeys(messages)))
     if len(runs) < len(points) * len(seeds):
         return None  # the composer kept what it could not compose
-    parts = [[sorted((key, repr(item)) for key, item in run.values.items()), run.seed, config_hash(run.checked.config)]
-             for run in runs]  # fmt: skip
+    parts = [[sorted((key, repr(item)) for key, item in run.values.items()), seeds, config_hash(run.checked.config)]
+             for run in runs[:: len(seeds)]]  # fmt: skip
     return _plan(
         settings, base, axes=[key.lstrip("+") for axis in axes for key in axis.settings[0]], runs=runs, search=None,
         baseline=_baseline(settings, values), identity=parts, checked=runs[0].checked,
@@ -226,11 +232,11 @@ def _plan(
     )  # fmt: skip
 
 
-def _checked(config: DictConfig, seed: Any) -> tuple[Checked | None, list[Mistake]]:
+def _seeded(config: DictConfig, seed: Any) -> DictConfig:
     own = OmegaConf.create(OmegaConf.to_container(config, resolve=False))
     assert isinstance(own, DictConfig)
     own.seed = seed
-    return check(own)
+    return own
 
 
 def _baseline(settings: GridSweep, points: Sequence[Mapping[str, Any]]) -> int:
