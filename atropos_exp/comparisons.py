@@ -53,7 +53,9 @@ class Comparison:
         if self.p is None:
             return "One seed only: it cannot tell a difference from chance."
         if self.supported:
-            return f"{'Better' if self.difference > 0 else 'Worse'} than the baseline, by these {len(self.seeds)} seeds."
+            return (
+                f"{'Better' if self.difference > 0 else 'Worse'} than the baseline, by these {len(self.seeds)} seeds."
+            )
         return f"No difference is supported by these {len(self.seeds)} seeds."
 
 

@@ -1,11 +1,11 @@
 """The folder of one sweep: what it was asked to do, its runs, and how each of them stands. Pure.
 
-    sweep.json          the request: axes, baseline, settings, how it was started
-    manifest.jsonl      one line per run: its point, seed and overrides; written before it starts
-    configs/003.yaml    the frozen configuration of run 3; nothing that is edited later changes it
-    003/                the run folder
-    events.jsonl        when runs were queued, started and ended, and why
-    log/003.log         what the run printed
+sweep.json          the request: axes, baseline, settings, how it was started
+manifest.jsonl      one line per run: its point, seed and overrides; written before it starts
+configs/003.yaml    the frozen configuration of run 3; nothing that is edited later changes it
+003/                the run folder
+events.jsonl        when runs were queued, started and ended, and why
+log/003.log         what the run printed
 """
 
 from __future__ import annotations
@@ -157,7 +157,8 @@ class SweepFolder:
     def _state(self, record: RunRecord, told: RunState | None) -> RunState:
         status, error = run_status(self.run_folder(record.number))
         if status == "finished":
-            return RunState(phase=Phase.FINISHED, started=told and told.started, ended=told and told.ended)
+            times = (told.started, told.ended) if told is not None else (None, None)
+            return RunState(phase=Phase.FINISHED, started=times[0], ended=times[1])
         if told is not None:
             return told
         if status == "failed":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from atropos_exp.atomic import write_atomic
 from atropos_exp.report.charts import curve, line
@@ -33,7 +34,11 @@ def render_sweep(data: SweepData) -> str:
     series = [point_series(point) for point in data.points]
     seeds = [point.runs for point in data.points]
     known = {name for one in series for name in one["values"]}
-    charts = [chart for chart in _charts(max(map(len, seeds), default=1)) if any(item["name"] in known for item in chart["series"])]
+    charts = [
+        chart
+        for chart in _charts(max(map(len, seeds), default=1))
+        if any(item["name"] in known for item in chart["series"])
+    ]
     body = [
         sweep_header(data),
         findings(data),
@@ -50,10 +55,10 @@ def render_sweep(data: SweepData) -> str:
     )  # fmt: skip
 
 
-def _charts(num_seeds: int) -> list[dict[str, object]]:
+def _charts(num_seeds: int) -> list[dict[str, Any]]:
     band = "mean over seeds; the band is Student's 95 % interval" if num_seeds > 1 else "one run each, so no interval"
 
-    def of(name: str, label: str, *, sparse: bool = False) -> dict[str, object]:
+    def of(name: str, label: str, *, sparse: bool = False) -> dict[str, Any]:
         return curve(name, label, band=(f"{name}_low", f"{name}_high"), sparse=sparse)
 
     return [

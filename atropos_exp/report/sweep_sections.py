@@ -23,7 +23,8 @@ def sweep_header(data: SweepData) -> str:
     title = tag("div", tag("h1", escape(f"{data.request.name}: sweep")), *pills, button, class_="line")
     kind = "Optuna search" if data.request.kind == "optuna" else "grid"
     seeds = sorted({run.record.seed for run in data.runs})
-    facts = [("kind", kind), ("started", data.request.created), ("varies", ", ".join(data.request.axes) or "seeds only"),
+    varied = ", ".join(data.request.axes) or "seeds only"
+    facts = [("kind", kind), ("started", data.request.created), ("varies", varied),
              ("seeds", ", ".join(map(str, seeds)))]  # fmt: skip
     if data.baseline is not None:
         facts.append(("baseline", data.baseline.label))
@@ -107,7 +108,7 @@ def importance(data: SweepData) -> str:
     varied = [axis for axis in data.request.axes if len({repr(point.values.get(axis)) for point in data.points}) > 1]
     if not varied:
         return ""
-    ranked = sorted(data.points, key=lambda point: -(_result(point) if _result(point) is not None else -math.inf))
+    ranked = sorted(data.points, key=_rank)
     rows = [[*(escape(shown(point.values.get(axis))) for axis in varied), figure(_result(point), 3),
              escape(", ".join(sorted({str(run.state.phase) for run in point.runs})))] for point in ranked]  # fmt: skip
     table = card_table([*varied, "Final" if data.request.kind == "grid" else "Value", "Runs"], rows,
@@ -139,8 +140,10 @@ def runs_table(data: SweepData) -> str:
         there = (data.folder.run_folder(run.record.number) / "report.html").exists()
         link = tag("a", name, href=f"{name}/report.html") if there else name
         last = max((int(row["step"] or 0) for row in run.rows), default=0)
-        rows.append([link, escape(describe_point(run.record.values)), str(run.record.seed), _state(run),
-                     f"{last} of {run.record.max_steps}", figure(run.reached, 3), seconds_figure(run.seconds or None)])  # fmt: skip
+        rows.append(
+            [link, escape(describe_point(run.record.values)), str(run.record.seed), _state(run),
+             f"{last} of {run.record.max_steps}", figure(run.reached, 3), seconds_figure(run.seconds or None)]
+        )  # fmt: skip
     heads = ["Run", "Point", "Seed", "State", "Steps", "Last evaluation", "Process time"]
     return tag("h2", "Runs") + card_table(heads, rows, numeric_from=4)
 
@@ -154,8 +157,8 @@ def failures(data: SweepData) -> str:
              escape(run.state.reason or "no reason is known"), f"<code>log/{run.record.folder}.log</code>"]
             for run in lost]  # fmt: skip
     heads = ["Run", "Point", "State", "Reason", "Log"]
-    again = tag("p", "They continue with ", tag("code", escape(f"python -m atropos_exp.sweep resume {data.folder.path}")),
-                class_="muted small")  # fmt: skip
+    command = tag("code", escape(f"python -m atropos_exp.sweep resume {data.folder.path}"))
+    again = tag("p", "They continue with ", command, class_="muted small")
     return tag("h2", "Runs that did not finish") + again + card_table(heads, rows, numeric_from=99)
 
 
@@ -207,8 +210,8 @@ def _correlations(data: SweepData, varied: Sequence[str]) -> str:
         else:
             share = variance_shares({axis: settings}, results).get(axis, 0.0)
             rows.append([f"<code>{escape(axis)}</code>", "share of variance", f"{share:.0%}", _bar(share)])
-    about = ("With the value that each trial reached, pruned ones included: Spearman's rank correlation of numbers, the "
-             "share of variance of choices. A search looks where it hopes to win, so this describes its trials, no "
+    about = ("With the value that each trial reached, pruned ones included: Spearman's rank correlation of numbers, "
+             "the share of variance of choices. A search looks where it hopes to win, so this describes its trials, no "
              "cause.")  # fmt: skip
     return tag("p", about, class_="muted small") + card_table(["Key", "Measure", "Value", ""], rows, numeric_from=2)
 
@@ -224,12 +227,19 @@ def _result(point: Point) -> float | None:
     return reached[0] if reached else None
 
 
+def _rank(point: Point) -> float:
+    """Best first, points without a result last."""
+    result = _result(point)
+    return -result if result is not None else math.inf
+
+
 def _with_interval(found: SeedMean | None) -> str:
     if found is None:
         return "–"
     if found.interval is None:
-        return f"{figure(found.mean, 3)} <small class=\"muted\">one seed</small>"
-    return f"{figure(found.mean, 3)} <small class=\"muted\">[{figure(found.interval[0], 3)}, {figure(found.interval[1], 3)}]</small>"
+        return f'{figure(found.mean, 3)} <small class="muted">one seed</small>'
+    low, high = (figure(end, 3) for end in found.interval)
+    return f'{figure(found.mean, 3)} <small class="muted">[{low}, {high}]</small>'
 
 
 def _difference(found: Comparison | None) -> str:
@@ -253,6 +263,7 @@ def _interval_mark(found: SeedMean | None, axis: tuple[float, float], at: int) -
     """A dot with its whisker on the axis that all rows share."""
     if found is None:
         return ""
+
     def place(value: float) -> str:
         return f"{5 + 150 * (value - axis[0]) / (axis[1] - axis[0]):.1f}"
 
@@ -274,4 +285,3 @@ def _state(run: SweepRun) -> str:
 
 def _pill(phase: Phase) -> str:
     return _PILLS.get(phase, "stopped" if phase is not Phase.PRUNED else "finished")
-

@@ -53,7 +53,7 @@ class Sweep:
         """Nothing is left to do."""
         states = self.states()
         if self.is_search:
-            return sum(state.phase.is_done for state in states.values()) >= self.settings.trials
+            return sum(state.phase.is_done for state in states.values()) >= int(self.settings.trials)
         return all(state.phase.is_done for state in states.values())
 
     def submit(self, *, attached: bool) -> int:
@@ -208,7 +208,9 @@ def _new_folder(plan: Plan) -> Path:
         path.mkdir(parents=True, exist_ok=True)
         return path.absolute()
     now = datetime.now()
-    stem = Path(plan.output_dir).expanduser() / "sweeps" / plan.name / now.strftime("%Y-%m-%d") / now.strftime("%H-%M-%S")
+    stem = (
+        Path(plan.output_dir).expanduser() / "sweeps" / plan.name / now.strftime("%Y-%m-%d") / now.strftime("%H-%M-%S")
+    )
     for suffix in ("", *(f"-{number}" for number in range(2, 100))):
         path = stem.with_name(stem.name + suffix)
         try:

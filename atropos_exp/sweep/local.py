@@ -46,7 +46,7 @@ class LocalBackend:
         try:
             with self._sweep.log_path("supervisor").open("ab") as log:
                 process = subprocess.Popen(
-                    [sys.executable, "-m", "atropos_exp.sweep.supervisor", str(self._sweep.path), str(path), str(ready)],
+                    [sys.executable, "-m", "atropos_exp.sweep.supervisor", self._sweep.path, path, str(ready)],
                     stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, pass_fds=(ready,),
                 )  # fmt: skip
             os.close(ready)

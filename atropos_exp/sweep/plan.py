@@ -156,10 +156,10 @@ def _settings(base: DictConfig, line: CommandLine) -> Any:
 
 def _plan_grid(settings: GridSweep, line: CommandLine, base: DictConfig, composer: _Composer) -> Plan | None:
     swept: dict[str, tuple[str, ...]] = {}
-    for key, values in {**{key: parse_space(key, item) for key, item in settings.grid.items()}, **line.swept}.items():
-        if not isinstance(values, tuple):
-            raise UserError(f"{key}: got an interval, which a grid cannot list; use values, range(...), or sweep=optuna")
-        swept[key] = values
+    for key, texts in {**{key: parse_space(key, item) for key, item in settings.grid.items()}, **line.swept}.items():
+        if not isinstance(texts, tuple):
+            raise UserError(f"{key}: got an interval, which a grid cannot list; use values, range(...) or sweep=optuna")
+        swept[key] = texts
     seed_texts = swept.pop(SEED, ())
     num_seeds = len(seed_texts) or len(settings.seeds) or 1
     axes = [Axis(settings=tuple({key: text} for text in texts)) for key, texts in swept.items()]
@@ -173,7 +173,8 @@ def _plan_grid(settings: GridSweep, line: CommandLine, base: DictConfig, compose
     points = list(combinations(axes))
     seeds = [plain_value(text) for text in seed_texts] or settings.seeds or [base.seed]
     values = [{key.lstrip("+"): plain_value(text) for key, text in point.items()} for point in points]
-    runs, messages = [], []
+    runs: list[PlannedRun] = []
+    messages: list[str] = []
     for number, point in enumerate(points):
         composed = composer(point)
         if composed is None:
@@ -247,7 +248,9 @@ def _baseline(settings: GridSweep, points: Sequence[Mapping[str, Any]]) -> int:
     if len(found) == 1:
         return found[0]
     listed = "; ".join(_few(describe_point(point) for point in points))
-    raise UserError(f"sweep.baseline: {describe_point(wanted)} is {len(found)} of the points, expected one of: {listed}")
+    raise UserError(
+        f"sweep.baseline: {describe_point(wanted)} is {len(found)} of the points, expected one of: {listed}"
+    )
 
 
 def _few(texts: Iterator[str]) -> list[str]:

@@ -68,7 +68,8 @@ class Search:
             if len(trials) - num_failed >= self._settings.trials:
                 return None
             # A sampler of its own for each trial: workers and later starts must not draw the same numbers.
-            self.study.sampler = _sampler(self._settings, derive_seed(self._settings.sampler_seed, "trial", len(trials)))
+            seed = derive_seed(self._settings.sampler_seed, "trial", len(trials))
+            self.study.sampler = _sampler(self._settings, seed)
             asked = self.study.ask()
             new_lock = self._try_lock(asked.number)
             assert new_lock is not None, "nobody else knows of this trial"
@@ -121,37 +122,31 @@ def try_lock(path: Path) -> IO[str] | None:
 
 
 def _open_study(folder: Path, settings: OptunaSweep, *, seed: int) -> optuna.Study:
-    optuna = _optuna()
+    import optuna
     from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 
+    optuna.logging.set_verbosity(logging.WARNING)
     path = str(folder / JOURNAL)
     pruner: Any = optuna.pruners.NopPruner()
     if settings.prune:
         pruner = optuna.pruners.SuccessiveHalvingPruner(
             min_resource=settings.min_steps, reduction_factor=settings.reduction_factor
         )
-    study: optuna.Study = optuna.create_study(
+    return optuna.create_study(
         study_name=STUDY, direction="maximize", load_if_exists=True, sampler=_sampler(settings, seed), pruner=pruner,
         storage=JournalStorage(JournalFileBackend(path, lock_obj=JournalFileOpenLock(path))),
     )  # fmt: skip
-    return study
 
 
 def _sampler(settings: OptunaSweep, seed: int) -> optuna.samplers.BaseSampler:
-    optuna = _optuna()
+    import optuna
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # multivariate and constant_liar are "experimental" since 2020
         return optuna.samplers.TPESampler(
             seed=seed % 2**32, n_startup_trials=settings.startup_trials, multivariate=True, constant_liar=True
         )
-
-
-def _optuna() -> Any:
-    import optuna
-
-    optuna.logging.set_verbosity(logging.WARNING)
-    return optuna
 
 
 def _suggest(trial: optuna.Trial, key: str, item: list[Any] | Interval) -> Any:

@@ -52,7 +52,9 @@ class SearchPlan:
                 OmegaConf.update(config, key.lstrip("+"), value, force_add=key.startswith("+"))
             except OmegaConfBaseException as error:
                 message = str(error.msg or error).splitlines()[0]
-                raise UserError(f"{key}: {message} (with {', '.join(map(str, chosen)) or 'this configuration'})") from error
+                raise UserError(
+                    f"{key}: {message} (with {', '.join(map(str, chosen)) or 'this configuration'})"
+                ) from error
         OmegaConf.set_struct(config, False)
         return config
 

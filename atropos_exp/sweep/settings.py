@@ -35,8 +35,10 @@ class GridSweep:
         **_SHARED,
         "grid": (lambda grid: all(_is_list(values) for values in grid.values()), "a list of values for each key"),
         "zip": (
-            lambda zipped: all(_is_list(values) for values in zipped.values())
-            and len({len(values) for values in zipped.values()}) <= 1,
+            lambda zipped: (
+                all(_is_list(values) for values in zipped.values())
+                and len({len(values) for values in zipped.values()}) <= 1
+            ),
             "a list of values for each key, all of one length",
         ),
         "seeds": (lambda seeds: len(set(seeds)) == len(seeds), "seeds that differ"),

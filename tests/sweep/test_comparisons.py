@@ -91,7 +91,7 @@ def test_equal_differences_prove_nothing_by_themselves() -> None:
 
 def test_verdicts_are_plain() -> None:
     base = {0: 0.5, 1: 0.6, 2: 0.55}
-    one, nothing, apart = compare(base, [{0: 0.9}, {seed: value for seed, value in base.items()}, {7: 0.5}])
+    one, nothing, apart = compare(base, [{0: 0.9}, dict(base), {7: 0.5}])
     assert one.verdict == "One seed only: it cannot tell a difference from chance."
     assert nothing.verdict == "No difference is supported by these 3 seeds."
     assert apart.verdict == "Not comparable: no seed finished in both."

@@ -172,7 +172,10 @@ def test_jobs_end_with_a_submitter_that_stayed_and_outlive_one_that_left(sweep: 
         "time.sleep(300)\n"
     )
     backend = LocalBackend(sweep, num_slots=1)
-    environ = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])}
+    environ = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]),
+    }
     for how in ("leaves", "stays"):
         (sweep.path / "mark_0").unlink(missing_ok=True)
         with subprocess.Popen(

@@ -43,7 +43,11 @@ def test_a_grid_of_the_command_line_pairs_every_point_with_every_seed() -> None:
     assert (plan.axes, plan.baseline) == (["advantage", "loss.clip_low"], 0)
     for run in plan.runs:
         config = run.config
-        assert (config.seed, config.loss.clip_low, config.trainer.max_steps) == (run.seed, run.values["loss.clip_low"], 2)
+        assert (config.seed, config.loss.clip_low, config.trainer.max_steps) == (
+            run.seed,
+            run.values["loss.clip_low"],
+            2,
+        )
         target = "RLOO" if run.values["advantage"] == "rloo" else "GRPO"
         assert config.advantage._target_.endswith("." + target)
 
@@ -95,7 +99,7 @@ def test_globs_and_ranges() -> None:
         (["seed=0,1", "sweep.paralel=2"], ["sweep.paralel: unknown key. Did you mean 'sweep.parallel'?"]),
         (["seed=0,1", "+sweep.zip={batch_size:[1,2],group_size:[4]}"], ["sweep.zip", "all of one length"]),
         (["batch_size=8,16", "+sweep.zip={batch_size:[1,2]}"], ["batch_size: got it in sweep.zip and again elsewhere"]),
-        (["advantage=rloo", "+sweep.grid={advantage:[grpo]}"], ["advantage: got 'advantage=rloo', but the sweep varies"]),
+        (["advantage=rloo", "+sweep.grid={advantage:[grpo]}"], ["got 'advantage=rloo', but the sweep varies"]),
         (["+sweep.grid={seed:[1,2]}"], ["seeds repeat a point, they go to sweep.seeds"]),
         (["seed=5", "sweep.seeds=[1,2]"], ["seed: got one, but sweep.seeds lists the seeds"]),
         (["advantage=grpo,rloo", "sweep.baseline={advantage:opo}"], ["is 0 of the points", "advantage=grpo"]),
@@ -128,7 +132,8 @@ def test_mistakes_of_all_points_are_in_one_message() -> None:
 
 def test_a_search_is_frozen_with_every_choice_of_groups(own: Path) -> None:
     (own / "experiment" / "mine.yaml").write_text("# @package _global_\nbatch_size: 8\n")
-    line = ["sweep=optuna", "experiment=mine", "loss=ppo_clip,gspo", "trainer.learning_rate=tag(log,interval(1e-5,1e-3))",
+    line = ["sweep=optuna", "experiment=mine", "loss=ppo_clip,gspo",
+            "trainer.learning_rate=tag(log,interval(1e-5,1e-3))",
             "trainer.num_mini_batches=int(interval(1,4))", "temperature=0.7,1.0"]  # fmt: skip
     plan = plan_sweep(line, str(own))
     assert plan.search is not None
@@ -153,7 +158,9 @@ def test_the_same_runs_have_the_same_identity_and_others_another() -> None:
     assert plan_sweep(search, None).identity == plan_sweep([*search, "sweep.trials=99"], None).identity
 
 
-@pytest.mark.parametrize("value", [None, True, 3, 1e-5, "grpo", "true", "it's a b", [1, "x y"], {"a": [0.5, None]}, "\\'"])
+@pytest.mark.parametrize(
+    "value", [None, True, 3, 1e-5, "grpo", "true", "it's a b", [1, "x y"], {"a": [0.5, None]}, "\\'"]
+)
 def test_yaml_values_survive_hydras_grammar(value: object) -> None:
     assert plain_value(override_text(value)) == value
 

@@ -102,7 +102,11 @@ def second(line: Any, first: dict[str, Any]) -> dict[str, Any]:
     """After what was left has been done."""
     sweep = first["sweep"]
     (sweep.run_folder(FAILS) / "checkpoints").unlink()
-    before = {number: (sweep.run_folder(number) / "summary.json").stat().st_mtime_ns for number in range(6) if number not in (FAILS, DIES)}
+    before = {
+        number: (sweep.run_folder(number) / "summary.json").stat().st_mtime_ns
+        for number in range(6)
+        if number not in (FAILS, DIES)
+    }
     page = Text((sweep.path / "report.html").read_text())
     num_started = len(started(sweep))
     resumed = line.after("resume", "swept")
