@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -40,9 +41,9 @@ class CommandLine:
 
     def start(self, module: str, *arguments: str, timeout: float) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", module, *arguments]
-        return subprocess.run(
-            command, cwd=self.folder, env=environment(), capture_output=True, text=True, timeout=timeout
-        )
+        paths = [environment()["PYTHONPATH"], *filter(None, [os.environ.get("PYTHONPATH")])]
+        environ = {**environment(), "PYTHONPATH": os.pathsep.join(paths)}
+        return subprocess.run(command, cwd=self.folder, env=environ, capture_output=True, text=True, timeout=timeout)
 
     @staticmethod
     def wait_until(condition: Callable[[], object], what: str, seconds: float = PATIENCE) -> None:

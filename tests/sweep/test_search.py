@@ -20,9 +20,11 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 STEPS = 12
 BAD = 0.03  # a learning rate after whose first step no answer is right
 # This seed draws the bad rate for trials 2 and 4, and no other of the first five.
-LINE = ("-m", "sweep=optuna", f"trainer.learning_rate=1e-5,{BAD}", "loss.clip_high=interval(0.1,0.3)",
-        "sweep.parallel=2",        "sweep.sampler_seed=61", "sweep.min_steps=1", "sweep.reduction_factor=2", "sweep.dir=found", "eval.every=1",
-        f"trainer.max_steps={STEPS}", "eval.samples_per_prompt=0")  # fmt: skip
+LINE = (
+    "-m", "sweep=optuna", f"trainer.learning_rate=1e-5,{BAD}", "loss.clip_high=interval(0.1,0.3)", "sweep.parallel=2",
+    "sweep.sampler_seed=61", "sweep.min_steps=1", "sweep.reduction_factor=2", "sweep.dir=found", "eval.every=1",
+    f"trainer.max_steps={STEPS}", "eval.samples_per_prompt=0",
+)  # fmt: skip
 
 
 def study_of(sweep: SweepFolder) -> list[optuna.trial.FrozenTrial]:
