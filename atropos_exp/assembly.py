@@ -6,35 +6,38 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import numpy as np
 from omegaconf import OmegaConf
 
+from atropos_exp.assembly_atropos import grouped_logger, read_atropos, start_atropos, start_gateway
+from atropos_exp.assembly_material import Material, gather_material
 from atropos_exp.checkpoint import Checkpoints
 from atropos_exp.config_check import Checked
+from atropos_exp.held_engine import HeldEngine
 from atropos_exp.loop import Schedule
 from atropos_exp.model.hf_folder import copy_description
 from atropos_exp.ranks import Ranks
 from atropos_exp.recorder import RunRecorder, SilentRecorder
 from atropos_exp.rollout.journaled import JournaledSource
+from atropos_exp.rollout.local import LocalSource
 from atropos_exp.rollout.rank_zero import RankZeroSource
 from atropos_exp.run_folder import RunFolder
 from atropos_exp.snapshots import Snapshots
-from atropos_exp.types import Prompt, SamplingParams, TokenIds
+from atropos_exp.types import SamplingParams, TokenIds
 
 if TYPE_CHECKING:
+    from atropos_exp.gateway.client import GatewayClient
     from atropos_exp.interfaces import (
         AdvantageEstimator,
         Engine,
         Evaluator,
         Logger,
         PolicyTrainer,
-        PromptLoader,
         Publisher,
         Recorder,
+        RemoteSource,
         RolloutSource,
-        Scorer,
     )
 
 
@@ -53,17 +56,6 @@ class Assembly:
     logger: Logger | None  # rank 0
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Material:
-    """What only rank 0 has and can be checked before anything is started: prompts, and who scores answers."""
-
-    tokenizer: Any
-    loader: PromptLoader
-    held_out: list[Prompt]
-    canary: list[TokenIds]
-    scorer: Scorer
-
-
 def assemble(checked: Checked, folder: RunFolder, ranks: Ranks, stack: ExitStack) -> Assembly:
     """Start everything. Collective. Raises UserError for what could only be found by trying."""
     run, parts = checked.run, checked.parts
@@ -72,20 +64,27 @@ def assemble(checked: Checked, folder: RunFolder, ranks: Ranks, stack: ExitStack
 
     def gather() -> list[TokenIds]:
         nonlocal material
-        material = _gather_material(checked, folder, model_folder, stack)
+        material = gather_material(checked, folder, model_folder, stack)
         return material.canary
 
     canary = ranks.on_zero(gather)
     trainer, engine = _start_trainer_and_engine(checked, folder, model_folder, ranks, stack)
-    publisher = _sharding_manager(checked, trainer, engine, canary, ranks)
+    gateway: GatewayClient | None = None
+    served = engine
+    if engine is not None and parts["rollout"].uses_atropos:
+        gateway = start_gateway(checked, engine, model_folder=model_folder, log_folder=folder.path / "log", stack=stack)
+        served = HeldEngine(engine, gateway)
+    publisher = _sharding_manager(checked, trainer, served, canary, ranks)
     recorder: Recorder = SilentRecorder()
     logger: Logger | None = None
     inner: RolloutSource | None = None
     evaluate: Evaluator = _no_evaluation
     if material is not None and engine is not None:
-        inner = JournaledSource(_start_rollout(checked, material, engine, model_folder), folder.path / "rollouts")
+        inner = JournaledSource(
+            _start_rollout(checked, material, engine, gateway, folder, model_folder, stack), folder.path / "rollouts"
+        )
         evaluate = _start_evaluation(checked, material, engine, model_folder)
-        logger = parts["logger"].start(
+        logger = grouped_logger(checked, folder).start(
             run_folder=folder.path,
             config=OmegaConf.to_container(checked.config, resolve=True),
             name=run.name,
@@ -120,44 +119,6 @@ def assemble(checked: Checked, folder: RunFolder, ranks: Ranks, stack: ExitStack
         recorder=recorder,
         checkpoints=checkpoints,
         logger=logger,
-    )
-
-
-def _gather_material(checked: Checked, folder: RunFolder, model_folder: Path, stack: ExitStack) -> Material:
-    from atropos_exp.reward.pool import RewardPool
-
-    run, parts = checked.run, checked.parts
-    scorer = stack.enter_context(
-        RewardPool(
-            parts["reward"], num_workers=parts["reward"].num_workers, timeout_seconds=parts["reward"].timeout_seconds
-        )
-    )
-    tokenizer = parts["model"].tokenizer(model_folder)
-    prepared_folder = _prepare(parts["data"].prepare)
-    loader = parts["data"].loader(
-        tokenizer,
-        seed=run.seed,
-        max_prompt_length=run.max_prompt_length,
-        max_response_length=run.max_response_length,
-        run_folder=folder.path,
-        prepared_folder=prepared_folder,
-    )
-    print(loader.counts, flush=True)
-    held_out: list[Prompt] = []
-    if parts["eval"].num_prompts and parts["data"].has_eval:
-        held_out = parts["data"].eval_prompts(
-            tokenizer,
-            num_prompts=parts["eval"].num_prompts,
-            max_prompt_length=run.max_prompt_length,
-            prepared_folder=prepared_folder,
-        )
-    scorer.score([])  # a reward that cannot be loaded says so here
-    return Material(
-        tokenizer=tokenizer,
-        loader=loader,
-        held_out=held_out,
-        canary=_canary(loader, run.sync.canary_prompts, tokenizer),
-        scorer=scorer,
     )
 
 
@@ -201,9 +162,17 @@ def _start_trainer_and_engine(
     return trainer, engine
 
 
-def _start_rollout(checked: Checked, material: Material, engine: Engine, model_folder: Path) -> RolloutSource:
+def _start_rollout(
+    checked: Checked,
+    material: Material,
+    engine: Engine,
+    gateway: GatewayClient | None,
+    folder: RunFolder,
+    model_folder: Path,
+    stack: ExitStack,
+) -> RolloutSource:
     run = checked.run
-    source: RolloutSource = checked.parts["rollout"].start(
+    local = LocalSource(
         loader=material.loader,
         engine=engine,
         scorer=material.scorer,
@@ -218,7 +187,22 @@ def _start_rollout(checked: Checked, material: Material, engine: Engine, model_f
         ),
         group_size=run.group_size,
         seed=run.seed,
+        mask_truncated=checked.parts["rollout"].mask_truncated,
     )
+    remote: RemoteSource | None = None
+    if gateway is not None:
+        programs = start_atropos(
+            checked, folder, model_folder=model_folder, gateway_address=gateway.address, stack=stack
+        )
+        remote = read_atropos(
+            checked,
+            folder,
+            programs,
+            gateway,
+            engine,
+            model_folder=model_folder,
+        )
+    source: RolloutSource = checked.parts["rollout"].choose(local=local, remote=remote)
     return source
 
 
@@ -233,26 +217,6 @@ def _start_evaluation(checked: Checked, material: Material, engine: Engine, mode
         seed=checked.run.seed,
     )
     return evaluator
-
-
-def _prepare(prepare: Any) -> Path | None:
-    """The data set that the configuration asks to build, built unless it is there already."""
-    if prepare is None:
-        return None
-    from data_prep.prepare import ensure
-
-    return ensure(prepare)
-
-
-def _canary(loader: PromptLoader, num_prompts: int, tokenizer: Any) -> list[TokenIds]:
-    """Whole conversations, so that every position that a rollout can have is scored: prompt and reference answer."""
-    start = loader.state()
-    prompts = loader.take(num_prompts)
-    loader.restore(start)
-    return [
-        np.array([*prompt.token_ids, *tokenizer.encode(prompt.ground_truth, add_special_tokens=False)], np.int32)[:512]
-        for prompt in prompts
-    ]
 
 
 def _sharding_manager(

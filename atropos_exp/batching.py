@@ -10,18 +10,26 @@ from atropos_exp.types import Floats, Rollout, RolloutGroup, TrainBatch
 
 
 def token_advantages(rollout: Rollout, advantage: float) -> Floats:
-    """[T] the rollout's scalar spread over its trained tokens, or the environment's own values, verbatim."""
+    """[T] the rollout's scalar spread over its trained tokens, or the environment's own values, verbatim.
+
+    1 in a supervised rollout, 0 where `zero_advantage` is set.
+    """
     values = rollout.advantages if rollout.advantages is not None else np.float32(advantage)
+    if rollout.supervised:
+        values = np.float32(1.0)
     if rollout.zero_advantage:
         values = np.float32(0.0)
     return np.where(rollout.trained, values, np.float32(0.0)).astype(np.float32)
 
 
 def pack(groups: Sequence[RolloutGroup], advantages: Sequence[Floats], *, temperature: float) -> TrainBatch | None:
-    """Lay the sequences that carry signal end to end; None if no sequence does.
+    """Lay the sequences that carry signal end to end; None if no sequence does. `temperature` is the run's.
 
     A sequence whose advantages are all zero has no policy gradient. It stays in the batch all the same, because the
     loss denominators count its tokens (and a KL term would train on it); only a batch without any signal is dropped.
+
+    A supervised sequence has temperature 1 and no behaviour or reference logprobs, whatever its rollout says: nothing
+    is divided by how it was sampled.
     """
     import torch
 
@@ -36,15 +44,33 @@ def pack(groups: Sequence[RolloutGroup], advantages: Sequence[Floats], *, temper
         return None
 
     trained_S = np.concatenate([rollout.trained for rollout in rollouts])
-    unknown = [np.zeros(len(rollout.token_ids), np.float32) for rollout in rollouts]
-    behaviour = [r.logprobs if r.logprobs is not None else zeros for r, zeros in zip(rollouts, unknown, strict=True)]
+    behaviour = [None if rollout.supervised else rollout.logprobs for rollout in rollouts]
+    reference = [None if rollout.supervised else rollout.reference_logprobs for rollout in rollouts]
+    temperatures = [
+        1.0 if rollout.supervised else rollout.temperature or temperature  # a rollout's is never 0
+        for rollout in rollouts
+    ]
     return TrainBatch(
         token_ids_S=torch.from_numpy(np.concatenate([rollout.token_ids for rollout in rollouts]).astype(np.int64)),
         lengths_N=torch.tensor([len(rollout.token_ids) for rollout in rollouts]),
         trained_S=torch.from_numpy(trained_S),
         advantages_S=torch.from_numpy(advantages_S),
-        behaviour_logprobs_S=torch.from_numpy(np.where(trained_S, np.concatenate(behaviour), np.float32(0.0))),
-        has_behaviour_N=torch.tensor([rollout.logprobs is not None for rollout in rollouts]),
+        behaviour_logprobs_S=torch.from_numpy(_lay_out(rollouts, behaviour)),
+        has_behaviour_N=torch.tensor([values is not None for values in behaviour]),
+        reference_logprobs_S=torch.from_numpy(_lay_out(rollouts, reference)),
+        has_reference_N=torch.tensor([values is not None for values in reference]),
+        supervised_N=torch.tensor([rollout.supervised for rollout in rollouts]),
+        temperature_N=torch.tensor(temperatures, dtype=torch.float32),
         num_trained_tokens=int(trained_S.sum()),
-        temperature=temperature,
     )
+
+
+def _lay_out(rollouts: Sequence[Rollout], per_rollout: Sequence[Floats | None]) -> Floats:
+    """[S] float32, 0 where a token is not trained or its rollout has no values."""
+    parts = [
+        np.zeros(len(rollout.token_ids), np.float32)
+        if values is None
+        else np.where(rollout.trained, values, np.float32(0.0)).astype(np.float32)
+        for rollout, values in zip(rollouts, per_rollout, strict=True)
+    ]
+    return np.concatenate(parts)

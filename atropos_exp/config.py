@@ -17,7 +17,11 @@ from atropos_exp.types import UserError
 
 PACKAGE = "atropos_exp"
 # Every group that becomes a part. `experiment` and `sweeps` only choose among these.
-GROUPS = ("model", "data", "reward", "rollout", "engine", "advantage", "loss", "trainer", "cluster", "logger", "eval")
+GROUPS = (
+    *("model", "data", "reward", "rollout", "atropos", "env", "gateway", "engine"),
+    *("advantage", "loss", "trainer", "cluster", "logger", "eval"),
+)
+FOLDERS = {"env": "atropos"}  # where a group's code is, if not in a folder of its name
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -120,7 +124,7 @@ def build_into(mistakes: list[Mistake], values: Mapping[str, Any], group: str) -
 
 def find_class(target: object, group: str = "") -> type:
     """The settings class of this package that a `_target_` names. Raises UserError for anything else."""
-    inside = f"{PACKAGE}.{group}." if group else f"{PACKAGE}."
+    inside = f"{PACKAGE}.{FOLDERS.get(group, group)}." if group else f"{PACKAGE}."
     if not isinstance(target, str) or not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", target):
         raise UserError(f"got {target!r}, expected {inside}<file>.<Class>")
     if not target.startswith(inside):

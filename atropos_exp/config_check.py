@@ -97,8 +97,16 @@ def check(config: DictConfig) -> tuple[Checked | None, list[Mistake]]:
 
     device = _device(run.device, mistakes)
     sizes = check_sizes(run, parts, device, os.environ, mistakes)
+    uses_atropos = bool(getattr(parts.get("rollout"), "uses_atropos", False))
+    facts = {
+        **_facts(run),
+        "device": device,
+        "world_size": sizes.world_size,
+        "uses_atropos": uses_atropos,
+        "launches_atropos": uses_atropos and bool(getattr(parts.get("atropos"), "launch", False)),
+    }
     for group, part in parts.items():
-        mistakes.extend(_preflight(group, part, {**_facts(run), "device": device, "world_size": sizes.world_size}))
+        mistakes.extend(_preflight(group, part, facts))
     if mistakes:
         return None, mistakes
     return Checked(run=run, parts=parts, sizes=sizes, device=device, config=copy.deepcopy(config)), []

@@ -9,8 +9,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from atropos_exp.types import (
     Dropped,
+    Endpoint,
     Floats,
+    Mask,
     Prompt,
+    Provenance,
     RewardFailure,
     RolloutGroup,
     Sample,
@@ -50,12 +53,14 @@ class PolicyLoss(Protocol):
         mask_NR: Tensor,  # bool, False is padding
         importance_NR: Tensor | None,  # detached weights pi_old / behaviour, truncated; None: on-policy
         reference_logprobs_NR: Tensor | None,
+        supervised_NR: Tensor | None,  # bool, whole rows of cross-entropy on their trained tokens; None: no such row
         num_tokens: int,  # trained tokens of the whole mini-batch, all ranks
         num_sequences: int,  # likewise
         dp_size: int,
     ) -> tuple[Tensor, dict[str, float]]:
         """A scalar whose sum over micro-batches and mean over ranks is the loss of the mini-batch; and
-        `policy_loss`, `clip_fraction`, `reference_kl` of this micro-batch (sums weighted like the loss)."""
+        `policy_loss`, `supervised_loss`, `clip_fraction`, `reference_kl` of this micro-batch (sums weighted like the
+        loss). Supervised tokens have no part in any of these but `supervised_loss`; they count in the denominators."""
         ...
 
 
@@ -89,6 +94,11 @@ class Engine(Protocol):
     @property
     def dtype(self) -> str:
         """Of the served weights: float32 | bfloat16 | float16."""
+        ...
+
+    @property
+    def endpoint(self) -> Endpoint:
+        """Where other processes of the run, such as the gateway, reach the server."""
         ...
 
     def generate(self, prompts: Sequence[TokenIds], params: SamplingParams, *, num_samples: int) -> list[list[Sample]]:
@@ -154,9 +164,34 @@ class RolloutSource(Protocol):
 
     def take(self, num_groups: int, *, step: int) -> tuple[list[RolloutGroup], Dropped]: ...
 
+    def counters(self) -> Mapping[str, float]:
+        """Totals since the start of this process, by their full metric name; for the step's metrics."""
+        ...
+
     def state(self) -> JSON: ...
 
     def restore(self, state: JSON) -> None: ...
+
+
+class RemoteSource(RolloutSource, Protocol):
+    """A source that other processes fill, and that may fail (`atropos/`)."""
+
+    def take(self, num_groups: int, *, step: int) -> tuple[list[RolloutGroup], Dropped]:
+        """Raises SourceUnavailable, with the reason, when its deadlines pass."""
+        ...
+
+    def is_ready(self, *, step: int) -> bool:
+        """After SourceUnavailable: whether `take` would return at once. Looks briefly; reconnects if it can."""
+        ...
+
+
+class Ledger(Protocol):
+    """Who remembers what the engine sampled for environments (`gateway/`)."""
+
+    def lookup(self, sequences: Sequence[tuple[TokenIds, Mask]], *, claim: bool) -> list[Provenance | None]:
+        """For each (token_ids [T], trained [T]) what is known of its trained tokens; None unless all are. `claim`
+        marks their completions as having come back."""
+        ...
 
 
 class Evaluator(Protocol):
@@ -211,6 +246,7 @@ class Recorder(Protocol):
         seconds: Mapping[str, float],
         dropped: Dropped | None = None,
         update: UpdateStats | None = None,
+        counters: Mapping[str, float] | None = None,
     ) -> None: ...
 
 

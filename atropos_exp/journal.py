@@ -25,12 +25,15 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+FORMAT = 2
 _LISTS: Mapping[str, type[np.generic]] = {
     "token_ids": np.int32,
     "trained": np.bool_,
     "logprobs": np.float32,
     "advantages": np.float32,
+    "reference_logprobs": np.float32,
 }
+_SCALARS = ("reward", "finish", "policy_version", "zero_advantage", "temperature", "supervised")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -51,7 +54,7 @@ def write_journal(path: Path, journal: Journal) -> None:
     rollouts = [rollout for group in journal.groups for rollout in group.rollouts]
     head = json.dumps(
         {
-            "format": 1,
+            "format": FORMAT,
             "step": journal.step,
             "groups": [[group.prompt_id, group.source, len(group.rollouts)] for group in journal.groups],
             "dropped": dict(journal.dropped.reasons),
@@ -66,6 +69,8 @@ def write_journal(path: Path, journal: Journal) -> None:
         "finish": pa.array([rollout.finish.value for rollout in rollouts], pa.string()),
         "policy_version": pa.array([rollout.policy_version for rollout in rollouts], pa.int64()),
         "zero_advantage": pa.array([rollout.zero_advantage for rollout in rollouts], pa.bool_()),
+        "temperature": pa.array([rollout.temperature for rollout in rollouts], pa.float64()),
+        "supervised": pa.array([rollout.supervised for rollout in rollouts], pa.bool_()),
     }
     for name, dtype in _LISTS.items():
         columns[name] = _to_lists([getattr(rollout, name) for rollout in rollouts], dtype)
@@ -85,7 +90,14 @@ def read_journal(path: Path) -> Journal | None:
         table = pq.read_table(path)
         metadata = table.schema.metadata or {}
         head = metadata[b"atropos_exp.head"].decode()
-        journal = _from_table(json.loads(head), {name: table.column(name) for name in table.column_names})
+        facts = json.loads(head)
+        if facts["format"] != FORMAT:
+            log.warning(
+                "rollout journal %s counts as absent: it has format %s, this version reads %d",
+                path, facts["format"], FORMAT,
+            )  # fmt: skip
+            return None
+        journal = _from_table(facts, {name: table.column(name) for name in table.column_names})
         found = _digest(head, [rollout for group in journal.groups for rollout in group.rollouts])
         if found != metadata[b"atropos_exp.digest"].decode():
             raise ValueError("its digest does not match its content")
@@ -97,7 +109,7 @@ def read_journal(path: Path) -> Journal | None:
 
 def _from_table(head: dict[str, Any], columns: Mapping[str, Any]) -> Journal:
     lists = {name: _from_lists(columns[name].combine_chunks()) for name in _LISTS}
-    scalars = {name: columns[name].to_pylist() for name in ("reward", "finish", "policy_version", "zero_advantage")}
+    scalars = {name: columns[name].to_pylist() for name in _SCALARS}
     rollouts = [
         Rollout(
             token_ids=lists["token_ids"][at],
@@ -108,6 +120,9 @@ def _from_table(head: dict[str, Any], columns: Mapping[str, Any]) -> Journal:
             finish=Finish(scalars["finish"][at]),
             policy_version=scalars["policy_version"][at],
             zero_advantage=scalars["zero_advantage"][at],
+            reference_logprobs=lists["reference_logprobs"][at],
+            temperature=scalars["temperature"][at],
+            supervised=scalars["supervised"][at],
         )
         for at in range(len(scalars["reward"]))
     ]
@@ -154,7 +169,8 @@ def _digest(head: str, rollouts: Sequence[Rollout]) -> str:
 def _parts(rollouts: Sequence[Rollout]) -> Iterator[bytes]:
     for rollout in rollouts:
         yield np.float64(rollout.reward).tobytes()
-        yield f"{rollout.finish.value} {rollout.policy_version} {rollout.zero_advantage}".encode()
+        yield f"{rollout.finish.value} {rollout.policy_version} {rollout.zero_advantage} {rollout.supervised}".encode()
+        yield b"absent" if rollout.temperature is None else np.float64(rollout.temperature).tobytes()
         for name, dtype in _LISTS.items():
             array = getattr(rollout, name)
             yield b"absent" if array is None else np.ascontiguousarray(array, dtype).tobytes()

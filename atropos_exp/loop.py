@@ -85,6 +85,7 @@ def train(
                 sync=sync,
                 evaluation=scores,
                 seconds=seconds,
+                counters=source.counters(),
             )
         done, stopping = step, should_stop()
         with clock("save"):

@@ -23,16 +23,18 @@ METRICS: Mapping[str, str] = {
     "reward/std": "Standard deviation of the reward over all rollouts of the step.",
     "group/num": "Groups that reached the step.",
     "group/zero_variance_fraction": "Groups of several rollouts whose rewards are all equal: they teach nothing.",
-    "group/singleton_fraction": "Groups with one rollout, which has nothing to be compared with.",
+    "group/singleton_fraction": "Groups with one rollout to judge, which has nothing to be compared with.",
     "rollout/num": "Rollouts that reached the step.",
     "rollout/num_<source>": "Of these, sampled by this source (`local`, `atropos`).",
+    "rollout/supervised": "Of these, trained on by plain cross-entropy: compared with nobody.",
     "rollout/num_tokens": "Tokens of the rollouts, prompts included.",
     "rollout/dropped_<reason>": "Rollouts that were dropped for this reason before they reached a group.",
     "batch/num_tokens": "Packed tokens of the update, prompts included.",
     "batch/num_trained_tokens": "Tokens of the update that carry a loss.",
     "batch/num_micro_batches": "Forward and backward passes of the update on one rank.",
     "loss/policy": "Policy loss.",
-    "loss/total": "Policy loss plus the weighted KL to the reference model.",
+    "loss/supervised": "Cross-entropy of the supervised rollouts, averaged like the policy loss; 0 without any.",
+    "loss/total": "Policy loss plus `loss/supervised` plus the weighted KL to the reference model.",
     "grad/norm": "Global gradient norm before clipping.",
     "lr": "Learning rate of the update.",
     "update/skipped": "1 if the loss or a gradient was not finite, so that nothing was applied.",
@@ -77,7 +79,8 @@ METRICS: Mapping[str, str] = {
     "eval/<set>/pass_at_<k>_ci_high": "Upper end of its 95 % interval over problems.",
     "eval/<set>/num": "Problems of the held-out set.",
     "eval/reward_failures": "Held-out answers that could not be scored; they count as wrong.",
-    "atropos/<counter>": "A counter of the Atropos client: batches, retries, rejected groups and the like.",
+    "atropos/<counter>": "A total of this process: batches, groups by fate, restarts, outages (docs/atropos.md).",
+    "gateway/<counter>": "Total or gauge of the gateway: requests, tokens, refusals, ledger (docs/atropos.md).",
 }
 
 
@@ -198,6 +201,7 @@ def _of_groups(groups: Sequence[RolloutGroup], policy_version: int) -> dict[str,
     values: dict[str, float] = {
         "group/num": len(groups),
         "rollout/num": len(rollouts),
+        "rollout/supervised": sum(rollout.supervised for rollout in rollouts),
         "rollout/num_tokens": sum(len(rollout.token_ids) for rollout in rollouts),
     }
     by_source: Counter[str] = Counter()
@@ -209,15 +213,16 @@ def _of_groups(groups: Sequence[RolloutGroup], policy_version: int) -> dict[str,
     rewards_N = np.array([rollout.reward for rollout in rollouts], dtype=np.float64)
     lags_N = policy_version - np.array([rollout.policy_version for rollout in rollouts])
     responses_N = np.array([rollout.num_trained for rollout in rollouts])
+    judged = [np.array([rollout.reward for rollout in group.compared], dtype=np.float32) for group in groups]
     flat = [
-        len(group.rollouts) > 1 and not group.has_own_advantages and float(np.ptp(group.rewards)) == 0.0
-        for group in groups
+        len(rewards_G) > 1 and not group.has_own_advantages and float(np.ptp(rewards_G)) == 0.0
+        for group, rewards_G in zip(groups, judged, strict=True)
     ]
     return values | {
         "reward/mean": rewards_N.mean(),
         "reward/std": rewards_N.std(),
         "group/zero_variance_fraction": float(np.mean(flat)),
-        "group/singleton_fraction": float(np.mean([len(group.rollouts) == 1 for group in groups])),
+        "group/singleton_fraction": float(np.mean([len(rewards_G) == 1 for rewards_G in judged])),
         "policy/version_lag_mean": lags_N.mean(),
         "policy/version_lag_max": lags_N.max(),
         "length/prompt_mean": float(np.mean([np.argmax(rollout.trained) for rollout in rollouts])),
@@ -233,6 +238,7 @@ def _of_update(update: UpdateStats) -> dict[str, float]:
         "batch/num_trained_tokens": update.num_trained_tokens,
         "batch/num_micro_batches": update.num_micro_batches,
         "loss/policy": update.policy_loss,
+        "loss/supervised": update.supervised_loss,
         "loss/total": update.loss,
         "grad/norm": update.grad_norm,
         "lr": update.learning_rate,

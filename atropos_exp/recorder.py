@@ -46,6 +46,7 @@ class RunRecorder:
         seconds: Mapping[str, float],
         dropped: Dropped | None = None,
         update: UpdateStats | None = None,
+        counters: Mapping[str, float] | None = None,
     ) -> None:
         metrics = summarize(
             step=step,
@@ -56,6 +57,7 @@ class RunRecorder:
             seconds=seconds,
             policy_version=max(0, step - 1),
             eval=evaluation,
+            extra=counters,
         )
         self.files.log(metrics)
         if groups and (step == 1 or step % self._sample_every == 0):

@@ -36,6 +36,10 @@ class UserError(ValueError):
     """Something the user can mend: what, where, got, expected, what to do. Ends a run with exit code 2."""
 
 
+class SourceUnavailable(RuntimeError):
+    """A rollout source gave nothing within its deadlines. The text says why; another source may take over."""
+
+
 class Finish(Enum):
     """Why sampling stopped."""
 
@@ -78,11 +82,34 @@ class Sample:
     policy_version: int  # of the weights that sampled it
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Endpoint:
+    """How another process of this run reaches the engine's server."""
+
+    kind: str  # "hf": the binary protocol of `wire.py`; "vllm", "sglang": their HTTP interface
+    address: str  # "http://127.0.0.1:PORT"
+    token: str | None = field(repr=False)  # of its Authorization header; None: the server asks for none
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Provenance:
+    """What the gateway's ledger knows of a sequence that an environment sent back."""
+
+    policy_version: int  # the oldest weights that sampled a trained token
+    logprobs: Floats  # [T] of the behaviour policy, nats; 0.0 where not trained
+    temperature: float | None  # of its sampler; None if its completions differ
+    returned_before: bool  # every completion in it had been claimed by an earlier lookup
+    key: str  # unique per sampled completion (of its first one)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Rollout:
     """One scored sequence. The arrays align token by token.
 
     `trained` may be non-contiguous: in a multi-turn episode tool and user tokens are False.
+
+    A `supervised` one is an example to imitate, not an answer to judge: plain cross-entropy on its trained tokens
+    (temperature 1, no ratio, no importance weight, no KL). Its reward is reported and compared with nobody's.
     """
 
     token_ids: TokenIds  # [T] prompt, completion, and any tool output
@@ -92,11 +119,14 @@ class Rollout:
     finish: Finish
     policy_version: int  # the oldest weights that sampled a token of it
     advantages: Floats | None = None  # [T] supplied by the environment: used verbatim for the whole group
-    zero_advantage: bool = False  # counts in its group's baseline, contributes no gradient
+    zero_advantage: bool = False  # counts in its group's baseline, contributes no gradient but for a KL term
+    reference_logprobs: Floats | None = None  # [T] of the reference policy at `temperature`; 0.0 where not trained
+    temperature: float | None = None  # of its sampler; None: the run's
+    supervised: bool = False
 
     def __post_init__(self) -> None:
         length = len(self.token_ids)
-        for name in ("trained", "logprobs", "advantages"):
+        for name in ("trained", "logprobs", "advantages", "reference_logprobs"):
             values = getattr(self, name)
             if values is not None and len(values) != length:
                 raise ValueError(f"{name} must align with token_ids: got {len(values)} entries for {length} tokens")
@@ -108,6 +138,10 @@ class Rollout:
             raise ValueError("the first token of a sequence has no prediction, so it cannot be trained")
         if not np.isfinite(self.reward):
             raise ValueError(f"reward must be finite; got {self.reward}")
+        if self.temperature is not None and not 0.0 < self.temperature < float("inf"):
+            raise ValueError(f"temperature must be a finite number above 0; got {self.temperature}")
+        if self.supervised and self.advantages is not None:
+            raise ValueError("a supervised rollout has advantage 1 everywhere; advantages must be None")
 
     @property
     def num_trained(self) -> int:
@@ -125,6 +159,11 @@ class RolloutGroup:
     @property
     def rewards(self) -> Floats:
         return np.array([rollout.reward for rollout in self.rollouts], dtype=np.float32)
+
+    @property
+    def compared(self) -> tuple[Rollout, ...]:
+        """Those whose rewards are held against each other: all but the supervised ones."""
+        return tuple(rollout for rollout in self.rollouts if not rollout.supervised)
 
     @property
     def has_own_advantages(self) -> bool:
@@ -152,11 +191,14 @@ class TrainBatch:
     token_ids_S: Tensor  # int64
     lengths_N: Tensor  # int64, sums to S
     trained_S: Tensor  # bool
-    advantages_S: Tensor  # float32, 0 where not trained
+    advantages_S: Tensor  # float32, 0 where not trained; 1 in supervised sequences
     behaviour_logprobs_S: Tensor  # float32 nats, 0 where not trained or unknown
     has_behaviour_N: Tensor  # bool: this sequence came with behaviour logprobs
+    reference_logprobs_S: Tensor  # float32 nats, 0 where not trained or unknown
+    has_reference_N: Tensor  # bool: this sequence came with logprobs of the reference policy
+    supervised_N: Tensor  # bool: cross-entropy instead of the policy loss
+    temperature_N: Tensor  # float32, of each sampler; logits are divided by it before log_softmax
     num_trained_tokens: int  # the loss denominator of token_mean, over the whole batch
-    temperature: float  # the sampler's; logits are divided by it before log_softmax
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -165,6 +207,7 @@ class UpdateStats:
 
     loss: float
     policy_loss: float
+    supervised_loss: float  # cross-entropy of the supervised rollouts, as a part of `loss`
     grad_norm: float  # before clipping
     learning_rate: float
     entropy: float

@@ -34,7 +34,8 @@ def test_sequences_lie_end_to_end_and_masks_may_have_holes():
     assert batch.behaviour_logprobs_S.tolist() == [0.0, -0.5, 0.0, -0.25, 0.0, 0.0]
     assert batch.has_behaviour_N.tolist() == [True, False]
     assert batch.num_trained_tokens == 3
-    assert batch.temperature == 0.7
+    np.testing.assert_array_equal(batch.temperature_N, np.float32([0.7, 0.7]))
+    assert not batch.has_reference_N.any() and not batch.reference_logprobs_S.any() and not batch.supervised_N.any()
 
 
 def test_environment_advantages_are_used_verbatim_and_a_zeroed_rollout_gets_none():
@@ -42,6 +43,42 @@ def test_environment_advantages_are_used_verbatim_and_a_zeroed_rollout_gets_none
     assert token_advantages(own, 0.0).tolist() == [0.0, 2.0, -3.0]
     zeroed = rollout([1, 2], [0, 1], 0.0, zero_advantage=True)
     assert token_advantages(zeroed, 5.0).tolist() == [0.0, 0.0]
+
+
+def test_what_a_sequence_brings_along_is_its_own():
+    own = rollout(
+        [5, 6, 7], [0, 1, 0], 1.0, temperature=0.25, reference_logprobs=np.array([9.0, -2.0, 9.0], np.float32)
+    )
+    other = rollout([8, 9], [0, 1], 0.0, logprobs=[9.0, -1.0])
+    batch = pack([group(own, other)], [np.array([1.0, -1.0], np.float32)], temperature=1.5)
+    assert batch.temperature_N.tolist() == [0.25, 1.5]
+    assert batch.reference_logprobs_S.tolist() == [0.0, -2.0, 0.0, 0.0, 0.0]
+    assert batch.has_reference_N.tolist() == [True, False]
+    assert batch.behaviour_logprobs_S.tolist() == [0.0, 0.0, 0.0, 0.0, -1.0]
+
+
+def test_a_supervised_sequence_has_advantage_one_and_forgets_how_it_was_sampled():
+    example = rollout(
+        [1, 2, 3], [0, 1, 0], -5.0, logprobs=[0, -1, 0], temperature=0.5, supervised=True,
+        reference_logprobs=np.array([0.0, -2.0, 0.0], np.float32),
+    )  # fmt: skip
+    judged = rollout([4, 5], [0, 1], 1.0, logprobs=[0, -0.5])
+    batch = pack([group(example, judged)], [np.array([0.0, 0.75], np.float32)], temperature=0.5)
+    assert batch.supervised_N.tolist() == [True, False]
+    assert batch.advantages_S.tolist() == [0.0, 1.0, 0.0, 0.0, 0.75]
+    assert batch.temperature_N.tolist() == [1.0, 0.5]
+    assert batch.has_behaviour_N.tolist() == [False, True] and batch.has_reference_N.tolist() == [False, False]
+    assert batch.behaviour_logprobs_S.tolist() == [0.0, 0.0, 0.0, 0.0, -0.5]
+    assert not batch.reference_logprobs_S.any()
+
+
+def test_examples_alone_are_signal_unless_zeroed():
+    example, silent = rollout([1, 2], [0, 1], 1.0, supervised=True), rollout([1, 3], [0, 1], 1.0)
+    batch = pack([group(example), group(silent)], [np.zeros(1, np.float32)] * 2, temperature=1.0)
+    assert batch is not None and batch.advantages_S.tolist() == [0.0, 1.0, 0.0, 0.0]
+    zeroed = rollout([1, 2], [0, 1], 1.0, supervised=True, zero_advantage=True)
+    assert token_advantages(zeroed, 3.0).tolist() == [0.0, 0.0]
+    assert pack([group(zeroed), group(silent)], [np.zeros(1, np.float32)] * 2, temperature=1.0) is None
 
 
 def test_a_batch_without_signal_is_no_batch():
@@ -64,9 +101,20 @@ def test_advantages_must_match_the_rollouts():
         ({"logprobs": [0.0]}, "got 1 entries for 2 tokens"),
         ({"trained": [0, 0]}, "at least one trained token"),
         ({"trained": [1, 1]}, "first token"),
+        ({"reference_logprobs": [0.0, float("nan")]}, "reference_logprobs must be finite"),
+        ({"reference_logprobs": [0.0, 0.0, 0.0]}, "reference_logprobs must align .* got 3 entries for 2 tokens"),
+        ({"advantages": [0.0, -float("inf")]}, "advantages must be finite"),
+        ({"temperature": 0.0}, "temperature must be a finite number above 0; got 0"),
+        ({"temperature": -1.0}, "temperature"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"temperature": float("inf")}, "temperature"),
+        ({"supervised": True, "advantages": [0.0, 2.0]}, "advantages must be None"),
     ],
 )
 def test_a_rollout_refuses_what_would_poison_a_batch(change, message):
     facts = {"token_ids": [1, 2], "trained": [0, 1], "reward": 1.0} | change
+    for name in ("advantages", "reference_logprobs"):
+        if name in facts:
+            facts[name] = np.array(facts[name], np.float32)
     with pytest.raises(ValueError, match=message):
-        rollout(facts["token_ids"], facts["trained"], facts["reward"], logprobs=facts.get("logprobs"))
+        rollout(**facts)

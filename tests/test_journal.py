@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import json
 import logging
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -14,15 +16,19 @@ def random_rollout(rng: np.random.Generator) -> Rollout:
     length = int(rng.integers(2, 40))
     trained = rng.random(length) < 0.6
     trained[0], trained[-1] = False, True
+    supervised = bool(rng.random() < 0.2)
     return Rollout(
         token_ids=rng.integers(0, 2**31 - 1, length).astype(np.int32),
         trained=trained,
         logprobs=None if rng.random() < 0.3 else (-rng.exponential(size=length)).astype(np.float32),
-        advantages=None if rng.random() < 0.7 else rng.normal(size=length).astype(np.float32),
+        advantages=None if supervised or rng.random() < 0.7 else rng.normal(size=length).astype(np.float32),
         reward=float(rng.normal()),
         finish=Finish.STOP if rng.random() < 0.5 else Finish.LENGTH,
         policy_version=int(rng.integers(0, 100)),
         zero_advantage=bool(rng.random() < 0.2),
+        reference_logprobs=None if rng.random() < 0.5 else (-rng.exponential(size=length)).astype(np.float32),
+        temperature=None if rng.random() < 0.5 else float(rng.uniform(0.1, 2.0)),
+        supervised=supervised,
     )
 
 
@@ -61,10 +67,12 @@ def test_what_comes_back_is_what_went_in(tmp_path: Path) -> None:
     for one, other in zip(journal.groups, back.groups, strict=True):
         assert (one.prompt_id, one.source, len(one.rollouts)) == (other.prompt_id, other.source, len(other.rollouts))
         for left, right in zip(one.rollouts, other.rollouts, strict=True):
-            for name in ("token_ids", "trained", "logprobs", "advantages"):
-                assert_equal_bits(getattr(left, name), getattr(right, name))
-            for name in ("reward", "finish", "policy_version", "zero_advantage"):
-                assert getattr(left, name) == getattr(right, name)
+            for name in (part.name for part in fields(Rollout)):  # a new one cannot be forgotten
+                one_value, other_value = getattr(left, name), getattr(right, name)
+                if isinstance(one_value, np.ndarray) or isinstance(other_value, np.ndarray):
+                    assert_equal_bits(one_value, other_value)
+                else:
+                    assert (type(one_value), one_value) == (type(other_value), other_value), name
     assert [path.name for path in path.parent.iterdir()] == [path.name]  # no draft stays
 
 
@@ -125,16 +133,47 @@ def test_damage_counts_as_absent_and_is_named(tmp_path: Path, caplog: pytest.Log
     assert num_found >= len(torn) + 50
 
 
-def test_altered_values_in_a_sound_container_are_found(tmp_path: Path) -> None:
-    """The digest covers the values, not only the container."""
+@pytest.mark.parametrize("name", [part.name for part in fields(Rollout)])
+def test_altered_values_in_a_sound_container_are_found(
+    tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The digest covers every field of every rollout, not only the container: one value of one rollout is changed."""
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
     path = tmp_path / "step.parquet"
     write_journal(path, example())
     table = pq.read_table(path)
-    rewards = table.column("reward").to_numpy().copy()
-    rewards[0] += 1.0
-    import pyarrow as pa
+    column = table.column(name)
+    values = column.to_pylist()
+    at = next(i for i, value in enumerate(values) if value is not None and i > 3)
+    changes = {bool: lambda v: not v, str: lambda v: "length" if v == "stop" else "stop"}
 
-    pq.write_table(table.set_column(table.column_names.index("reward"), "reward", pa.array(rewards)), path)
+    def changed(value: object) -> object:
+        if isinstance(value, list):
+            return [*value[:-1], changed(value[-1])]
+        return changes.get(type(value), lambda v: v + 1)(value)
+
+    for replacement in [changed(values[at])] + ([None] if None in values else []):
+        altered = pa.array([*values[:at], replacement, *values[at + 1 :]], column.type)
+        other = tmp_path / "altered.parquet"
+        pq.write_table(table.set_column(table.column_names.index(name), name, altered), other)
+        caplog.clear()
+        assert read_journal(other) is None
+        assert f"{other} is damaged and counts as absent: its digest does not match" in caplog.text
+
+
+def test_a_journal_of_another_format_counts_as_absent(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Such as one of an earlier version of the package: its rollouts know no temperature."""
+    import pyarrow.parquet as pq
+
+    path = tmp_path / "step.parquet"
+    write_journal(path, example())
+    table = pq.read_table(path)
+    head = json.loads(table.schema.metadata[b"atropos_exp.head"])
+    assert head["format"] == 2
+    metadata = table.schema.metadata | {b"atropos_exp.head": json.dumps(head | {"format": 1}).encode()}
+    older = table.drop_columns(["temperature", "supervised", "reference_logprobs"]).replace_schema_metadata(metadata)
+    pq.write_table(older, path)
     assert read_journal(path) is None
+    assert f"{path} counts as absent: it has format 1, this version reads 2" in caplog.text

@@ -31,9 +31,9 @@ def group(*rollouts: Rollout, source: str = "local") -> RolloutGroup:
 
 
 UPDATE = UpdateStats(
-    loss=0.75, policy_loss=0.5, grad_norm=2.0, learning_rate=1e-3, entropy=1.5, mismatch_kl=math.nan,
-    logprob_gap_mean=0.01, logprob_gap_max=0.2, importance_truncated_fraction=0.1, clip_fraction=0.2,
-    reference_kl=0.3, num_tokens=30, num_trained_tokens=20, num_micro_batches=2, skipped=False,
+    loss=0.75, policy_loss=0.5, supervised_loss=0.125, grad_norm=2.0, learning_rate=1e-3, entropy=1.5,
+    mismatch_kl=math.nan, logprob_gap_mean=0.01, logprob_gap_max=0.2, importance_truncated_fraction=0.1,
+    clip_fraction=0.2, reference_kl=0.3, num_tokens=30, num_trained_tokens=20, num_micro_batches=2, skipped=False,
 )  # fmt: skip
 SYNC = SyncStats(
     policy_version=6, num_tensors=10, num_bytes=4000, seconds=0.25, proof_seconds=0.05,
@@ -82,8 +82,28 @@ def test_numbers_by_hand() -> None:
     assert (values["loss/policy"], values["loss/total"], values["grad/norm"], values["lr"]) == (0.5, 0.75, 2.0, 1e-3)
     assert math.isnan(values["policy/mismatch_kl"])
     assert (values["sync/bytes"], values["sync/canary_gap_max"]) == (4000, 1e-5)
+    assert (values["loss/supervised"], values["rollout/supervised"]) == (0.125, 0)
     assert values["eval/arithmetic/accuracy"] == 0.5
     assert values["atropos/retries"] == 2
+
+
+def test_examples_are_no_silent_groups() -> None:
+    example = rollout(reward=1.0, supervised=True)
+    groups = [
+        group(example, example, example),  # equal rewards, yet every one teaches
+        group(example),  # alone, likewise
+        group(rollout(reward=0.0), rollout(reward=0.0), example),  # the two that are compared are equal
+        group(rollout(reward=0.0), example),  # one to judge, and nothing to hold it against
+        group(rollout(reward=0.0), rollout(reward=1.0)),
+    ]
+    values = summarize(
+        step=1, groups=groups, dropped=Dropped(reasons={}), update=None, sync=None, seconds={}, policy_version=4,
+        eval={},
+    ).values  # fmt: skip
+    assert (values["rollout/num"], values["rollout/supervised"]) == (11, 6)
+    assert values["group/zero_variance_fraction"] == pytest.approx(1 / 5)
+    assert values["group/singleton_fraction"] == pytest.approx(1 / 5)
+    assert values["reward/mean"] == pytest.approx(7 / 11)
 
 
 def test_every_name_has_a_sentence_and_every_value_is_a_float() -> None:

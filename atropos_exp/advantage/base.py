@@ -36,7 +36,8 @@ class VerlAdvantage(ABC):
     """An estimator of verl's registry (`get_adv_estimator_fn`) as an `AdvantageEstimator`.
 
     Exactly zero, and left out of every statistic: groups of one, groups without variance, groups with
-    environment-supplied advantages. A rollout with `zero_advantage` is part of its group's baseline only.
+    environment-supplied advantages, and supervised rollouts, which their group is compared without. A rollout with
+    `zero_advantage` is part of its group's baseline only.
     """
 
     normalization: str
@@ -60,7 +61,7 @@ class VerlAdvantage(ABC):
         advantages = [np.zeros(len(group.rollouts), dtype=np.float32) for group in groups]
         if not compared:
             return advantages
-        rollouts = [rollout for i in compared for rollout in groups[i].rollouts]
+        rollouts = [rollout for i in compared for rollout in groups[i].compared]
         sizes = [len(rewards[i]) for i in compared]
         rows = Rows(
             rewards_N=np.concatenate([rewards[i] for i in compared]),
@@ -70,7 +71,7 @@ class VerlAdvantage(ABC):
         )
         parts = np.split(self._finish(self.estimate(rows), rows), np.cumsum(sizes)[:-1])
         for i, part in zip(compared, parts, strict=True):
-            advantages[i][:] = part
+            advantages[i][[not rollout.supervised for rollout in groups[i].rollouts]] = part
         return advantages
 
     def estimate(self, rows: Rows) -> Floats:
@@ -124,7 +125,7 @@ def whiten(advantages_N: Floats, rows: Rows) -> Floats:
 
 
 def _rewards(group: RolloutGroup) -> Floats:
-    rewards = np.array([rollout.reward for rollout in group.rollouts], dtype=np.float64)
+    rewards = np.array([rollout.reward for rollout in group.compared], dtype=np.float64)
     if not (np.abs(rewards) <= LARGEST_REWARD).all():
         raise UserError(
             f"a reward of prompt {group.prompt_id!r} is {np.abs(rewards).max():g} in size; "

@@ -69,10 +69,16 @@ class Service:
     def score(self, message: Message) -> Future[Message]:
         sequences = self._sequences(message, room=0)
         temperature = _number(message, "temperature", 0.0, math.inf)
+        num_top = int(_number({"num_top": 0, **message}, "num_top", 0, 1 << 31))
 
         def work() -> Message:
-            flat, lengths = flatten(self.decoder.score(sequences, temperature=temperature), np.float32)
-            return {"logprobs": flat, "lengths": lengths}
+            scored = self.decoder.score_top(sequences, temperature=temperature, num_top=num_top)
+            flat, lengths = flatten([one.logprobs for one in scored], np.float32)
+            answer: Message = {"logprobs": flat, "lengths": lengths}
+            if num_top:  # [sum of lengths, num_top]
+                answer["top_token_ids"] = np.concatenate([one.top_token_ids for one in scored])
+                answer["top_logprobs"] = np.concatenate([one.top_logprobs for one in scored])
+            return answer
 
         return self.scheduler.score(work, deadline=_deadline(message))
 

@@ -8,8 +8,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from atropos_exp.types import Finish, Floats, Sample, SamplingParams, TokenIds, UserError
+from atropos_exp.types import Endpoint, Finish, Floats, Sample, SamplingParams, TokenIds, UserError
 from atropos_exp.wire import HEARTBEAT, EngineError, WireError, flatten, pack, split, unpack
 
 if TYPE_CHECKING:
@@ -51,6 +52,10 @@ class HFClient:
     @property
     def dtype(self) -> str:
         return self._dtype
+
+    @property
+    def endpoint(self) -> Endpoint:
+        return Endpoint(kind="hf", address=self.process.address, token=self.process.token)
 
     def wait_until_ready(self, seconds: float) -> None:
         """Until the server answers and has generated a token. Raises EngineError."""
@@ -112,6 +117,19 @@ class HFClient:
         message = {"token_ids": token_ids, "lengths": lengths, "temperature": float(temperature)}
         answer = self._exchange("/score", message, what=f"the logprobs of {len(sequences)} sequences")
         return split(answer["logprobs"], answer["lengths"])
+
+    def score_top(
+        self, sequence: TokenIds, *, temperature: float, num_top: int
+    ) -> tuple[Floats, NDArray[np.int32], Floats]:
+        """As `score` for one sequence [T], and the likeliest tokens of each place: ids, logprobs [T - 1, num_top]."""
+        message = {
+            "token_ids": np.asarray(sequence, dtype=np.int32),
+            "lengths": np.array([len(sequence)]),
+            "temperature": float(temperature),
+            "num_top": num_top,
+        }
+        answer = self._exchange("/score", message, what=f"the logprobs of {len(sequence)} tokens and of the likeliest")
+        return answer["logprobs"], answer["top_token_ids"], answer["top_logprobs"]
 
     def version(self) -> int:
         return int(self.info()["version"])

@@ -45,6 +45,15 @@ class Decoded:
     stopped_N: Mask
 
 
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Scored:
+    """One sequence [T] under the model: its tokens 1.., and the K likeliest tokens at each of their places."""
+
+    logprobs: Floats  # [T - 1] nats
+    top_token_ids: NDArray[np.int32]  # [T - 1, K], likeliest first
+    top_logprobs: Floats  # [T - 1, K]
+
+
 class Decoder:
     """Owns no weights: it reads `model` at every call and keeps no keys, values or tokens between calls."""
 
@@ -122,9 +131,13 @@ class Decoder:
 
     def score(self, sequences: Sequence[TokenIds], *, temperature: float) -> list[Floats]:
         """For each sequence [T] the logprobs [T - 1] of tokens 1.. under softmax(logits / temperature), nats."""
+        return [scored.logprobs for scored in self.score_top(sequences, temperature=temperature, num_top=0)]
+
+    def score_top(self, sequences: Sequence[TokenIds], *, temperature: float, num_top: int) -> list[Scored]:
+        """As `score`, with the `num_top` likeliest tokens (at most the vocabulary) of every place."""
         import torch
 
-        scored: list[Floats] = [np.zeros(0, dtype=np.float32)] * len(sequences)
+        scored: dict[int, Scored] = {}
         order = sorted(range(len(sequences)), key=lambda index: (len(sequences[index]), index))
         tokens = max(1, min(self._prefill_tokens, MAX_LOGITS // self._model.config.get_text_config().vocab_size))
         with torch.inference_mode():
@@ -138,11 +151,18 @@ class Decoder:
                 input_ids = torch.from_numpy(token_ids_NT).to(self._model.device)
                 logits_NTV = self._model(input_ids=input_ids, use_cache=False).logits[:, :-1].float()
                 logits_NTV /= temperature if temperature > 0 else 1.0
-                logprobs_NT = torch.log_softmax(logits_NTV, dim=-1).gather(2, input_ids[:, 1:, None])[:, :, 0]
+                logprobs_NTV = torch.log_softmax(logits_NTV, dim=-1)
+                logprobs_NT = logprobs_NTV.gather(2, input_ids[:, 1:, None])[:, :, 0]
+                top_NTK = logprobs_NTV.topk(min(num_top, logprobs_NTV.shape[2]), dim=-1)
                 for row, index in enumerate(chosen):
-                    scored[index] = logprobs_NT[row, : len(sequences[index]) - 1].cpu().numpy()
+                    places = len(sequences[index]) - 1
+                    scored[index] = Scored(
+                        logprobs=logprobs_NT[row, :places].cpu().numpy(),
+                        top_token_ids=top_NTK.indices[row, :places].cpu().numpy().astype(np.int32),
+                        top_logprobs=top_NTK.values[row, :places].cpu().numpy(),
+                    )
                 self._on_step()
-        return scored
+        return [scored[index] for index in range(len(sequences))]
 
     def _prefill(self, prompts: Sequence[TokenIds]) -> tuple[Any, Tensor, Tensor]:
         """The cache of all prompts, padded on the left to the longest; logits [U, V] after each; its padding [U]."""

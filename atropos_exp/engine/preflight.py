@@ -6,6 +6,8 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
+from atropos_exp.child import child_environment
+
 LOOK_SECONDS = 30.0
 _FIND = (
     "import importlib.util, sys; "
@@ -20,8 +22,6 @@ def has_gpu() -> bool:
 
 def missing_modules(python: str, modules: Sequence[str]) -> str | None:
     """Why `python` cannot import all of `modules`, or None. Looks for them without importing them."""
-    from atropos_exp.engine.process import child_environment
-
     try:
         found = subprocess.run(
             [python, "-c", _FIND, *modules],

@@ -13,13 +13,10 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
+from atropos_exp.child import child_environment
+
 TOKEN_VARIABLE = "ATROPOS_EXP_ENGINE_TOKEN"  # in the child's environment: its bearer token
 TAIL_LINES = 12
-# What a launcher set up for the trainer's ranks, and secrets that a server of local weights has no use for.
-NOT_FOR_SERVERS = (
-    *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT"),
-    *("WANDB_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"),
-)
 
 
 class ServerProcess:
@@ -98,17 +95,3 @@ class ServerProcess:
         except OSError as error:
             return f"  (unreadable: {error})"
         return "\n".join(f"  {line}" for line in lines[-TAIL_LINES:]) or "  (empty)"
-
-
-def child_environment(python: str | None) -> dict[str, str]:
-    environment = {
-        name: value
-        for name, value in os.environ.items()
-        if name not in NOT_FOR_SERVERS and not name.startswith("TORCHELASTIC_")
-    }
-    root = Path(__file__).resolve().parents[2]
-    # A checkout is importable for any interpreter; another environment's site-packages must not shadow its own.
-    if python is None or root.name not in ("site-packages", "dist-packages"):
-        paths = [str(root), *filter(None, [environment.get("PYTHONPATH")])]
-        environment["PYTHONPATH"] = os.pathsep.join(paths)
-    return environment

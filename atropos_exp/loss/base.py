@@ -56,21 +56,26 @@ class VerlPolicyLoss(ABC):
         mask_NR: Tensor,
         importance_NR: Tensor | None,
         reference_logprobs_NR: Tensor | None,
+        supervised_NR: Tensor | None,
         num_tokens: int,
         num_sequences: int,
         dp_size: int,
     ) -> tuple[Tensor, dict[str, float]]:
-        """The scalar to call `backward` on, and `policy_loss`, `clip_fraction` (of trained tokens) and
-        `reference_kl` (nats per trained token) of this micro-batch, which add up in the same way."""
+        """The scalar to call `backward` on, and `policy_loss`, `supervised_loss`, `clip_fraction` (of trained tokens)
+        and `reference_kl` (nats per trained token) of this micro-batch, which add up in the same way.
+
+        A supervised token costs -advantage * logprob (its advantage is 1, or 0 where it is to teach nothing).
+        """
         import torch
         from verl.trainer.ppo import core_algos
 
         verl: Any = core_algos  # only partly annotated
         assert self.kl_coef == 0 or reference_logprobs_NR is not None, "kl_coef needs the reference logprobs"
+        policy_NR = mask_NR if supervised_NR is None else mask_NR & ~supervised_NR
 
         def clean(values_NR: Tensor) -> Tensor:
             # verl multiplies by the mask in some modes, where a NaN or inf of the padding would survive
-            return torch.where(mask_NR, values_NR, 0.0)
+            return torch.where(policy_NR, values_NR, 0.0)
 
         mode, scale_factor = self.aggregation()
         global_batch_info = {
@@ -79,30 +84,37 @@ class VerlPolicyLoss(ABC):
             "global_batch_size": num_sequences,
             "loss_scale_factor": scale_factor,
         }
-        logprobs_NR = clean(logprobs_NR)
+        policy_logprobs_NR = clean(logprobs_NR)
         policy_loss, verl_metrics = verl.get_policy_loss_fn(self.verl_name)(
             old_log_prob=clean(old_logprobs_NR),
-            log_prob=logprobs_NR,
+            log_prob=policy_logprobs_NR,
             advantages=clean(advantages_NR),
-            response_mask=mask_NR,
+            response_mask=policy_NR,
             loss_agg_mode=mode,
             config=_actor_config(self.clip_settings(), global_batch_info),
             rollout_is_weights=None if importance_NR is None else clean(importance_NR),
         )
-        loss, kl_sum = policy_loss, policy_loss.new_zeros(())
+        loss, kl_sum, supervised_loss = policy_loss, policy_loss.new_zeros(()), policy_loss.new_zeros(())
         if reference_logprobs_NR is not None:
-            kl_NR = verl.kl_penalty(logprobs_NR, clean(reference_logprobs_NR), self.kl_estimator)
+            kl_NR = verl.kl_penalty(policy_logprobs_NR, clean(reference_logprobs_NR), self.kl_estimator)
             kl_sum = clean(kl_NR.detach()).sum()
             if self.kl_coef > 0:
-                loss = loss + self.kl_coef * verl.agg_loss(kl_NR, mask_NR, mode, **global_batch_info)
+                loss = loss + self.kl_coef * verl.agg_loss(kl_NR, policy_NR, mode, **global_batch_info)
+        if supervised_NR is not None:
+            examples_NR = mask_NR & supervised_NR
+            costs_NR = -torch.where(examples_NR, advantages_NR, 0.0) * torch.where(examples_NR, logprobs_NR, 0.0)
+            supervised_loss = verl.agg_loss(costs_NR, examples_NR, mode, **global_batch_info)
+            loss = loss + supervised_loss
 
         # one transfer from the device for all the numbers
-        local_tokens, policy_value, kl_value = torch.stack(
-            [mask_NR.sum().to(policy_loss.dtype), policy_loss.detach(), kl_sum.to(policy_loss.dtype)]
+        numbers = [policy_NR.sum(), policy_loss.detach(), supervised_loss.detach(), kl_sum]
+        local_tokens, policy_value, supervised_value, kl_value = torch.stack(
+            [number.to(policy_loss.dtype) for number in numbers]
         ).tolist()
         clipped = verl_metrics.get("actor/pg_clipfrac", 0.0) + verl_metrics.get("actor/pg_clipfrac_lower", 0.0)
         return loss, {
             "policy_loss": policy_value,
+            "supervised_loss": supervised_value,
             "clip_fraction": clipped * local_tokens / num_tokens * dp_size,
             "reference_kl": kl_value / num_tokens * dp_size,
         }

@@ -92,6 +92,9 @@ def _policy() -> list[dict[str, Any]]:
         line("Policy lag", "Versions between the weights that sampled and those that trained.",
              curve("policy/version_lag_mean", "mean"), curve("policy/version_lag_max", "oldest"),
              unit="versions", floor=0.0),
+        line("Sources", "Rollouts of the step by who sampled them.",
+             curve("rollout/num_atropos", "Atropos"), curve("rollout/num_local", "local"),
+             unit="rollouts", floor=0.0),
     ]  # fmt: skip
 
 

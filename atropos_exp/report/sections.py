@@ -180,7 +180,7 @@ def _interval(evaluated: Sequence[tuple[Mapping[str, Any], float]]) -> str:
 
 
 def _sources(rollouts: Mapping[str, Any], dropped: float) -> str:
-    parts = [f"{figure(rollouts[source])} {source}" for source in ("local", "atropos") if rollouts.get(source)]
+    parts = [f"{figure(rollouts[source])} {source}" for source in ("atropos", "local") if rollouts.get(source)]
     return ", ".join([*parts, f"{figure(dropped)} dropped"])
 
 

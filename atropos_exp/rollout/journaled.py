@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,6 +32,9 @@ class JournaledSource:
         groups, dropped = self._inner.take(num_groups, step=step)
         write_journal(path, Journal(step=step, groups=groups, dropped=dropped, state=self._inner.state()))
         return groups, dropped
+
+    def counters(self) -> Mapping[str, float]:
+        return self._inner.counters()
 
     def state(self) -> JSON:
         return self._inner.state()

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -13,7 +13,7 @@ from atropos_exp.seeds import derive_seed
 from atropos_exp.types import Dropped, Finish, Prompt, RewardFailure, Rollout, RolloutGroup, Sample, SamplingParams
 
 if TYPE_CHECKING:
-    from atropos_exp.interfaces import JSON, Engine, PromptLoader, Scorer
+    from atropos_exp.interfaces import JSON, Engine, PromptLoader, RemoteSource, RolloutSource, Scorer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +22,18 @@ class LocalRollout:
 
     mask_truncated: bool  # a completion cut by the token limit counts in its baseline but is not trained on
 
-    def start(
+    uses_atropos: ClassVar[bool] = False
+    falls_back: ClassVar[bool] = False
+
+    def choose(self, *, local: LocalSource, remote: RemoteSource | None) -> RolloutSource:
+        assert remote is None
+        return local
+
+
+class LocalSource:
+    """A `RolloutSource`: every group is sampled with the weights that the engine serves at that moment."""
+
+    def __init__(
         self,
         *,
         loader: PromptLoader,
@@ -32,25 +43,9 @@ class LocalRollout:
         sampling: SamplingParams,
         group_size: int,
         seed: int,
-    ) -> LocalSource:
-        return LocalSource(self, loader, engine, scorer, tokenizer, sampling, group_size, seed)
-
-
-class LocalSource:
-    """A `RolloutSource`: every group is sampled with the weights that the engine serves at that moment."""
-
-    def __init__(
-        self,
-        settings: LocalRollout,
-        loader: PromptLoader,
-        engine: Engine,
-        scorer: Scorer,
-        tokenizer: Any,
-        sampling: SamplingParams,
-        group_size: int,
-        seed: int,
+        mask_truncated: bool,
     ) -> None:
-        self._settings = settings
+        self._mask_truncated = mask_truncated
         self._loader = loader
         self._engine = engine
         self._scorer = scorer
@@ -95,8 +90,11 @@ class LocalSource:
             if len(sample.token_ids) == 0:
                 dropped["empty_completion"] += 1
                 continue
-            rollouts.append(as_rollout(prompt, sample, score, mask_truncated=self._settings.mask_truncated))
+            rollouts.append(as_rollout(prompt, sample, score, mask_truncated=self._mask_truncated))
         return rollouts
+
+    def counters(self) -> Mapping[str, float]:
+        return {}
 
     def state(self) -> JSON:
         return {"loader": self._loader.state()}

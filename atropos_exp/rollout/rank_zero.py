@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from atropos_exp.types import Dropped, RolloutGroup
@@ -20,6 +21,9 @@ class RankZeroSource:
 
     def take(self, num_groups: int, *, step: int) -> tuple[list[RolloutGroup], Dropped]:
         return self._ranks.on_zero(lambda: self._of_rank_zero().take(num_groups, step=step))
+
+    def counters(self) -> Mapping[str, float]:
+        return self._inner.counters() if self._inner is not None else {}
 
     def state(self) -> JSON:
         return self._inner.state() if self._inner is not None else {}

@@ -156,10 +156,10 @@ class PackedEngine(FSDPEngineWithLMHead):  # type: ignore[misc]  # verl is untyp
         finally:
             set_ulysses_sequence_parallel_group(group)
 
-    def forward(self, micro: MicroBatch, *, temperature: float, with_entropy: bool) -> tuple[Tensor, Tensor]:
+    def forward(self, micro: MicroBatch, *, with_entropy: bool) -> tuple[Tensor, Tensor]:
         """(logprobs [M], entropy [M]) of the trained tokens, float32 nats. Inside `train_mode` or `evaluating`."""
         token_ids, position_ids, positions = micro.token_ids_S, micro.position_ids_S, micro.trained_M - 1
-        targets = token_ids[micro.trained_M]
+        targets, temperature = token_ids[micro.trained_M], micro.temperature
         counts = [len(positions)]
         if self.sp_size > 1:
             shard = len(token_ids) // self.sp_size
@@ -167,6 +167,7 @@ class PackedEngine(FSDPEngineWithLMHead):  # type: ignore[misc]  # verl is untyp
             counts = torch.bincount(positions // shard, minlength=self.sp_size).tolist()
             mine = (positions >= first) & (positions < first + shard)
             positions, targets = positions[mine] - first, targets[mine]
+            temperature = temperature[mine] if isinstance(temperature, Tensor) else temperature
             token_ids, position_ids = token_ids[first : first + shard], position_ids[first : first + shard]
         self.head.request = LogprobRequest(
             positions_M=positions, targets_M=targets, temperature=temperature, with_entropy=with_entropy

@@ -31,7 +31,7 @@ class LogprobRequest:
 
     positions_M: Tensor  # int64 into the packed sequence: the hidden state before each trained token
     targets_M: Tensor  # int64, the trained tokens
-    temperature: float
+    temperature: float | Tensor  # one for all, or [M] float32
     with_entropy: bool
 
 
@@ -59,25 +59,22 @@ class LogprobHead:
         hidden_MH = hidden_1SH[0].index_select(0, request.positions_M)
         num_tokens = len(hidden_MH)
         if num_tokens <= self._chunk_size:
-            return self._chunk(request, hidden_MH, request.targets_M)
+            return self._chunk(request, hidden_MH, slice(None))
+        parts = [slice(start, start + self._chunk_size) for start in range(0, num_tokens, self._chunk_size)]
         chunks = [
-            checkpoint(
-                self._chunk,
-                request,
-                hidden_MH[start : start + self._chunk_size],
-                request.targets_M[start : start + self._chunk_size],
-                use_reentrant=False,
-                preserve_rng_state=False,
-            )
-            for start in range(0, num_tokens, self._chunk_size)
+            checkpoint(self._chunk, request, hidden_MH[part], part, use_reentrant=False, preserve_rng_state=False)
+            for part in parts
         ]
         return torch.cat(chunks, dim=1)
 
-    def _chunk(self, request: LogprobRequest, hidden_MH: Tensor, targets_M: Tensor) -> Tensor:
-        """[1, M, 2]"""
+    def _chunk(self, request: LogprobRequest, hidden_MH: Tensor, part: slice) -> Tensor:
+        """[1, M, 2] of `part` of the request."""
+        targets_M, temperature = request.targets_M[part], request.temperature
         logits = self._logits(hidden_MH).float()
-        if request.temperature != 1.0:
-            logits = logits / request.temperature
+        if isinstance(temperature, Tensor):
+            logits = logits / temperature[part, None]
+        elif temperature != 1.0:
+            logits = logits / temperature
         logprobs_MV = torch.log_softmax(logits, dim=-1)
         logprobs_M = logprobs_MV.gather(-1, targets_M[:, None])[:, 0]
         with torch.no_grad():

@@ -12,10 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from atropos_exp.types import TrainBatch, UserError
+from atropos_exp.types import TokenIds, TrainBatch, UserError
 
 
 def split_balanced(lengths: Sequence[int], num_bins: int) -> list[list[int]]:
@@ -126,6 +127,10 @@ class MicroBatch:
     advantages_M: Tensor
     behaviour_M: Tensor
     has_behaviour_M: Tensor
+    reference_M: Tensor
+    has_reference_M: Tensor
+    supervised_M: Tensor
+    temperature: float | Tensor  # one for the whole batch, or [M] float32
     empty: bool  # a stand-in that only keeps the ranks in step: contributes nothing
 
     def rows(self, values_M: Tensor) -> Tensor:
@@ -180,14 +185,48 @@ def make_micro_batch(
         advantages_M=batch.advantages_S[source_M].to(device, torch.float32),
         behaviour_M=batch.behaviour_logprobs_S[source_M].to(device, torch.float32),
         has_behaviour_M=batch.has_behaviour_N[chosen][row_M].to(device),
+        reference_M=batch.reference_logprobs_S[source_M].to(device, torch.float32),
+        has_reference_M=batch.has_reference_N[chosen][row_M].to(device),
+        supervised_M=batch.supervised_N[chosen][row_M].to(device),
+        temperature=_temperature(batch.temperature_N, chosen[row_M], device),
         empty=False,
     )
+
+
+def scoring_batch(sequences: Sequence[TokenIds], temperature: float) -> TrainBatch:
+    """Every token but the first of each sequence, as if it were trained."""
+    token_ids_S = torch.from_numpy(np.concatenate(sequences).astype(np.int64))
+    lengths_N = torch.tensor([len(ids) for ids in sequences])
+    scored_S = torch.ones(len(token_ids_S), dtype=torch.bool)
+    scored_S[lengths_N.cumsum(0) - lengths_N] = False
+    zeros_S, no_N = torch.zeros(len(token_ids_S)), torch.zeros(len(sequences), dtype=torch.bool)
+    return TrainBatch(
+        token_ids_S=token_ids_S,
+        lengths_N=lengths_N,
+        trained_S=scored_S,
+        advantages_S=zeros_S,
+        behaviour_logprobs_S=zeros_S,
+        has_behaviour_N=no_N,
+        reference_logprobs_S=zeros_S,
+        has_reference_N=no_N,
+        supervised_N=no_N,
+        temperature_N=torch.full((len(sequences),), temperature),
+        num_trained_tokens=int(scored_S.sum()),
+    )
+
+
+def _temperature(temperature_N: Tensor, sequence_M: Tensor, device: torch.device) -> float | Tensor:
+    """One number where the whole batch has one: dividing by it takes no tensor. It must not depend on how the batch
+    was split."""
+    first = float(temperature_N[0])
+    return first if bool((temperature_N == first).all()) else temperature_N[sequence_M].to(device, torch.float32)
 
 
 def _stand_in(device: torch.device, sp_size: int) -> MicroBatch:
     length = max(2, sp_size)
     length += -length % sp_size
     zeros, one = torch.zeros(length, dtype=torch.int64, device=device), torch.ones(1, dtype=torch.int64, device=device)
+    nothing, no = torch.zeros(1, device=device), torch.zeros(1, dtype=torch.bool, device=device)
     return MicroBatch(
         token_ids_S=zeros,
         position_ids_S=torch.arange(length, device=device),
@@ -196,8 +235,12 @@ def _stand_in(device: torch.device, sp_size: int) -> MicroBatch:
         rows_M=one - 1,
         columns_M=one - 1,
         shape_NR=(1, 1),
-        advantages_M=torch.zeros(1, device=device),
-        behaviour_M=torch.zeros(1, device=device),
-        has_behaviour_M=torch.zeros(1, dtype=torch.bool, device=device),
+        advantages_M=nothing,
+        behaviour_M=nothing,
+        has_behaviour_M=no,
+        reference_M=nothing,
+        has_reference_M=no,
+        supervised_M=no,
+        temperature=1.0,
         empty=True,
     )

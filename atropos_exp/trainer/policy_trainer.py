@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from atropos_exp.trainer import state, weights
-from atropos_exp.trainer.packing import MicroBatch, make_micro_batch, plan_micro_batches
+from atropos_exp.trainer.packing import MicroBatch, make_micro_batch, plan_micro_batches, scoring_batch
 from atropos_exp.trainer.schedule import learning_rate_factor
 from atropos_exp.trainer.statistics import Sums, importance_weights
 from atropos_exp.types import Floats, TokenIds, TrainBatch, UpdateStats, UserError
@@ -76,8 +76,8 @@ class FSDP2Trainer:
         mini_batches = [self._micro_batches(batch, group) for group in groups]
         every = [micro for micros in mini_batches for micro in micros]
         # With one optimizer step the old policy is the current one; no extra pass is needed.
-        old = iter(self._score(every, batch.temperature) if num_mini_batches > 1 else [None] * len(every))
-        reference = iter(self._reference_logprobs(every, batch.temperature))
+        old = iter(_score(self._engine, every) if num_mini_batches > 1 else [None] * len(every))
+        reference = iter(self._reference_logprobs(every, batch))
 
         sums = Sums(self._device)
         losses: list[dict[str, float]] = []
@@ -130,9 +130,9 @@ class FSDP2Trainer:
         lengths = [len(ids) - 1 for ids in sequences]
         flat = torch.zeros(sum(lengths), dtype=torch.float32)
         if longer:
-            batch = _scoring_batch([sequences[index] for index in longer], temperature)
+            batch = scoring_batch([sequences[index] for index in longer], temperature)
             plan = self._plan(batch, range(len(longer)))[self._dp_rank]
-            scores = self._score([self._pack(batch, micro) for micro in plan], temperature)
+            scores = _score(self._engine, [self._pack(batch, micro) for micro in plan])
             ends = np.cumsum([len(sequences[index]) - 1 for index in longer])
             for micro, values in zip(plan, scores, strict=True):
                 where = [torch.arange(ends[i] - (len(sequences[longer[i]]) - 1), ends[i]) for i in micro]
@@ -178,18 +178,20 @@ class FSDP2Trainer:
         owner_S = torch.repeat_interleave(torch.arange(len(batch.lengths_N)), batch.lengths_N)
         return int((batch.trained_S & torch.isin(owner_S, torch.tensor(sequences))).sum())
 
-    def _score(self, micros: Sequence[MicroBatch], temperature: float, **mode: Any) -> list[Tensor]:
-        """Logprobs [M] of each micro-batch, without gradients."""
-        with self._engine.evaluating(**mode):
-            return [self._engine.forward(micro, temperature=temperature, with_entropy=False)[0] for micro in micros]
-
-    def _reference_logprobs(self, micros: Sequence[MicroBatch], temperature: float) -> Sequence[Tensor | None]:
+    def _reference_logprobs(self, micros: Sequence[MicroBatch], batch: TrainBatch) -> Sequence[Tensor | None]:
+        """[M] of each micro-batch: those that came with the batch, the rest computed; None without a KL term."""
         if not self._uses_reference:
             return [None] * len(micros)
+        if bool((batch.has_reference_N | batch.supervised_N).all()):  # the same on every rank
+            return [micro.reference_M for micro in micros]
         if self._reference is None:
-            return self._score(micros, temperature, adapters=False)
-        with self._reference.evaluating():
-            return [self._reference.forward(micro, temperature=temperature, with_entropy=False)[0] for micro in micros]
+            computed = _score(self._engine, micros, adapters=False)
+        else:
+            computed = _score(self._reference, micros)
+        return [
+            torch.where(micro.has_reference_M, micro.reference_M, values_M)
+            for micro, values_M in zip(micros, computed, strict=True)
+        ]
 
     def _forward(
         self,
@@ -203,7 +205,7 @@ class FSDP2Trainer:
         sums: Sums,
     ) -> Tensor:
         """The loss of one micro-batch, with its graph."""
-        logprobs_M, entropy_M = self._engine.forward(micro, temperature=batch.temperature, with_entropy=True)
+        logprobs_M, entropy_M = self._engine.forward(micro, with_entropy=True)
         if micro.empty:
             return (logprobs_M * 0.0).sum()
         old_M = logprobs_M.detach() if old_M is None else old_M
@@ -220,6 +222,7 @@ class FSDP2Trainer:
             mask_NR=micro.mask(),
             importance_NR=importance_NR,
             reference_logprobs_NR=None if reference_M is None else micro.rows(reference_M),
+            supervised_NR=micro.rows(micro.supervised_M) if bool(batch.supervised_N.any()) else None,
             num_tokens=num_tokens,
             num_sequences=num_sequences,
             dp_size=self._dp_size,
@@ -251,40 +254,17 @@ class FSDP2Trainer:
             )
 
 
-def _scoring_batch(sequences: Sequence[TokenIds], temperature: float) -> TrainBatch:
-    """Every token but the first of each sequence, as if it were trained."""
-    token_ids_S = torch.from_numpy(np.concatenate(sequences).astype(np.int64))
-    lengths_N = torch.tensor([len(ids) for ids in sequences])
-    scored_S = torch.ones(len(token_ids_S), dtype=torch.bool)
-    scored_S[lengths_N.cumsum(0) - lengths_N] = False
-    zeros_S = torch.zeros(len(token_ids_S))
-    return TrainBatch(
-        token_ids_S=token_ids_S,
-        lengths_N=lengths_N,
-        trained_S=scored_S,
-        advantages_S=zeros_S,
-        behaviour_logprobs_S=zeros_S,
-        has_behaviour_N=torch.zeros(len(sequences), dtype=torch.bool),
-        num_trained_tokens=int(scored_S.sum()),
-        temperature=temperature,
-    )
+def _score(engine: PackedEngine, micros: Sequence[MicroBatch], **mode: Any) -> list[Tensor]:
+    """Logprobs [M] of each micro-batch, without gradients."""
+    with engine.evaluating(**mode):
+        return [engine.forward(micro, with_entropy=False)[0] for micro in micros]
 
 
 def _dump(path: Path, batch: TrainBatch, stats: UpdateStats) -> None:
     from safetensors.torch import save_file
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    names = (
-        "token_ids_S",
-        "lengths_N",
-        "trained_S",
-        "advantages_S",
-        "behaviour_logprobs_S",
-        "has_behaviour_N",
-    )
-    facts = {"temperature": batch.temperature, "loss": stats.loss, "grad_norm": stats.grad_norm}
-    save_file(
-        {name: getattr(batch, name).cpu().contiguous() for name in names},
-        path,
-        metadata={"facts": json.dumps(facts)},
-    )
+    parts = {part.name: getattr(batch, part.name) for part in fields(batch)}
+    tensors = {name: value.cpu().contiguous() for name, value in parts.items() if isinstance(value, Tensor)}
+    facts = {"loss": stats.loss, "grad_norm": stats.grad_norm}
+    save_file(tensors, path, metadata={"facts": json.dumps(facts)})

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from atropos_exp.trainer.packing import Packing, make_micro_batch
-from atropos_exp.types import TrainBatch, UserError
+from atropos_exp.trainer.packing import Packing, make_micro_batch, scoring_batch
+from atropos_exp.types import UserError
 
 if TYPE_CHECKING:
     from atropos_exp.trainer.engine import PackedEngine
@@ -24,21 +24,10 @@ TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}  # mean over the tokens, nats; a 
 def check_packing(engine: PackedEngine, device: torch.device) -> None:
     """Raise UserError unless a packed pass gives the log-probabilities of plain ones. Collective."""
     token_ids = torch.arange(1, sum(LENGTHS) + 1) * 7919 % engine.vocab_size  # anything, but not all the same
-    positions = torch.cat([torch.arange(length) for length in LENGTHS])
-    zeros = torch.zeros(len(token_ids))
-    batch = TrainBatch(
-        token_ids_S=token_ids,
-        lengths_N=torch.tensor(LENGTHS),
-        trained_S=positions > 0,
-        advantages_S=zeros,
-        behaviour_logprobs_S=zeros,
-        has_behaviour_N=torch.zeros(len(LENGTHS), dtype=torch.bool),
-        num_trained_tokens=int((positions > 0).sum()),
-        temperature=1.0,
-    )
+    batch = scoring_batch([ids.numpy() for ids in token_ids.split(LENGTHS)], temperature=1.0)
     micro = make_micro_batch(batch, range(len(LENGTHS)), device=device, sp_size=engine.sp_size)
     with engine.evaluating():
-        packed_M, _ = engine.forward(micro, temperature=1.0, with_entropy=False)
+        packed_M, _ = engine.forward(micro, with_entropy=False)
         alone_M = torch.cat([_plain_logprobs(engine, ids.to(device)) for ids in token_ids.split(LENGTHS)])
     gap = float((packed_M - alone_M).abs().mean())
     if not gap <= TOLERANCE[engine.options.compute_dtype]:

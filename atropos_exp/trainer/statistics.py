@@ -22,7 +22,7 @@ class Sums:
     """Running sums of one update, on the device until `collect`: no wait for it per micro-batch."""
 
     TOKENS = ("tokens", "entropy", "behaviour_tokens", "mismatch_kl", "gap", "truncated")
-    LOSSES = ("loss", "policy_loss", "clip_fraction", "reference_kl")
+    LOSSES = ("loss", "policy_loss", "supervised_loss", "clip_fraction", "reference_kl")
 
     def __init__(self, device: torch.device) -> None:
         self._tokens = torch.zeros(len(self.TOKENS), dtype=torch.float64, device=device)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = (
+    "rollout=local",
     "batch_size=4",
     "group_size=4",
     "max_response_length=6",

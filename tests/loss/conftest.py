@@ -33,6 +33,7 @@ def _evaluate(
         mask_NR=torch.tensor(mask, dtype=torch.bool),
         importance_NR=tensors["importance"],
         reference_logprobs_NR=tensors["reference"],
+        supervised_NR=None if data.get("supervised") is None else torch.tensor(data["supervised"], dtype=torch.bool),
         num_tokens=num_tokens or int(mask.sum()),
         num_sequences=num_sequences or len(mask),
         dp_size=dp_size,

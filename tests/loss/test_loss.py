@@ -72,7 +72,9 @@ def test_advantage_weighted_sft_is_minus_advantage_times_logprob_in_value_and_gr
     # 2 * (1 + 2 + 0.5) - 1 * 3 = 4, over 4 tokens
     assert value == pytest.approx(1.0, abs=1e-12)
     np.testing.assert_allclose(gradient, [[-0.5, -0.5, -0.5], [0.25, 0.0, 0.0]], atol=1e-12)
-    assert stats == {"policy_loss": pytest.approx(1.0), "clip_fraction": 0.0, "reference_kl": 0.0}
+    assert stats == {
+        "policy_loss": pytest.approx(1.0), "supervised_loss": 0.0, "clip_fraction": 0.0, "reference_kl": 0.0
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -244,6 +246,7 @@ def test_gpu_equals_cpu(random_data: RandomData, name: str) -> None:
             mask_NR=tensors["mask"].bool(),
             importance_NR=tensors["importance"],
             reference_logprobs_NR=tensors["reference"],
+            supervised_NR=None,
             num_tokens=30,
             num_sequences=6,
             dp_size=1,

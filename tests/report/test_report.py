@@ -38,7 +38,7 @@ def test_the_report_of_a_finished_run_says_what_happened(tmp_path: Path, write_r
     assert "Not in this report" not in page.text
     assert titles(page) == [
         "Reward", "Held-out accuracy: arithmetic", "Response length", "Groups that teach nothing", "Gradient norm",
-        "Learning rate", "Entropy", "Mismatch KL", "Logprob gap", "Canary gap after sync", "Time by stage",
+        "Learning rate", "Entropy", "Mismatch KL", "Logprob gap", "Sources", "Canary gap after sync", "Time by stage",
     ]  # fmt: skip
     (run,) = page.data["runs"]
     assert run["values"]["reward/mean"] == [None, 0.375, 0.5, 0.625, 0.75]

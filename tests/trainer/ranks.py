@@ -12,8 +12,11 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch.distributed as dist
+from plain_grpo import make_group, make_rollout
 from safetensors.torch import save_file
+from scored_groups import clipped_loss, multi_turn, packed
 from trainer_cases import Lora, Model, WeightedLoss, make_batch, split, start
 
 from atropos_exp.types import UserError
@@ -31,6 +34,8 @@ CASES: dict[str, tuple[str, Model, dict[str, Any]]] = {
     "sp": ("tied", Model(), {"sequence_parallel_size": 2, "max_tokens_per_micro_batch": 40}),
     "sp_untied": ("untied", Model(gradient_checkpointing=True), {**ADAM, "sequence_parallel_size": 2}),
     "sp_few_heads": ("one_kv_head", Model(), {"sequence_parallel_size": 2}),
+    "mixed": ("tied", Model(), {**ADAM, "num_mini_batches": 2, "mixed": True, "kl_coef": 0.3}),
+    "sp_mixed": ("tied", Model(), {**ADAM, "sequence_parallel_size": 2, "mixed": True, "kl_coef": 0.3}),
 }
 
 
@@ -38,7 +43,8 @@ def run(folder: Path, name: str, *, num_updates: int, changes: dict[str, Any] | 
     """The trainer after its updates, and their stats."""
     model_folder, model, options = CASES[name]
     options = options | (changes or {})
-    loss = WeightedLoss(kl_coef=options.pop("kl_coef", 0.0))
+    mixed, kl_coef = options.pop("mixed", False), options.pop("kl_coef", 0.0)
+    loss = clipped_loss(kl_coef=kl_coef) if mixed else WeightedLoss(kl_coef=kl_coef)
     num_sequences = options.pop("num_sequences", 13)
     trainer = start(folder / model_folder, folder / "dumps", model=model, loss=loss, **options)
     batches = [
@@ -46,17 +52,30 @@ def run(folder: Path, name: str, *, num_updates: int, changes: dict[str, Any] | 
     ]
     if num_sequences == 1:
         batches = [first_sequence(batch) for batch in batches]
+    if mixed:
+        batches = [mixed_batch()] * num_updates
     return trainer, [trainer.update(batch) for batch in batches]
+
+
+def mixed_batch() -> Any:
+    """Two temperatures beside the run's, an example, and reference logprobs for one of the sequences."""
+    first, second = multi_turn()
+    warm = dataclasses.replace(first.rollouts[0], temperature=1.5)
+    known, other = second.rollouts
+    reference = np.where(known.trained, np.float32(-3.0), np.float32(0.0))
+    known = dataclasses.replace(known, reference_logprobs=reference, temperature=0.6)
+    example = make_rollout("ppaataaa", 0.0, seed=40, supervised=True)
+    return packed([make_group(warm, *first.rollouts[1:]), make_group(example, known, other)], 0.8)
 
 
 def first_sequence(batch: Any) -> Any:
     size = int(batch.lengths_N[0])
     parts = {f"{name}_S": values for name, values in split(batch)[0].items()}
+    per_sequence = {part.name: getattr(batch, part.name)[:1] for part in dataclasses.fields(batch) if "_N" in part.name}
     return dataclasses.replace(
         batch,
         **parts,
-        lengths_N=batch.lengths_N[:1],
-        has_behaviour_N=batch.has_behaviour_N[:1],
+        **per_sequence,
         num_trained_tokens=int(batch.trained_S[:size].sum()),
     )
 

@@ -75,6 +75,7 @@ def test_two_ranks_are_one(two_ranks: Path, name: str) -> None:
     both = results(two_ranks)[name]
     for actual, expected in zip(both["stats"], stats, strict=True):
         assert_stats(actual, expected)
+        assert (actual["supervised_loss"] > 0) == ("mixed" in name)
     weights = load_file(two_ranks / f"{name}.safetensors")
     expected_weights = full_weights(trainer)
     assert weights.keys() == expected_weights.keys()

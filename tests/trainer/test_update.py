@@ -136,15 +136,19 @@ def test_only_a_shifted_loss_can_learn_a_bigram(start: Any) -> None:
     token_ids = chains(torch.arange(VOCAB), 6)
     trained = torch.zeros_like(token_ids, dtype=torch.bool)
     trained[:, 1:] = True
+    no_N = torch.zeros(VOCAB, dtype=torch.bool)
     batch = TrainBatch(
         token_ids_S=token_ids.reshape(-1),
         lengths_N=torch.full((VOCAB,), 6),
         trained_S=trained.reshape(-1),
         advantages_S=trained.float().reshape(-1),
         behaviour_logprobs_S=torch.zeros(VOCAB * 6),
-        has_behaviour_N=torch.zeros(VOCAB, dtype=torch.bool),
+        has_behaviour_N=no_N,
+        reference_logprobs_S=torch.zeros(VOCAB * 6),
+        has_reference_N=no_N,
+        supervised_N=no_N,
+        temperature_N=torch.ones(VOCAB),
         num_trained_tokens=int(trained.sum()),
-        temperature=1.0,
     )
     trainer = start(learning_rate=3e-3, adam_epsilon=1e-8, max_grad_norm=1.0)
     for _ in range(40):

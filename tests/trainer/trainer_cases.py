@@ -102,8 +102,11 @@ def make_batch(
         advantages_S=torch.randn(total, generator=generator) * trained_S,
         behaviour_logprobs_S=(-3.9 + 0.8 * torch.randn(total, generator=generator)) * known_S,
         has_behaviour_N=has_behaviour_N,
+        reference_logprobs_S=torch.zeros(total),
+        has_reference_N=torch.zeros(num_sequences, dtype=torch.bool),
+        supervised_N=torch.zeros(num_sequences, dtype=torch.bool),
+        temperature_N=torch.full((num_sequences,), temperature),
         num_trained_tokens=int(trained_S.sum()),
-        temperature=temperature,
     )
 
 
@@ -156,7 +159,7 @@ def plain_model(folder: Path) -> Any:
 
 def split(batch: TrainBatch) -> list[dict[str, Tensor]]:
     """One dict per sequence."""
-    names = ("token_ids", "trained", "advantages", "behaviour_logprobs")
+    names = ("token_ids", "trained", "advantages", "behaviour_logprobs", "reference_logprobs")
     parts = {name: getattr(batch, f"{name}_S").split(batch.lengths_N.tolist()) for name in names}
     return [{name: parts[name][n] for name in names} for n in range(len(batch.lengths_N))]
 
@@ -170,8 +173,9 @@ def plain_logprobs(model: Any, token_ids: Tensor, temperature: float) -> Tensor:
 def plain_loss(model: Any, batch: TrainBatch, *, cap: float | None = 2.0) -> Tensor:
     """The loss of `WeightedLoss` with kl_coef=0, sequence by sequence and token by token."""
     total = torch.zeros(())
-    for sequence, known in zip(split(batch), batch.has_behaviour_N.tolist(), strict=True):
-        logprobs = plain_logprobs(model, sequence["token_ids"], batch.temperature)
+    facts = zip(split(batch), batch.has_behaviour_N.tolist(), batch.temperature_N.tolist(), strict=True)
+    for sequence, known, temperature in facts:
+        logprobs = plain_logprobs(model, sequence["token_ids"], temperature)
         for position in range(1, len(sequence["token_ids"])):
             if sequence["trained"][position]:
                 logprob, weight = logprobs[position - 1], 1.0

@@ -1,0 +1,155 @@
+"""The Atropos part of a run: gateway, API, environments and the source that reads them. Rank 0 only."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from atropos_exp.atropos.client import Registration
+from atropos_exp.atropos.environment import Facts
+from atropos_exp.atropos.intake import Intake
+from atropos_exp.atropos.launch import UNLIMITED_STEPS, Programs, make_source, start_programs
+from atropos_exp.config_check import Checked
+from atropos_exp.run_folder import RunFolder
+from atropos_exp.wire import EngineError
+
+if TYPE_CHECKING:
+    from atropos_exp.atropos.source import AtroposSource
+    from atropos_exp.gateway.client import GatewayClient
+    from atropos_exp.interfaces import Engine
+
+NO_TOKEN = "x"  # an environment's OpenAI client wants a key, whatever it is
+
+
+def max_sequence_length(checked: Checked) -> int:
+    """Tokens of a prompt and its answer; a whole conversation of an environment has at most as many."""
+    return checked.run.max_prompt_length + checked.run.max_response_length
+
+
+def wandb_place(checked: Checked, folder: RunFolder) -> tuple[str, str]:
+    """(project, group) that the run and its environments log to; also how the API knows this run again."""
+    logger = checked.parts["logger"]
+    own = "/".join(folder.path.parts[-3:])
+    return getattr(logger, "project", checked.run.name), getattr(logger, "group", None) or own
+
+
+def start_gateway(
+    checked: Checked, engine: Engine, *, model_folder: Path, log_folder: Path, stack: ExitStack
+) -> GatewayClient:
+    """The gateway, held until the first weights are proven."""
+    run, parts = checked.run, checked.parts
+    gateway: GatewayClient = parts["gateway"].start(
+        endpoint=engine.endpoint,
+        model_folder=model_folder,
+        model_name=run.name,
+        stop_token_ids=parts["model"].stop_token_ids(model_folder),
+        max_sequence_length=max_sequence_length(checked),
+        seed=run.seed,
+        log_folder=log_folder,
+        extra_ports=parts["atropos"].extra_ports,
+    )
+    stack.callback(gateway.stop)
+    gateway.hold()
+    return gateway
+
+
+def start_atropos(
+    checked: Checked, folder: RunFolder, *, model_folder: Path, gateway_address: str, stack: ExitStack
+) -> Programs:
+    """API and environments. They load in the background."""
+    run, parts = checked.run, checked.parts
+    logger = parts["logger"]
+    programs = start_programs(
+        parts["atropos"],
+        parts["env"],
+        facts=Facts(
+            api_url="",
+            gateway_url=gateway_address,
+            gateway_token=parts["gateway"].token or NO_TOKEN,
+            model_name=run.name,
+            tokenizer=model_folder,
+            run_config=folder.path / "config.yaml",
+            run_folder=folder.path,
+            group_size=run.group_size,
+            max_token_length=max_sequence_length(checked),
+            uses_wandb=getattr(logger, "project", None) is not None,
+        ),
+        log_folder=folder.path / "log",
+    )
+    stack.callback(programs.client.close)
+    stack.callback(programs.supervisor.stop)
+    return programs
+
+
+def read_atropos(
+    checked: Checked,
+    folder: RunFolder,
+    programs: Programs,
+    gateway: GatewayClient,
+    engine: Engine,
+    *,
+    model_folder: Path,
+) -> AtroposSource:
+    """The source that reads them, with the border in front of it."""
+    run, parts = checked.run, checked.parts
+    project, group = wandb_place(checked, folder)
+    longest = max_sequence_length(checked)
+
+    def registration(step: int) -> Registration:
+        return Registration(
+            wandb_group=group,
+            wandb_project=project,
+            batch_size=run.batch_size * run.group_size,
+            max_token_len=longest + 1,  # environments drop what is as long or longer
+            checkpoint_dir=str(folder.path / "atropos"),
+            save_checkpoint_interval=max(2, run.checkpoint.every),  # at 1 an environment never saves
+            starting_step=max(0, step - 1),
+            num_steps=UNLIMITED_STEPS,
+        )
+
+    def watch() -> None:
+        """While waiting: an engine that died is the cause, not the API; a gateway that died is started again."""
+        engine.check()
+        gateway.restart_if_dead()
+
+    def gateway_counters() -> Mapping[str, float]:
+        try:
+            return {f"gateway/{name}": value for name, value in gateway.counters().items() if value}
+        except EngineError:  # it is down: `watch` sees to it when something is waited for
+            return {}
+
+    return make_source(
+        parts["atropos"],
+        programs,
+        falls_back=parts["rollout"].falls_back,
+        registration=registration,
+        intake=Intake(
+            gateway,
+            vocab_size=_vocab_size(model_folder),
+            max_tokens=longest,
+            group_size=run.group_size,
+            stop_token_ids=parts["model"].stop_token_ids(model_folder),
+            max_version_lag=parts["atropos"].max_version_lag,
+        ),
+        watch=watch,
+        more_counters=gateway_counters,
+        group_size=run.group_size,
+    )
+
+
+def grouped_logger(checked: Checked, folder: RunFolder) -> Any:
+    """The logger's settings, in the group that environments are told to log to."""
+    logger = checked.parts["logger"]
+    if checked.parts["rollout"].uses_atropos and getattr(logger, "group", "") is None:
+        return dataclasses.replace(logger, group=wandb_place(checked, folder)[1])
+    return logger
+
+
+def _vocab_size(model_folder: Path) -> int:
+    """Rows of the model's embedding: more than the tokenizer has tokens where the model pads them."""
+    config = json.loads((model_folder / "config.json").read_text())
+    return int(config.get("vocab_size") or config["text_config"]["vocab_size"])

@@ -1,0 +1,172 @@
+"""The Atropos API over HTTP, its answers told apart. Every call is bounded; a destructive one is never repeated."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+GREETING = "AtroposLib API"  # what GET / says
+CONNECT_SECONDS = 2.0
+ANSWER_SECONDS = 10.0  # of every call but GET /batch
+
+
+class ApiDown(RuntimeError):
+    """Nobody answers, or something else than an Atropos API does. The text says which."""
+
+
+class ApiLost(RuntimeError):
+    """The API answers but does not know this run: it was restarted or reset."""
+
+
+class BatchLost(RuntimeError):
+    """A batch left the API's queue and did not arrive: the API has no copy. The text says why."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Registration:
+    """What POST /register wants, all of it required and never null."""
+
+    wandb_group: str
+    wandb_project: str
+    batch_size: int  # sequences, not groups
+    max_token_len: int  # environments drop groups with a sequence of this length or more
+    checkpoint_dir: str
+    save_checkpoint_interval: int
+    starting_step: int
+    num_steps: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Registered:
+    """Whom the API serves now, as far as it tells."""
+
+    batch_size: int  # -1: nobody
+    max_token_len: int
+    project: str | None
+    group: str | None
+
+    @property
+    def nobody(self) -> bool:
+        return self.batch_size == -1
+
+    def matches(self, registration: Registration) -> bool:
+        return (self.batch_size, self.max_token_len, self.project, self.group) == (
+            registration.batch_size,
+            registration.max_token_len,
+            registration.wandb_project,
+            registration.wandb_group,
+        )
+
+
+class AtroposClient:
+    """One API server. Not thread-safe for `batch`; the rest may be called from any thread."""
+
+    def __init__(self, url: str, *, batch_seconds: float) -> None:
+        """`batch_seconds`: deadline of GET /batch, which blocks the API's event loop for seconds when batches are
+        large, and loses the batch if the client hangs up."""
+        import httpx
+
+        self.url = url.rstrip("/")
+        self._batch_timeout = httpx.Timeout(batch_seconds, connect=CONNECT_SECONDS)
+        self._http = httpx.Client(
+            base_url=self.url,
+            headers={"accept-encoding": "identity"},  # packing a large batch costs the API far longer than sending it
+            timeout=httpx.Timeout(ANSWER_SECONDS, connect=CONNECT_SECONDS),
+            # A kept connection may be closed by the API just as it is used again; was a batch taken then, or not?
+            limits=httpx.Limits(max_keepalive_connections=0),
+            trust_env=False,
+        )
+
+    def check(self) -> None:
+        """Raise ApiDown unless an Atropos API answers."""
+        greeting = self._json("GET", "/")
+        if not isinstance(greeting, dict) or greeting.get("message") != GREETING:
+            raise ApiDown(f"{self.url} answers, but is no Atropos API (GET / gave {str(greeting)[:80]!r})")
+
+    def registered(self) -> Registered:
+        info, wandb = self._json("GET", "/info"), self._json("GET", "/wandb_info")
+        return Registered(
+            batch_size=int(info["batch_size"]),
+            max_token_len=int(info["max_token_len"]),
+            project=wandb["project"],
+            group=wandb["group"],
+        )
+
+    def register(self, registration: Registration) -> None:
+        """A 200 proves nothing: an API that is in use ignores it. `registration.register` looks again."""
+        import dataclasses
+
+        self._json("POST", "/register", dataclasses.asdict(registration))
+
+    def reset(self) -> None:
+        """Forget everything: registration, queue and environments, whose processes then end."""
+        self._send("GET", "/reset_data")
+
+    def status(self) -> tuple[int, int]:
+        """(batches formed since the registration plus its starting step, groups queued)."""
+        status = self._json("GET", "/status")
+        return int(status["current_step"]), int(status["queue_size"])
+
+    def has_environment(self, env_id: int) -> bool:
+        """Whether an environment with this number has registered (dead ones included)."""
+        return bool(self._send("GET", "/status-env", {"env_id": env_id}, allow_error=True).status_code == 200)
+
+    def disconnect(self, env_id: int) -> None:
+        """Take a dead environment out of the API's reckoning; nothing else ever does."""
+        assert env_id >= 0, "the API counts negative numbers from the end"
+        self._json("POST", "/disconnect-env", {"env_id": env_id})
+
+    def batch(self) -> list[dict[str, Any]] | None:
+        """The next batch of groups, as they came; None while there is none.
+
+        Raises ApiLost if this run is not registered, BatchLost if a batch was taken and is gone, ApiDown.
+        """
+        import httpx
+        import orjson
+
+        try:
+            response = self._http.get("/batch", timeout=self._batch_timeout)
+        except httpx.ReadTimeout:
+            raise BatchLost(
+                f"GET /batch took longer than {self._batch_timeout.read:g} s (atropos.batch_timeout): what it "
+                "was sending is lost"
+            ) from None
+        except (httpx.ReadError, httpx.RemoteProtocolError) as error:
+            raise ApiDown(f"{self.url} broke off while sending a batch ({error})") from None
+        except httpx.TransportError as error:
+            raise ApiDown(f"{self.url} does not answer ({error})") from None
+        if response.status_code >= 500:
+            raise BatchLost(
+                f"GET /batch answered {response.status_code}: the API cannot send what it took from its queue, as "
+                "when a group holds NaN or infinity"
+            )
+        try:
+            answer = orjson.loads(response.content)
+        except orjson.JSONDecodeError as error:
+            raise BatchLost(f"GET /batch sent no JSON ({error})") from None
+        if answer.get("status") == "error":
+            raise ApiLost(str(answer.get("message")))
+        batch: list[dict[str, Any]] | None = answer.get("batch")
+        return batch or None
+
+    def close(self) -> None:
+        self._http.close()
+
+    def _json(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
+        response = self._send(method, path, body)
+        try:
+            return response.json()
+        except ValueError:
+            raise ApiDown(f"{self.url}{path} answers, but not with JSON: is it an Atropos API?") from None
+
+    def _send(self, method: str, path: str, body: Mapping[str, Any] | None = None, *, allow_error: bool = False) -> Any:
+        import httpx
+
+        try:
+            response = self._http.request(method, path, json=body)  # a GET with a body too: the API wants it
+        except httpx.TransportError as error:
+            raise ApiDown(f"{self.url} does not answer ({type(error).__name__}: {error})") from None
+        if response.status_code >= 400 and not allow_error:
+            raise ApiDown(f"{method} {self.url}{path} answered {response.status_code}: {response.text[:200]}")
+        return response

@@ -1,0 +1,53 @@
+"""Why no batch comes although the API answers: the cause by name, from what the API and the environments show."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+TOO_LONG = "Token length is too long"  # what an environment logs when it drops a group
+SIZE_REFUSED = re.compile(r"Group structure invalid")
+SAME_SCORES = "Scores are the same in a group, skipping"
+
+
+def explain(
+    *,
+    seconds: float,
+    batch_size: int,
+    group_size: int,
+    queued_groups: int,
+    num_environments: int,
+    services: str,
+    logs: Mapping[str, str],
+    max_token_len: int,
+) -> str:
+    """One sentence with the likeliest cause and what to do. `batch_size` counts sequences; `logs`: last lines by
+    environment; `services`: how the supervised processes are, "" if none are."""
+    head = f"the Atropos API has formed no batch for {seconds:.0f} s"
+    if num_environments == 0:
+        return f"{head}: no environment has registered with it{_with(services)}. Start one, or see its log"
+    if queued_groups:
+        return (
+            f"{head} although {queued_groups} groups are queued. A batch must have exactly {batch_size} sequences "
+            f"(batch_size x group_size), made of groups whose sizes divide the largest (group_size is {group_size}; "
+            "an environment that sends another size blocks all), and while any environment has a minimum allocation "
+            f"(--env.min_batch_allocation), each of those must have sent its share, dead ones too{_with(services)}"
+        )
+    for name, tail in logs.items():
+        if TOO_LONG in tail:
+            return (
+                f"{head}: {name} drops its groups because a sequence has {max_token_len} tokens or more "
+                "(max_prompt_length + max_response_length + 1); raise these, or let the environment write less"
+            )
+        if SIZE_REFUSED.search(tail):
+            return f"{head}: {name} refuses its own groups, whose size is not its group_size; see its log"
+        if SAME_SCORES in tail:
+            return (
+                f"{head}: {name} drops its groups because all their scores are equal "
+                "(--env.ensure_scores_are_not_same false lets them through)"
+            )
+    return f"{head}: {num_environments} environments have registered and send nothing{_with(services)}; see their logs"
+
+
+def _with(services: str) -> str:
+    return f" ({services})" if services else ""

@@ -1,0 +1,254 @@
+"""The trainer's side of the gateway: its process, its sockets, and what the trainer asks of it."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import secrets
+import select
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from atropos_exp.child import Child, child_environment
+from atropos_exp.gateway.admin import unpack_provenances
+from atropos_exp.gateway.counters import GAUGES
+from atropos_exp.gateway.options import CLIENT_TOKEN, ENGINE_TOKEN, PRIVATE_TOKEN, Options
+from atropos_exp.gateway.ports import listen
+from atropos_exp.gateway.settings import GatewaySettings
+from atropos_exp.gateway.upstream import KINDS
+from atropos_exp.types import Endpoint, Mask, Provenance, TokenIds, UserError
+from atropos_exp.wire import EngineError, WireError, flatten, pack, unpack
+
+SERVER = "atropos_exp.gateway.server"
+POLL_SECONDS = 0.1  # how soon the end of the process is noticed while an answer is due
+
+
+class GatewayClient:
+    """Owns the gateway's process. Safe to use from several threads."""
+
+    def __init__(
+        self,
+        settings: GatewaySettings,
+        *,
+        endpoint: Endpoint,
+        model_folder: Path,
+        model_name: str,
+        stop_token_ids: tuple[int, ...],
+        max_sequence_length: int,
+        seed: int,
+        log_folder: Path,
+        extra_ports: Sequence[int],
+    ) -> None:
+        if endpoint.kind not in KINDS:
+            raise UserError(
+                f"the gateway cannot talk to an engine of kind {endpoint.kind!r} yet; got that, expected one of "
+                f"{', '.join(KINDS)}; choose engine=hf"
+            )
+        self._settings = settings
+        self._endpoint = endpoint
+        self._log = log_folder / "gateway.log"
+        self._token = secrets.token_urlsafe(32)
+        self._lock = threading.RLock()  # of what follows
+        self._held = False
+        self._past: dict[str, float] = {}  # totals of processes that are gone
+        self._seen: dict[str, float] = {}  # last counters of the present one
+        self.restarts = 0
+        self._sockets = listen(settings.host, settings.port, extra_ports)
+        self._host, self._port = self._sockets[0].getsockname()[:2]
+        self._facts: dict[str, Any] = {
+            "model_folder": str(model_folder),
+            "model_name": model_name,
+            "stop_token_ids": tuple(stop_token_ids),
+            "max_sequence_length": max_sequence_length,
+            "seed": seed,
+        }
+        try:
+            self._process = self._start()
+        except BaseException:
+            self._close_sockets()
+            raise
+
+    @property
+    def address(self) -> str:
+        """Environments get `f"{address}/v1"` as base URL."""
+        host = f"[{self._host}]" if ":" in self._host else self._host
+        return f"http://{host}:{self._port}"
+
+    @property
+    def token(self) -> str | None:
+        """What environments must send as their API key, if anything."""
+        return self._settings.token
+
+    @property
+    def process(self) -> Child:
+        return self._process
+
+    def lookup(self, sequences: Sequence[tuple[TokenIds, Mask]], *, claim: bool) -> list[Provenance | None]:
+        """Who sampled these sequences (token ids [T], trained [T]); None for one that the gateway does not know.
+
+        One exchange for all. With `claim` they count as returned from now on. Raises EngineError.
+        """
+        if not sequences:
+            return []
+        flat, lengths = flatten([token_ids for token_ids, _ in sequences], np.int32)
+        trained, trained_lengths = flatten([trained for _, trained in sequences], np.bool_)
+        assert (lengths == trained_lengths).all(), "a mask has the length of its sequence"
+        message = {"token_ids": flat, "lengths": lengths, "trained": trained, "claim": claim}
+        found = unpack_provenances(self._binary("/ledger/lookup", message, what="what its ledger knows"))
+        assert len(found) == len(sequences)
+        return found
+
+    def hold(self) -> None:
+        """New requests wait from now on; those that the engine has already are finished. Raises EngineError."""
+        with self._lock:
+            self._held = True
+            self._binary("/hold", {}, what="requests to be held")
+
+    def release(self) -> None:
+        with self._lock:
+            self._held = False
+            self._binary("/release", {}, what="requests to go on")
+
+    def counters(self) -> Mapping[str, float]:
+        """Totals since `start` (over restarts) and gauges, see counters.py. Raises EngineError."""
+        with self._lock:
+            values: dict[str, float] = json.loads(self._exchange("GET", "/counters", b"", what="its counters"))
+            self._seen = values
+            totals = {name: value + self._past.get(name, 0) for name, value in values.items() if name not in GAUGES}
+            gauges = {name: value for name, value in values.items() if name in GAUGES}
+            return {**totals, **gauges, "restarts": self.restarts}
+
+    def check(self) -> None:
+        """Raise EngineError unless it answers now."""
+        self._exchange("GET", "/counters", b"", what="an answer as a sign of health")
+
+    def restart_if_dead(self) -> bool:
+        """Start a new process if this one has ended or hangs: same ports, same hold, empty ledger. True if it did."""
+        with self._lock:
+            try:
+                self.check()
+                return False
+            except EngineError:
+                self._process.stop()
+            for name, value in self._seen.items():
+                if name not in GAUGES:
+                    self._past[name] = self._past.get(name, 0) + value
+            self._seen = {}
+            self.restarts += 1
+            self._process = self._start()
+            return True
+
+    def stop(self) -> None:
+        """May be called twice."""
+        self._process.stop()
+        self._close_sockets()
+
+    def _start(self) -> Child:
+        settings = self._settings
+        options = Options(
+            socket_fds=tuple(listener.fileno() for listener in self._sockets),
+            engine_kind=self._endpoint.kind,
+            engine_address=self._endpoint.address,
+            incarnation=self.restarts,
+            held=self._held,
+            ledger_tokens=settings.ledger_tokens,
+            max_hold_seconds=settings.max_hold_seconds,
+            request_timeout_seconds=settings.request_timeout_seconds,
+            engine_silence_seconds=settings.engine_silence_seconds,
+            max_body_mb=settings.max_body_mb,
+            **self._facts,
+        )
+        process = Child(
+            [sys.executable, "-m", SERVER, options.to_json()],
+            log=self._log,
+            environment=self._environment(),
+            pass_fds=options.socket_fds,
+        )
+        try:
+            self._wait_until_ready(process)
+        except BaseException:
+            process.stop()
+            raise
+        return process
+
+    def _environment(self) -> dict[str, str]:
+        environment = {
+            **child_environment(None),
+            "HF_HUB_OFFLINE": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+            "OMP_NUM_THREADS": "1",  # it computes nothing
+            PRIVATE_TOKEN: self._token,
+        }
+        if self._settings.token is not None:
+            environment[CLIENT_TOKEN] = self._settings.token
+        if self._endpoint.token is not None:
+            environment[ENGINE_TOKEN] = self._endpoint.token
+        return environment
+
+    def _wait_until_ready(self, process: Child) -> None:
+        """Our socket accepts connections before the process does, so one request tells, whenever it is answered."""
+        seconds = self._settings.start_timeout_seconds
+        deadline = time.monotonic() + seconds
+        while True:
+            if process.poll() is not None:
+                raise EngineError(f"the gateway did not start: {process.state()}")
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                self._request(process, "GET", "/counters", b"", seconds=0.5)
+                return
+            if time.monotonic() > deadline:
+                reason = f"waited {seconds:g} s (gateway.start_timeout_seconds) for its first answer"
+                raise EngineError(f"the gateway did not start: {reason}; {process.state()}")
+
+    def _binary(self, path: str, message: dict[str, Any], *, what: str) -> dict[str, Any]:
+        try:
+            content = pack({**message, "incarnation": self.restarts})
+            return unpack(self._exchange("POST", path, content, what=what))
+        except WireError as error:
+            raise EngineError(f"gateway: waited for {what}; got no message: {error}") from None
+
+    def _exchange(self, method: str, path: str, body: bytes, *, what: str) -> bytes:
+        seconds = self._settings.health_timeout_seconds
+        waiting = f"gateway: waited for {what}"
+        process = self._process
+        try:
+            status, answer = self._request(process, method, path, body, seconds=seconds)
+        except TimeoutError:
+            reason = f"no answer for {seconds:g} s (gateway.health_timeout_seconds)"
+            raise EngineError(f"{waiting}; {reason}: {process.state()}") from None
+        except (OSError, http.client.HTTPException) as error:
+            process.wait(1.0)
+            raise EngineError(f"{waiting}; {type(error).__name__} {error}: {process.state()}") from error
+        if status != 200:
+            raise EngineError(f"{waiting}; it answered {status}: {answer[:300].decode(errors='replace')}")
+        return answer
+
+    def _request(self, process: Child, method: str, path: str, body: bytes, *, seconds: float) -> tuple[int, bytes]:
+        """Raises TimeoutError, another OSError, or HTTPException; ConnectionError as soon as the process has ended,
+        because our own socket would keep the connection open for ever."""
+        deadline = time.monotonic() + seconds
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self._host, self._host)
+        connection = http.client.HTTPConnection(host, self._port, timeout=seconds)
+        try:
+            connection.request(method, path, body, {"Authorization": f"Bearer {self._token}"})
+            poll = select.poll()
+            poll.register(connection.sock, select.POLLIN)
+            while not poll.poll(POLL_SECONDS * 1000):
+                if process.poll() is not None:
+                    raise ConnectionError("the process has ended")
+                if time.monotonic() > deadline:
+                    raise TimeoutError
+            response = connection.getresponse()
+            return response.status, response.read()
+        finally:
+            connection.close()
+
+    def _close_sockets(self) -> None:
+        for listener in self._sockets:
+            listener.close()

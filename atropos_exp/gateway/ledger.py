@@ -1,0 +1,157 @@
+"""What was sampled and by which weights, so that a sequence that comes back can be recognised."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import xxhash
+
+from atropos_exp.types import Floats, Mask, Provenance, TokenIds
+
+ENTRY_TOKENS = 48  # what the bookkeeping of one completion weighs, in tokens of 8 bytes
+_ID_BYTES = 4  # of a token id
+
+
+@dataclass(kw_only=True, slots=True, eq=False)
+class Completion:
+    """One sampled completion of a prompt. The arrays lie in bytes: little memory, and comparing them is one call."""
+
+    prompt_key: bytes
+    token_ids: bytes  # int32 [R]
+    logprobs: bytes  # float32 [R]
+    policy_version: int
+    temperature: float
+    serial: int
+    claimed: bool = False
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids) // _ID_BYTES
+
+
+class Ledger:
+    """The newest completions, up to `max_tokens` (each counts its tokens and ENTRY_TOKENS)."""
+
+    def __init__(self, *, max_tokens: int, name: str) -> None:
+        """`name` makes the keys of this ledger differ from those of an earlier process."""
+        self._max_tokens = max_tokens
+        self._name = name
+        self._of_prompt: dict[bytes, list[Completion]] = {}  # oldest first
+        self._order: deque[Completion] = deque()  # oldest first
+        self._num_added = 0
+        self.num_tokens = 0  # weight of what is kept
+        self.hits = self.misses = self.evicted = 0
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def add(
+        self, prompt: TokenIds, token_ids: TokenIds, logprobs: Floats, *, policy_version: int, temperature: float
+    ) -> None:
+        """`temperature` is the one that `logprobs` [R] hold under."""
+        assert len(token_ids) == len(logprobs) > 0
+        completion = Completion(
+            prompt_key=_key(prompt.astype(np.int32, copy=False).tobytes()),
+            token_ids=token_ids.astype(np.int32, copy=False).tobytes(),
+            logprobs=logprobs.astype(np.float32, copy=False).tobytes(),
+            policy_version=policy_version,
+            temperature=temperature,
+            serial=self._num_added,
+        )
+        self._num_added += 1
+        self._of_prompt.setdefault(completion.prompt_key, []).append(completion)
+        self._order.append(completion)
+        self.num_tokens += completion.num_tokens + ENTRY_TOKENS
+        while self.num_tokens > self._max_tokens:
+            self._evict()
+
+    def lookup(self, token_ids: TokenIds, trained: Mask, *, claim: bool) -> Provenance | None:
+        """What is known of a sequence [T]: every trained token must have been sampled here, after what stands
+        before it. `claim` marks its completions as returned. None (a miss) if any trained token is unknown."""
+        raw = token_ids.astype(np.int32, copy=False).tobytes()
+        logprobs = np.zeros(len(token_ids), dtype=np.float32)
+        found: list[Completion] = []
+        for start, end in _spans(trained):
+            parts = self._cover(raw, start, end)
+            if parts is None:
+                self.misses += 1
+                return None
+            for part in parts:
+                known = np.frombuffer(part.logprobs, dtype=np.float32)[: end - start]
+                logprobs[start : start + len(known)] = known
+                start += len(known)
+            found += parts
+        if not found:
+            self.misses += 1
+            return None
+        self.hits += 1
+        temperatures = {part.temperature for part in found}
+        provenance = Provenance(
+            policy_version=min(part.policy_version for part in found),
+            logprobs=logprobs,
+            temperature=temperatures.pop() if len(temperatures) == 1 else None,
+            returned_before=all(part.claimed for part in found),
+            key=f"{self._name}-{found[0].serial}",
+        )
+        if claim:
+            for part in found:
+                part.claimed = True
+        return provenance
+
+    def _cover(self, raw: bytes, start: int, end: int) -> list[Completion] | None:
+        """Completions that end to end give tokens start..end of a sequence; the last one may be longer."""
+        path: list[Completion] = []  # one less than `open`
+        open_: list[tuple[int, Iterator[Completion]]] = [(start, self._candidates(raw, start, end))]
+        failed: set[int] = set()
+        while open_:
+            position, candidates = open_[-1]
+            candidate = next(candidates, None)
+            if candidate is None:
+                failed.add(position)
+                open_.pop()
+                if path:
+                    path.pop()
+                continue
+            behind = position + candidate.num_tokens
+            if behind >= end:
+                return [*path, candidate]
+            if behind not in failed:
+                path.append(candidate)
+                open_.append((behind, self._candidates(raw, behind, end)))
+        return None
+
+    def _candidates(self, raw: bytes, start: int, end: int) -> Iterator[Completion]:
+        """Completions of the prompt raw[:start] that agree with what follows, the likeliest first: one that has not
+        come back yet, that covers most, that was not cut, that is newest (an older one like it was probably part of
+        an evaluation, or of a group that its environment dropped)."""
+        rest = raw[start * _ID_BYTES : end * _ID_BYTES]
+        fitting = [
+            completion
+            for completion in reversed(self._of_prompt.get(_key(raw[: start * _ID_BYTES]), ()))
+            if rest.startswith(completion.token_ids) or completion.token_ids.startswith(rest)
+        ]
+        fitting.sort(key=lambda known: (known.claimed, -min(len(known.token_ids), len(rest)), len(known.token_ids)))
+        return iter(fitting)
+
+    def _evict(self) -> None:
+        oldest = self._order.popleft()
+        same_prompt = self._of_prompt[oldest.prompt_key]
+        same_prompt.pop(0)
+        if not same_prompt:
+            del self._of_prompt[oldest.prompt_key]
+        self.num_tokens -= oldest.num_tokens + ENTRY_TOKENS
+        self.evicted += 1
+
+
+def _key(prompt: bytes) -> bytes:
+    """128 bits: two of the prompts that are kept never share one by chance, and answers are compared in full."""
+    return xxhash.xxh3_128_digest(prompt)
+
+
+def _spans(trained: Mask) -> list[tuple[int, int]]:
+    """[start, end) of each run of trained tokens."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], trained, [False]]).astype(np.int8)))
+    return list(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True))

@@ -1,0 +1,44 @@
+"""Listening sockets that belong to the trainer: they outlive a gateway process, and connections queue meanwhile."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import socket
+from collections.abc import Sequence
+
+from atropos_exp.types import UserError
+
+BACKLOG = 2048
+
+
+def listen(host: str, port: int | None, extra_ports: Sequence[int]) -> list[socket.socket]:
+    """The first one on `port` (None: a free one), then one for each extra port. Raises UserError."""
+    wanted = [(port, "gateway.port"), *((extra, "atropos.extra_ports") for extra in extra_ports)]
+    with contextlib.ExitStack() as undo:
+        sockets = []
+        for number, key in wanted:
+            sockets.append(_bind(host, number, key))
+            undo.callback(sockets[-1].close)
+        undo.pop_all()
+    return sockets
+
+
+def _bind(host: str, port: int | None, key: str) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port or 0), family=family, backlog=BACKLOG)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            what = "another program listens there (another run?)"
+        elif error.errno == errno.EACCES:
+            what = "ports below 1024 are reserved"
+        else:
+            what = error.strerror or str(error)
+        remedy = (
+            "stop that program or choose another port (null takes a free one)"
+            if key == "gateway.port"
+            else "stop that program or take the port out of the list (only environments that ignore their base URL "
+            "need it)"
+        )
+        raise UserError(f"{key}: cannot listen on {host}:{port}: {what}; {remedy}") from None
