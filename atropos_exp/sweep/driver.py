@@ -22,7 +22,7 @@ from atropos_exp.sweep.settings import OptunaSweep
 from atropos_exp.sweep_folder import Phase, Request, RunRecord, RunState, SweepFolder, describe_point, read_trial_end
 from atropos_exp.types import UserError
 
-POLL_SECONDS = 0.5
+POLL_SECONDS = 1.0
 Watcher = Callable[["Sweep"], None]  # shows how the sweep stands; called until it ends
 
 
@@ -43,7 +43,8 @@ class Sweep:
         """Of every run (of a search: trial) that the manifest lists."""
         if not self.is_search:
             return self.folder.states(self.backend.states())
-        return {record.number: self._trial_state(record) for record in self.folder.records()}
+        events = self.folder.events()
+        return {record.number: self._trial_state(record, events) for record in self.folder.records()}
 
     def is_active(self) -> bool:
         """Whether a job waits or runs."""
@@ -98,8 +99,8 @@ class Sweep:
             for number in range(min(self.settings.parallel, left))
         ]  # fmt: skip
 
-    def _trial_state(self, record: RunRecord) -> RunState:
-        mine = [event for event in self.folder.events() if event["number"] == record.number]
+    def _trial_state(self, record: RunRecord, events: Sequence[Mapping[str, Any]]) -> RunState:
+        mine = [event for event in events if event["number"] == record.number]
         started = [event["time"] for event in mine if event["event"] == "trial started"]
         times: dict[str, Any] = {"started": started[-1] if started else None}
         end = read_trial_end(self.folder.run_folder(record.number))

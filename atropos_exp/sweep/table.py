@@ -7,6 +7,8 @@ import time
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -37,7 +39,18 @@ class Progress:
 
 
 def progress(folder: SweepFolder, number: int) -> Progress:
-    rows, _ = read_metrics(folder.run_folder(number) / "metrics.jsonl")
+    path = folder.run_folder(number) / "metrics.jsonl"
+    try:
+        seen = path.stat()
+    except FileNotFoundError:
+        return _progress(path, 0, 0)
+    return _progress(path, seen.st_mtime_ns, seen.st_size)
+
+
+@lru_cache(maxsize=1024)
+def _progress(path: Path, modified: int, size: int) -> Progress:
+    """Read again only what has changed: the table of a large sweep is renewed every second."""
+    rows, _ = read_metrics(path)
     accuracies = [value for row in rows if (value := eval_accuracy(row)) is not None]
     rewards = [value for row in rows if (value := row.get("reward/mean")) is not None]
     return Progress(

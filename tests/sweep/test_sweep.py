@@ -186,7 +186,7 @@ def test_the_numbers_of_the_report_are_those_of_the_runs(first: dict[str, Any], 
     half = stats.t.ppf(0.975, 2) * deviation / 3**0.5
     low, high = (f"{end:+.3g}".replace("-", "−") for end in (difference - half, difference + half))
     assert f"{shown} [{low}, {high}] {p:.2g}" in page.text
-    assert ("not supported" in page.text) is (p >= 0.05)
+    assert ("not supported" in page.text) == (p >= 0.05)
     curve = page.data["runs"][1]
     folders = [sweep.run_folder(number) for number in (3, 4, 5)]
     for at, step in enumerate(curve["x"]["step"]):
