@@ -49,7 +49,7 @@ def hydra_main(task: Task, sweep: Sweep) -> Callable[[], None]:
                 _complain("hydra.mode: a file sets MULTIRUN; start it with -m, or as +sweeps=NAME")
                 codes.append(2)
                 return
-            lost = [text for text in HydraConfig.get().overrides.task if text.lstrip("+").startswith("sweep")]
+            lost = [text for text in arguments.overrides if text.lstrip("+").startswith("sweep")]
             if lost:
                 _complain(f"{lost[0]}: only where many runs are started: with -m, or +sweeps=NAME")
                 codes.append(2)
