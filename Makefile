@@ -1,4 +1,5 @@
-# `make demo` runs an experiment, `make test` the tests, `make check` the linters. Each first makes the environment.
+# `make demo` runs an experiment, `make test` the tests (`make test-gpu` those that need a GPU), `make check` the
+# linters. Each first makes the environment.
 #
 #   PYTHON       the interpreter, 3.11 or 3.12 (default: the first one found)
 #   TORCH_INDEX  index to take PyTorch from. On a Linux machine without a GPU, PyPI's default build brings several GB
@@ -15,13 +16,17 @@ STAMP := $(VENV)/.installed
 INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile -c constraints.txt
 ARGS ?=
 
-.PHONY: demo test check format clean
+.PHONY: demo test test-gpu check format clean
 
 demo: $(STAMP)
 	$(BIN)/python -m atropos_exp.run experiment=demo $(ARGS)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest $(ARGS)
+
+# One after the other: they share the GPUs. Skipped, with the reason, where there is none.
+test-gpu: $(STAMP)
+	$(BIN)/python -m pytest -n 0 -m gpu $(ARGS)
 
 check: $(STAMP)
 	$(BIN)/python -m ruff check .

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from omegaconf import OmegaConf
 
-from atropos_exp.assembly_atropos import grouped_logger, read_atropos, start_atropos, start_gateway
+from atropos_exp.assembly_atropos import grouped_logger, read_atropos, start_gateway, start_outside
 from atropos_exp.assembly_material import Material, gather_material
 from atropos_exp.checkpoint import Checkpoints
 from atropos_exp.config_check import Checked
@@ -68,11 +68,14 @@ def assemble(checked: Checked, folder: RunFolder, ranks: Ranks, stack: ExitStack
         return material.canary
 
     canary = ranks.on_zero(gather)
+    outside = start_outside(checked, folder, model_folder=model_folder, stack=stack) if ranks.is_zero else None
     trainer, engine = _start_trainer_and_engine(checked, folder, model_folder, ranks, stack)
     gateway: GatewayClient | None = None
     served = engine
-    if engine is not None and parts["rollout"].uses_atropos:
-        gateway = start_gateway(checked, engine, model_folder=model_folder, log_folder=folder.path / "log", stack=stack)
+    if engine is not None and outside is not None:
+        gateway = start_gateway(
+            checked, outside, engine, model_folder=model_folder, log_folder=folder.path / "log", stack=stack
+        )
         served = HeldEngine(engine, gateway)
     publisher = _sharding_manager(checked, trainer, served, canary, ranks)
     recorder: Recorder = SilentRecorder()
@@ -80,9 +83,11 @@ def assemble(checked: Checked, folder: RunFolder, ranks: Ranks, stack: ExitStack
     inner: RolloutSource | None = None
     evaluate: Evaluator = _no_evaluation
     if material is not None and engine is not None:
-        inner = JournaledSource(
-            _start_rollout(checked, material, engine, gateway, folder, model_folder, stack), folder.path / "rollouts"
-        )
+        remote: RemoteSource | None = None
+        if outside is not None and gateway is not None:
+            remote = read_atropos(checked, folder, outside, gateway, engine, model_folder=model_folder, stack=stack)
+        rollouts = _start_rollout(checked, material, engine, remote, model_folder)
+        inner = JournaledSource(rollouts, folder.path / "rollouts")
         evaluate = _start_evaluation(checked, material, engine, model_folder)
         logger = grouped_logger(checked, folder).start(
             run_folder=folder.path,
@@ -163,13 +168,7 @@ def _start_trainer_and_engine(
 
 
 def _start_rollout(
-    checked: Checked,
-    material: Material,
-    engine: Engine,
-    gateway: GatewayClient | None,
-    folder: RunFolder,
-    model_folder: Path,
-    stack: ExitStack,
+    checked: Checked, material: Material, engine: Engine, remote: RemoteSource | None, model_folder: Path
 ) -> RolloutSource:
     run = checked.run
     local = LocalSource(
@@ -189,19 +188,6 @@ def _start_rollout(
         seed=run.seed,
         mask_truncated=checked.parts["rollout"].mask_truncated,
     )
-    remote: RemoteSource | None = None
-    if gateway is not None:
-        programs = start_atropos(
-            checked, folder, model_folder=model_folder, gateway_address=gateway.address, stack=stack
-        )
-        remote = read_atropos(
-            checked,
-            folder,
-            programs,
-            gateway,
-            engine,
-            model_folder=model_folder,
-        )
     source: RolloutSource = checked.parts["rollout"].choose(local=local, remote=remote)
     return source
 

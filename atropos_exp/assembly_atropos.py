@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from atropos_exp.wire import EngineError
 if TYPE_CHECKING:
     from atropos_exp.atropos.source import AtroposSource
     from atropos_exp.gateway.client import GatewayClient
+    from atropos_exp.gateway.ports import Doors
     from atropos_exp.interfaces import Engine
 
 NO_TOKEN = "x"  # an environment's OpenAI client wants a key, whatever it is
@@ -37,12 +39,21 @@ def wandb_place(checked: Checked, folder: RunFolder) -> tuple[str, str]:
     return getattr(logger, "project", checked.run.name), getattr(logger, "group", None) or own
 
 
+@dataclass(frozen=True, kw_only=True)
+class Outside:
+    """What loads while trainer and engine do: the gateway's ports, the API, the environments."""
+
+    doors: Doors
+    programs: Programs
+
+
 def start_gateway(
-    checked: Checked, engine: Engine, *, model_folder: Path, log_folder: Path, stack: ExitStack
+    checked: Checked, outside: Outside, engine: Engine, *, model_folder: Path, log_folder: Path, stack: ExitStack
 ) -> GatewayClient:
     """The gateway, held until the first weights are proven."""
     run, parts = checked.run, checked.parts
     gateway: GatewayClient = parts["gateway"].start(
+        doors=outside.doors,
         endpoint=engine.endpoint,
         model_folder=model_folder,
         model_name=run.name,
@@ -50,25 +61,26 @@ def start_gateway(
         max_sequence_length=max_sequence_length(checked),
         seed=run.seed,
         log_folder=log_folder,
-        extra_ports=parts["atropos"].extra_ports,
     )
     stack.callback(gateway.stop)
     gateway.hold()
     return gateway
 
 
-def start_atropos(
-    checked: Checked, folder: RunFolder, *, model_folder: Path, gateway_address: str, stack: ExitStack
-) -> Programs:
-    """API and environments. They load in the background."""
+def start_outside(checked: Checked, folder: RunFolder, *, model_folder: Path, stack: ExitStack) -> Outside | None:
+    """API and environments, which load in the background, and the ports that they will ask at. None without Atropos."""
     run, parts = checked.run, checked.parts
+    if not parts["rollout"].uses_atropos:
+        return None
+    doors: Doors = parts["gateway"].listen(parts["atropos"].extra_ports)
+    stack.callback(doors.close)
     logger = parts["logger"]
     programs = start_programs(
         parts["atropos"],
         parts["env"],
         facts=Facts(
             api_url="",
-            gateway_url=gateway_address,
+            gateway_url=doors.address,
             gateway_token=parts["gateway"].token or NO_TOKEN,
             model_name=run.name,
             tokenizer=model_folder,
@@ -82,19 +94,20 @@ def start_atropos(
     )
     stack.callback(programs.client.close)
     stack.callback(programs.supervisor.stop)
-    return programs
+    return Outside(doors=doors, programs=programs)
 
 
 def read_atropos(
     checked: Checked,
     folder: RunFolder,
-    programs: Programs,
+    outside: Outside,
     gateway: GatewayClient,
     engine: Engine,
     *,
     model_folder: Path,
+    stack: ExitStack,
 ) -> AtroposSource:
-    """The source that reads them, with the border in front of it."""
+    """The source that reads them, with the border in front of it. Registers a new run at once if the API is there."""
     run, parts = checked.run, checked.parts
     project, group = wandb_place(checked, folder)
     longest = max_sequence_length(checked)
@@ -122,9 +135,9 @@ def read_atropos(
         except EngineError:  # it is down: `watch` sees to it when something is waited for
             return {}
 
-    return make_source(
+    source = make_source(
         parts["atropos"],
-        programs,
+        outside.programs,
         falls_back=parts["rollout"].falls_back,
         registration=registration,
         intake=Intake(
@@ -139,6 +152,10 @@ def read_atropos(
         more_counters=gateway_counters,
         group_size=run.group_size,
     )
+    stack.callback(outside.programs.supervisor.stop)  # before the gateway: nobody asks while it goes
+    if not folder.resumed:
+        source.connect(step=1)
+    return source
 
 
 def grouped_logger(checked: Checked, folder: RunFolder) -> Any:

@@ -188,9 +188,15 @@ class RemoteSource(RolloutSource, Protocol):
 class Ledger(Protocol):
     """Who remembers what the engine sampled for environments (`gateway/`)."""
 
-    def lookup(self, sequences: Sequence[tuple[TokenIds, Mask]], *, claim: bool) -> list[Provenance | None]:
+    def lookup(
+        self,
+        sequences: Sequence[tuple[TokenIds, Mask]],
+        *,
+        claim: bool,
+        logprobs: Sequence[Floats | None] | None = None,
+    ) -> list[Provenance | None]:
         """For each (token_ids [T], trained [T]) what is known of its trained tokens; None unless all are. `claim`
-        marks their completions as having come back."""
+        marks their completions as having come back; `logprobs` [T], where known, tell equal ones apart."""
         ...
 
 

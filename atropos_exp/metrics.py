@@ -65,7 +65,7 @@ METRICS: Mapping[str, str] = {
     "time/step_s": "Wall-clock seconds of the step; contains all of the above but `time/log_s`.",
     "throughput/tokens_per_s": "`rollout/num_tokens` per second of `time/step_s`: prompt and sampled tokens.",
     "throughput/trained_tokens_per_s": "`batch/num_trained_tokens` per second of `time/step_s`.",
-    "throughput/mfu": "Model FLOPs of the update over the devices' peak in `time/update_s`.",
+    "throughput/mfu": "Model FLOPs of the update over the bfloat16 peak of the devices in `time/update_s`; GPUs only.",
     "sync/tensors": "Tensors that the engine received.",
     "sync/bytes": "Bytes that the engine received.",
     "sync/digests_compared": "Tensors whose digest in the engine was compared with the trainer's.",
@@ -156,6 +156,8 @@ def summarize(
     if seconds.get("step", 0.0) > 0.0:
         values["throughput/tokens_per_s"] = values["rollout/num_tokens"] / seconds["step"]
         values["throughput/trained_tokens_per_s"] = (update.num_trained_tokens if update else 0) / seconds["step"]
+    if update is not None and seconds.get("update") and update.peak_seconds == update.peak_seconds:
+        values["throughput/mfu"] = update.peak_seconds / seconds["update"]
     values |= {**eval, **(extra or {})}
     unknown = [name for name in values if sentence(name) is None]
     assert not unknown, f"metrics without a sentence in metrics.METRICS: {unknown}"

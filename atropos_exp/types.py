@@ -220,6 +220,7 @@ class UpdateStats:
     num_tokens: int  # packed tokens, prompts included
     num_trained_tokens: int
     num_micro_batches: int
+    peak_seconds: float  # model FLOPs over the peak of all devices; NaN where that is not known (a CPU)
     skipped: bool  # a non-finite loss or gradient: nothing was applied
 
 

@@ -15,6 +15,7 @@ import argparse
 import asyncio
 import itertools
 import json
+import os
 import statistics
 import tempfile
 import time
@@ -35,7 +36,7 @@ from atropos_exp.wire import HEARTBEAT, pack, unpack
 
 PROMPT = [21, 15, 22, 33, 15, 22]
 NEW_TOKENS = 2
-LEDGER_TOKENS = 100_000  # full after 2,000 requests, so that its growth is part of the warm-up
+LEDGER_TOKENS = 25_000  # full after 500 requests, so that its growth is part of the warm-up
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,6 +156,12 @@ async def throughput(target: Target, count: int, num_connections: int) -> float:
     return count / seconds
 
 
+def cpu_seconds(pid: int) -> float:
+    """That a process has used so far, whatever else the machine did meanwhile."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def settings(name: str, cls: Any, **changes: Any) -> Any:
     values = yaml.safe_load((CONF_DIR / f"{name}.yaml").read_text())
     del values["_target_"]
@@ -167,16 +174,22 @@ async def measure(engine: Any, client: Any, *, requests: int, connections: int) 
     answer = unpack((await connection.ask(alone.request())).lstrip(HEARTBEAT))
     assert len(answer["token_ids"]) == NEW_TOKENS
     connection.close()
-    warm_up = max(2500, requests // 10)
-    await throughput(alone, 500, connections)
+    warm_up = max(600, requests // 10)
+    await throughput(alone, 200, connections)
     await throughput(through, warm_up, connections)
     engine_s, gateway_s = await latencies(alone, through, min(500, requests // 10))
     before = client.counters()
     rates: dict[str, list[float]] = {"engine": [], "gateway": []}
+    pids = {"engine": engine.process.pid, "gateway": client.process.pid}
+    used = dict.fromkeys(pids, 0.0)
     rounds = 10
     for _ in range(rounds):  # in turns, see above
-        rates["engine"].append(await throughput(alone, max(200, requests // rounds // 5), connections))
+        rates["engine"].append(await throughput(alone, max(50, requests // rounds // 5), connections))
+        for name, pid in pids.items():
+            used[name] -= cpu_seconds(pid)
         rates["gateway"].append(await throughput(through, requests // rounds, connections))
+        for name, pid in pids.items():
+            used[name] += cpu_seconds(pid)
     after = client.counters()
     pairs = zip(engine_s, gateway_s, strict=True)
     return {
@@ -186,6 +199,8 @@ async def measure(engine: Any, client: Any, *, requests: int, connections: int) 
         "engine_requests_per_s": statistics.median(rates["engine"]),
         "gateway_requests_per_s": statistics.median(rates["gateway"]),
         "throughput_ratio": statistics.median(rates["gateway"]) / statistics.median(rates["engine"]),
+        "engine_cpu_ms_per_request": 1e3 * used["engine"] / (requests // rounds * rounds),
+        "gateway_cpu_ms_per_request": 1e3 * used["gateway"] / (requests // rounds * rounds),
         "requests": after["requests"] - before["requests"],
         "connections": connections,
         "rss_before_mib": before["rss_bytes"] / 2**20,
@@ -207,7 +222,9 @@ def main() -> None:
             model_folder=WEIGHTS, device="cpu", log_folder=log, max_sequence_length=64
         )
         try:
-            client = settings("gateway/default", GatewaySettings, ledger_tokens=LEDGER_TOKENS).start(
+            chosen = settings("gateway/default", GatewaySettings, ledger_tokens=LEDGER_TOKENS)
+            client = chosen.start(
+                doors=chosen.listen(()),
                 endpoint=engine.endpoint,
                 model_folder=WEIGHTS,
                 model_name="tiny",
@@ -215,7 +232,6 @@ def main() -> None:
                 max_sequence_length=64,
                 seed=0,
                 log_folder=log,
-                extra_ports=(),
             )
             try:
                 with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
@@ -230,7 +246,7 @@ def main() -> None:
         print(json.dumps(found))
     else:
         for name, value in found.items():
-            print(f"{name:<24}{value:>12,.2f}")
+            print(f"{name:<28}{value:>12,.2f}")
 
 
 if __name__ == "__main__":

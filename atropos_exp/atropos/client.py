@@ -110,7 +110,15 @@ class AtroposClient:
 
     def has_environment(self, env_id: int) -> bool:
         """Whether an environment with this number has registered (dead ones included)."""
-        return bool(self._send("GET", "/status-env", {"env_id": env_id}, allow_error=True).status_code == 200)
+        return self.environment(env_id) is not None
+
+    def environment(self, env_id: int) -> Mapping[str, Any] | None:
+        """What the API tells the environment of this number (dead ones included); None if there is none."""
+        response = self._send("GET", "/status-env", {"env_id": env_id}, allow_error=True)
+        if response.status_code != 200:
+            return None
+        status: Mapping[str, Any] = response.json()
+        return status
 
     def disconnect(self, env_id: int) -> None:
         """Take a dead environment out of the API's reckoning; nothing else ever does."""

@@ -70,7 +70,11 @@ class Intake:
 
     def _look_up(self, sequences: Sequence[ScoredSequence]) -> Sequence[Provenance | None]:
         try:
-            return self._ledger.lookup([(sequence.token_ids, sequence.trained) for sequence in sequences], claim=True)
+            return self._ledger.lookup(
+                [(sequence.token_ids, sequence.trained) for sequence in sequences],
+                claim=True,
+                logprobs=[sequence.logprobs for sequence in sequences],
+            )
         except EngineError as error:  # the gateway is down; it is started again before the next wait
             self.counters["ledger_failures"] += 1
             log.warning("the ledger of the gateway cannot be asked: %s", error)

@@ -202,7 +202,9 @@ class AtroposSource:
         registration = self._registration(0)
         try:
             queued = self._client.status()[1]
-            known = next((k for k in range(MAX_ENVIRONMENTS) if not self._client.has_environment(k)), MAX_ENVIRONMENTS)
+            environments = []
+            while len(environments) < MAX_ENVIRONMENTS and (one := self._client.environment(len(environments))):
+                environments.append(one)
         except ApiDown as error:
             return str(error)
         return explain(
@@ -210,7 +212,9 @@ class AtroposSource:
             batch_size=registration.batch_size,
             group_size=self._group_size,
             queued_groups=queued,
-            num_environments=known,
+            num_environments=len(environments),
+            has_minimum=any(one["unallocated_fraction"] < 1 for one in environments),
+            silent=[number for number, one in enumerate(environments) if one["self_queue_size"] == 0],
             services=self._supervisor.state(),
             logs=self._supervisor.logs(),
             max_token_len=registration.max_token_len,

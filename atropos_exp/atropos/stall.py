@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 TOO_LONG = "Token length is too long"  # what an environment logs when it drops a group
 SIZE_REFUSED = re.compile(r"Group structure invalid")
@@ -17,21 +17,29 @@ def explain(
     group_size: int,
     queued_groups: int,
     num_environments: int,
+    has_minimum: bool,
+    silent: Sequence[int],
     services: str,
     logs: Mapping[str, str],
     max_token_len: int,
 ) -> str:
     """One sentence with the likeliest cause and what to do. `batch_size` counts sequences; `logs`: last lines by
-    environment; `services`: how the supervised processes are, "" if none are."""
+    environment; `has_minimum`: an environment wants a share of each batch; `silent`: numbers of those that have
+    nothing queued; `services`: how the supervised processes are, "" if none are."""
     head = f"the Atropos API has formed no batch for {seconds:.0f} s"
     if num_environments == 0:
         return f"{head}: no environment has registered with it{_with(services)}. Start one, or see its log"
+    if queued_groups and has_minimum:
+        return (
+            f"{head} although {queued_groups} groups are queued: an environment has a minimum allocation "
+            "(--env.min_batch_allocation), and each that has one must have sent its share, dead ones too. Nothing is "
+            f"queued of environment {_numbers(silent)}{_with(services)}"
+        )
     if queued_groups:
         return (
             f"{head} although {queued_groups} groups are queued. A batch must have exactly {batch_size} sequences "
             f"(batch_size x group_size), made of groups whose sizes divide the largest (group_size is {group_size}; "
-            "an environment that sends another size blocks all), and while any environment has a minimum allocation "
-            f"(--env.min_batch_allocation), each of those must have sent its share, dead ones too{_with(services)}"
+            f"an environment that sends another size blocks all){_with(services)}"
         )
     for name, tail in logs.items():
         if TOO_LONG in tail:
@@ -47,6 +55,10 @@ def explain(
                 "(--env.ensure_scores_are_not_same false lets them through)"
             )
     return f"{head}: {num_environments} environments have registered and send nothing{_with(services)}; see their logs"
+
+
+def _numbers(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers)) or "(each has some, but too little)"
 
 
 def _with(services: str) -> str:

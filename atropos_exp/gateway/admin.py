@@ -35,9 +35,10 @@ class Admin:
         """Sequences in order, one after the other: of two equal ones in a message the second sees the first's claim."""
         sequences = split(message["token_ids"], message["lengths"])
         masks = split(message["trained"], message["lengths"])
+        hints = split(message["logprobs_hint"], message["lengths"])
         found = [
-            self.ledger.lookup(token_ids, trained, claim=bool(message["claim"]))
-            for token_ids, trained in zip(sequences, masks, strict=True)
+            self.ledger.lookup(token_ids, trained, claim=bool(message["claim"]), logprobs_hint=hint)
+            for token_ids, trained, hint in zip(sequences, masks, hints, strict=True)
         ]
         return pack_provenances(found)
 

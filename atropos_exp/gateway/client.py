@@ -20,10 +20,10 @@ from atropos_exp.child import Child, child_environment
 from atropos_exp.gateway.admin import unpack_provenances
 from atropos_exp.gateway.counters import GAUGES
 from atropos_exp.gateway.options import CLIENT_TOKEN, ENGINE_TOKEN, PRIVATE_TOKEN, Options
-from atropos_exp.gateway.ports import listen
+from atropos_exp.gateway.ports import Doors
 from atropos_exp.gateway.settings import GatewaySettings
 from atropos_exp.gateway.upstream import KINDS
-from atropos_exp.types import Endpoint, Mask, Provenance, TokenIds, UserError
+from atropos_exp.types import Endpoint, Floats, Mask, Provenance, TokenIds, UserError
 from atropos_exp.wire import EngineError, WireError, flatten, pack, unpack
 
 SERVER = "atropos_exp.gateway.server"
@@ -37,6 +37,7 @@ class GatewayClient:
         self,
         settings: GatewaySettings,
         *,
+        doors: Doors,
         endpoint: Endpoint,
         model_folder: Path,
         model_name: str,
@@ -44,7 +45,6 @@ class GatewayClient:
         max_sequence_length: int,
         seed: int,
         log_folder: Path,
-        extra_ports: Sequence[int],
     ) -> None:
         if endpoint.kind not in KINDS:
             raise UserError(
@@ -60,8 +60,7 @@ class GatewayClient:
         self._past: dict[str, float] = {}  # totals of processes that are gone
         self._seen: dict[str, float] = {}  # last counters of the present one
         self.restarts = 0
-        self._sockets = listen(settings.host, settings.port, extra_ports)
-        self._host, self._port = self._sockets[0].getsockname()[:2]
+        self._doors = doors
         self._facts: dict[str, Any] = {
             "model_folder": str(model_folder),
             "model_name": model_name,
@@ -69,17 +68,12 @@ class GatewayClient:
             "max_sequence_length": max_sequence_length,
             "seed": seed,
         }
-        try:
-            self._process = self._start()
-        except BaseException:
-            self._close_sockets()
-            raise
+        self._process = self._start()
 
     @property
     def address(self) -> str:
         """Environments get `f"{address}/v1"` as base URL."""
-        host = f"[{self._host}]" if ":" in self._host else self._host
-        return f"http://{host}:{self._port}"
+        return self._doors.address
 
     @property
     def token(self) -> str | None:
@@ -90,17 +84,32 @@ class GatewayClient:
     def process(self) -> Child:
         return self._process
 
-    def lookup(self, sequences: Sequence[tuple[TokenIds, Mask]], *, claim: bool) -> list[Provenance | None]:
+    def lookup(
+        self,
+        sequences: Sequence[tuple[TokenIds, Mask]],
+        *,
+        claim: bool,
+        logprobs: Sequence[Floats | None] | None = None,
+    ) -> list[Provenance | None]:
         """Who sampled these sequences (token ids [T], trained [T]); None for one that the gateway does not know.
 
-        One exchange for all. With `claim` they count as returned from now on. Raises EngineError.
+        `logprobs` [T] of each, where known, tell equal completions of different weights apart. One exchange for all.
+        With `claim` they count as returned from now on. Raises EngineError.
         """
         if not sequences:
             return []
         flat, lengths = flatten([token_ids for token_ids, _ in sequences], np.int32)
         trained, trained_lengths = flatten([trained for _, trained in sequences], np.bool_)
-        assert (lengths == trained_lengths).all(), "a mask has the length of its sequence"
-        message = {"token_ids": flat, "lengths": lengths, "trained": trained, "claim": claim}
+        hints = logprobs if logprobs is not None else [None] * len(sequences)
+        hint, hint_lengths = flatten(
+            [
+                np.full(len(token_ids), np.nan, np.float32) if given is None else given
+                for (token_ids, _), given in zip(sequences, hints, strict=True)
+            ],
+            np.float32,
+        )
+        assert (lengths == trained_lengths).all() and (lengths == hint_lengths).all(), "one entry per token"
+        message = {"token_ids": flat, "lengths": lengths, "trained": trained, "logprobs_hint": hint, "claim": claim}
         found = unpack_provenances(self._binary("/ledger/lookup", message, what="what its ledger knows"))
         assert len(found) == len(sequences)
         return found
@@ -148,12 +157,12 @@ class GatewayClient:
     def stop(self) -> None:
         """May be called twice."""
         self._process.stop()
-        self._close_sockets()
+        self._doors.close()
 
     def _start(self) -> Child:
         settings = self._settings
         options = Options(
-            socket_fds=tuple(listener.fileno() for listener in self._sockets),
+            socket_fds=tuple(listener.fileno() for listener in self._doors.sockets),
             engine_kind=self._endpoint.kind,
             engine_address=self._endpoint.address,
             incarnation=self.restarts,
@@ -233,8 +242,7 @@ class GatewayClient:
         """Raises TimeoutError, another OSError, or HTTPException; ConnectionError as soon as the process has ended,
         because our own socket would keep the connection open for ever."""
         deadline = time.monotonic() + seconds
-        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self._host, self._host)
-        connection = http.client.HTTPConnection(host, self._port, timeout=seconds)
+        connection = http.client.HTTPConnection(self._doors.host, self._doors.port, timeout=seconds)
         try:
             connection.request(method, path, body, {"Authorization": f"Bearer {self._token}"})
             poll = select.poll()
@@ -248,7 +256,3 @@ class GatewayClient:
             return response.status, response.read()
         finally:
             connection.close()
-
-    def _close_sockets(self) -> None:
-        for listener in self._sockets:
-            listener.close()

@@ -12,7 +12,7 @@ import xxhash
 from atropos_exp.types import Floats, Mask, Provenance, TokenIds
 
 ENTRY_TOKENS = 48  # what the bookkeeping of one completion weighs, in tokens of 8 bytes
-_ID_BYTES = 4  # of a token id
+_ID_BYTES = _LOGPROB_BYTES = 4
 
 
 @dataclass(kw_only=True, slots=True, eq=False)
@@ -68,14 +68,18 @@ class Ledger:
         while self.num_tokens > self._max_tokens:
             self._evict()
 
-    def lookup(self, token_ids: TokenIds, trained: Mask, *, claim: bool) -> Provenance | None:
+    def lookup(
+        self, token_ids: TokenIds, trained: Mask, *, claim: bool, logprobs_hint: Floats | None = None
+    ) -> Provenance | None:
         """What is known of a sequence [T]: every trained token must have been sampled here, after what stands
-        before it. `claim` marks its completions as returned. None (a miss) if any trained token is unknown."""
+        before it. `claim` marks its completions as returned. `logprobs_hint` [T] tells equal completions of
+        different weights apart. None (a miss) if any trained token is unknown."""
         raw = token_ids.astype(np.int32, copy=False).tobytes()
+        hint = b"" if logprobs_hint is None else logprobs_hint.astype(np.float32, copy=False).tobytes()
         logprobs = np.zeros(len(token_ids), dtype=np.float32)
         found: list[Completion] = []
         for start, end in _spans(trained):
-            parts = self._cover(raw, start, end)
+            parts = self._cover(raw, hint, start, end)
             if parts is None:
                 self.misses += 1
                 return None
@@ -101,10 +105,10 @@ class Ledger:
                 part.claimed = True
         return provenance
 
-    def _cover(self, raw: bytes, start: int, end: int) -> list[Completion] | None:
+    def _cover(self, raw: bytes, hint: bytes, start: int, end: int) -> list[Completion] | None:
         """Completions that end to end give tokens start..end of a sequence; the last one may be longer."""
         path: list[Completion] = []  # one less than `open`
-        open_: list[tuple[int, Iterator[Completion]]] = [(start, self._candidates(raw, start, end))]
+        open_: list[tuple[int, Iterator[Completion]]] = [(start, self._candidates(raw, hint, start, end))]
         failed: set[int] = set()
         while open_:
             position, candidates = open_[-1]
@@ -120,20 +124,27 @@ class Ledger:
                 return [*path, candidate]
             if behind not in failed:
                 path.append(candidate)
-                open_.append((behind, self._candidates(raw, behind, end)))
+                open_.append((behind, self._candidates(raw, hint, behind, end)))
         return None
 
-    def _candidates(self, raw: bytes, start: int, end: int) -> Iterator[Completion]:
-        """Completions of the prompt raw[:start] that agree with what follows, the likeliest first: one that has not
-        come back yet, that covers most, that was not cut, that is newest (an older one like it was probably part of
-        an evaluation, or of a group that its environment dropped)."""
+    def _candidates(self, raw: bytes, hint: bytes, start: int, end: int) -> Iterator[Completion]:
+        """Completions of the prompt raw[:start] that agree with what follows, the likeliest first: one whose logprobs
+        are the hint's, that has not come back yet, that covers most, that was not cut, that is newest (an older one
+        like it was probably part of an evaluation, or of a group that its environment dropped)."""
         rest = raw[start * _ID_BYTES : end * _ID_BYTES]
         fitting = [
             completion
             for completion in reversed(self._of_prompt.get(_key(raw[: start * _ID_BYTES]), ()))
             if rest.startswith(completion.token_ids) or completion.token_ids.startswith(rest)
         ]
-        fitting.sort(key=lambda known: (known.claimed, -min(len(known.token_ids), len(rest)), len(known.token_ids)))
+        wanted = hint[start * _LOGPROB_BYTES : end * _LOGPROB_BYTES]
+
+        def rank(known: Completion) -> tuple[bool, bool, int, int]:
+            size = min(len(known.token_ids), len(rest))  # of what both have, in bytes
+            is_other = known.logprobs[:size] != wanted[:size]
+            return is_other, known.claimed, -size, len(known.token_ids)
+
+        fitting.sort(key=rank)
         return iter(fitting)
 
     def _evict(self) -> None:

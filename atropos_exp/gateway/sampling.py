@@ -53,10 +53,11 @@ def take_sampling(
     include_stop: bool,
 ) -> SamplingRequest:
     """Take the parameters that all dialects share out of `fields`; they may call the limit by any of `max_names`."""
-    max_tokens = None
-    for name in max_names:
-        value = fields.integer(name, None, 1, 1 << 31)
-        max_tokens = value if max_tokens is None else max_tokens
+    limits = {name: fields.integer(name, None, 1, 1 << 31) for name in max_names}
+    given = {name: limit for name, limit in limits.items() if limit is not None}
+    if len(set(given.values())) > 1:
+        raise invalid(" and ".join(given), given, "one and the same limit")
+    max_tokens = next(iter(given.values()), None)
     top_k = fields.count("top_k", 0, -1, 1 << 31)
     ids = fields.take("stop_token_ids") or None
     stop_token_ids = set() if ids is None else set(token_ids(ids, "stop_token_ids").tolist())

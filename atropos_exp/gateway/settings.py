@@ -13,6 +13,7 @@ from atropos_exp.types import Endpoint, UserError
 
 if TYPE_CHECKING:
     from atropos_exp.gateway.client import GatewayClient
+    from atropos_exp.gateway.ports import Doors
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 ENVIRONMENT_LIMIT = 600.0  # seconds after which an Atropos environment gives a rollout up (its worker_timeout)
@@ -64,9 +65,17 @@ class GatewaySettings:
                 f"({self.max_hold_seconds:g}), because a hold is part of a request"
             )
 
+    def listen(self, extra_ports: Sequence[int]) -> Doors:
+        """Bind the ports, so that environments can be told where to connect before anybody answers there. Raises
+        UserError for a port that is taken."""
+        from atropos_exp.gateway.ports import Doors
+
+        return Doors.open(self.host, self.port, extra_ports)
+
     def start(
         self,
         *,
+        doors: Doors,
         endpoint: Endpoint,
         model_folder: Path,
         model_name: str,
@@ -74,14 +83,14 @@ class GatewaySettings:
         max_sequence_length: int,
         seed: int,
         log_folder: Path,
-        extra_ports: Sequence[int],
     ) -> GatewayClient:
-        """Bind the ports, start the process and wait until it answers. Raises UserError for a port that is taken,
-        EngineError if the process does not start. The caller stops it."""
+        """Start the process at `doors` and wait until it answers; raises EngineError if it does not. The caller stops
+        it, which closes the doors."""
         from atropos_exp.gateway.client import GatewayClient
 
         return GatewayClient(
             self,
+            doors=doors,
             endpoint=endpoint,
             model_folder=model_folder,
             model_name=model_name,
@@ -89,5 +98,4 @@ class GatewaySettings:
             max_sequence_length=max_sequence_length,
             seed=seed,
             log_folder=log_folder,
-            extra_ports=extra_ports,
         )

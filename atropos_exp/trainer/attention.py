@@ -134,6 +134,11 @@ def _padded(
             steps = torch.arange(length, device=query.device)
             distance = steps[:, None] - steps
             mask = (distance >= 0) & (distance < sliding_window)
+        grouped = query.size(1) != key.size(1)
+        if grouped and query.is_cuda:
+            # float32: with grouped queries CUDA has only the kernel that builds all T x T scores
+            repeats, grouped = query.size(1) // key.size(1), False
+            rows[1:] = [states.repeat_interleave(repeats, dim=1) for states in rows[1:]]
         attended = scaled_dot_product_attention(
             rows[0],
             rows[1],
@@ -141,7 +146,7 @@ def _padded(
             attn_mask=mask,
             is_causal=mask is None,
             scale=scaling,
-            enable_gqa=query.size(1) != key.size(1),
+            enable_gqa=grouped,
         )
         outputs.append(attended.transpose(1, 2).reshape(num_rows * length, *query.shape[1:]))
     if packing.uniform:

@@ -136,7 +136,12 @@ class PackedEngine(FSDPEngineWithLMHead):  # type: ignore[misc]  # verl is untyp
 
     @property
     def vocab_size(self) -> int:
-        return int(self.model_config.hf_config.get_text_config().vocab_size)
+        return int(self.text_config.vocab_size)
+
+    @property
+    def text_config(self) -> Any:
+        """transformers' config of the language model."""
+        return self.model_config.hf_config.get_text_config()
 
     @property
     def sp_size(self) -> int:

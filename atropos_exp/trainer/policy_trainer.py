@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from atropos_exp.trainer import state, weights
+from atropos_exp.trainer.flops import UpdateFlops
 from atropos_exp.trainer.packing import MicroBatch, make_micro_batch, plan_micro_batches, scoring_batch
 from atropos_exp.trainer.schedule import learning_rate_factor
 from atropos_exp.trainer.statistics import Sums, importance_weights
@@ -58,6 +59,7 @@ class FSDP2Trainer:
         self._dump_folder = dump_folder
         self._dumps: list[Path] = []
         self._progress = Progress()
+        self._flops = UpdateFlops(engine.module, engine.text_config, lora=engine.lora_facts is not None)
         self._dp_size = int(engine.get_data_parallel_size())
         self._dp_rank = int(engine.get_data_parallel_rank())
 
@@ -107,6 +109,7 @@ class FSDP2Trainer:
                 self._engine.step(learning_rate=learning_rate, grad_norm=grad_norms[-1])
                 self._progress.optimizer_steps += 1
 
+        num_trained = int(batch.trained_S.sum())
         mean = {name: math.fsum(part[name] for part in losses) / len(losses) for name in Sums.LOSSES}
         stats = UpdateStats(
             **mean,
@@ -114,8 +117,9 @@ class FSDP2Trainer:
             learning_rate=learning_rate,
             **sums.collect_tokens(),
             num_tokens=int(batch.lengths_N.sum()),
-            num_trained_tokens=int(batch.trained_S.sum()),
+            num_trained_tokens=num_trained,
             num_micro_batches=len(every),
+            peak_seconds=self._flops.peak_seconds(batch.lengths_N.tolist(), num_trained, self._device),
             skipped=skipped,
         )
         self._progress.updates += 1

@@ -10,7 +10,7 @@ import pytest
 
 from atropos_exp.atropos.intake import Intake
 from atropos_exp.gateway.ledger import Ledger
-from atropos_exp.types import Finish, Mask, Provenance, TokenIds
+from atropos_exp.types import Finish, Floats, Mask, Provenance, TokenIds
 from atropos_exp.wire import EngineError
 
 STOP = 5
@@ -35,10 +35,20 @@ class Book:
             temperature=temperature,
         )
 
-    def lookup(self, sequences: Sequence[tuple[TokenIds, Mask]], *, claim: bool) -> list[Provenance | None]:
+    def lookup(
+        self,
+        sequences: Sequence[tuple[TokenIds, Mask]],
+        *,
+        claim: bool,
+        logprobs: Sequence[Floats | None] | None = None,
+    ) -> list[Provenance | None]:
         if self.is_down:
             raise EngineError("gateway: nobody answers")
-        return [self.ledger.lookup(ids, trained, claim=claim) for ids, trained in sequences]
+        hints = logprobs or [None] * len(sequences)
+        return [
+            self.ledger.lookup(ids, trained, claim=claim, logprobs_hint=hint)
+            for (ids, trained), hint in zip(sequences, hints, strict=True)
+        ]
 
 
 @pytest.fixture
@@ -97,6 +107,18 @@ def test_logprobs_that_the_sampler_did_not_give_are_corrected(book: Book) -> Non
     [found] = border.accept([group([3, STOP], [9, 9], logprob=-0.5)], policy_version=0)
     assert found.rollouts[1].logprobs.tolist() == pytest.approx([0, 0, -0.9, -0.9])
     assert border.counters["logprobs_corrected"] == 1
+
+
+def test_equal_completions_of_different_weights_are_told_apart_by_their_logprobs(book: Book) -> None:
+    for version in (4, 5):
+        book.sampled(PROMPT, [3, STOP], version=version, logprob=-version / 8)
+        book.sampled(PROMPT, [9, 9], version=version, logprob=-version / 8)
+    border = intake(book)
+    raws = [group([3, STOP], [9, 9], logprob=-version / 8) for version in (4, 5, 4)]
+    accepted = border.accept(raws, policy_version=5)
+    assert [[rollout.policy_version for rollout in found.rollouts] for found in accepted] == [[4, 4], [5, 5]]
+    assert border.counters["groups_dropped_doubled"] == 1, "the third is the first again, though the second fits too"
+    assert border.counters["logprobs_corrected"] == 0
 
 
 def test_what_nobody_knows_is_trained_as_on_policy_and_counted(book: Book) -> None:

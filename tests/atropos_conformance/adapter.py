@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from contract import HERE, Request, TrainedSequence, Step
+from contract import HERE, Request, Step, TrainedSequence
 
 from atropos_exp.journal import read_journal
 from atropos_exp.model.tiny import WEIGHTS
@@ -49,6 +49,7 @@ def command(request: Request) -> tuple[list[str], dict[str, str]]:
         "rollout": "auto" if request.falls_back else "atropos",
         "trainer.max_steps": request.steps,
         "trainer.learning_rate": request.learning_rate,
+        "temperature": request.temperature,
         "checkpoint.every": 1 if request.keeps_weights else 0,
         "checkpoint.keep": 100,
         "loss.kl_coef": request.kl_coef,
@@ -65,13 +66,19 @@ def command(request: Request) -> tuple[list[str], dict[str, str]]:
         "env.num_processes": request.num_processes,
         "cluster.num_processes": request.num_ranks,
     }
+    if (request.folder / "config.yaml").exists():
+        overrides |= {"resume": request.folder}  # another number of steps or ranks is another configuration
     if request.environment:
         overrides |= {"env": "external", "env.command": f"[{','.join(request.environment)}]"}
     if request.multi_turn:
         overrides |= {"env": "multi_turn_calculator"}
     overrides |= {f"+env.arguments.{name}": value for name, value in request.environment_arguments.items()}
     words = [f"{name}={str(value).lower() if isinstance(value, bool) else value}" for name, value in overrides.items()]
-    return [sys.executable, "-m", "atropos_exp.run", *SMALL, *words], {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return [sys.executable, "-m", "atropos_exp.run", *SMALL, *words], {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+    }
 
 
 def num_steps(folder: Path) -> int:
@@ -113,7 +120,9 @@ def is_program(name: str, words: list[str]) -> bool:
 def dropped(folder: Path) -> dict[str, int]:
     prefix = "atropos/groups_dropped_"
     rows = _rows(folder)
-    return {key.removeprefix(prefix): int(rows[-1][key]) for key in (rows[-1] if rows else ()) if key.startswith(prefix)}
+    return {
+        key.removeprefix(prefix): int(rows[-1][key]) for key in (rows[-1] if rows else ()) if key.startswith(prefix)
+    }
 
 
 def dropped_rollouts(folder: Path) -> dict[str, int]:
@@ -168,10 +177,12 @@ def lost_batches(folder: Path) -> int:
     return int(rows[-1].get("atropos/lost_batches", 0)) if rows else 0
 
 
+ASSISTANT, END = 4, 1  # of the chat template of the model `tiny`
+TOKEN_ADVANTAGES = {"token_advantages": True}  # of the multi-turn environment
 CAUSES = {
     "nobody has registered": "no environment has registered",
     "a silent environment": "environments have registered and send nothing",
-    "a minimum allocation": "minimum allocation",
+    "a minimum allocation": "minimum allocation .* Nothing is queued of environment 1",
     "sizes that do not divide": "sizes divide the largest",
     "sequences that are too long": "drops its groups because a sequence has 137 tokens or more",
     "an environment that does not start": r"environment external ended with exit code 3, 2 times in a row",
@@ -193,6 +204,7 @@ REASONS = {
     "an absurd score": "non_finite",
     "an impossible temperature": "temperature",
     "doubled": "doubled",
+    "too old": "stale",
 }
 
 
@@ -211,3 +223,38 @@ def wandb_place(folder: Path) -> tuple[str, str]:
     assert group.encode() in raw, f"{record} does not name the group {group}"
     assert re.search(rb"atropos-exp", raw)
     return "atropos-exp", group
+
+
+HOW = {
+    "test_foreign_run_is_refused": "exit code 2; `atropos.take_over` named as the way",
+    "test_foreign_run_is_taken_over_when_told_to": "`atropos.take_over=true`",
+    "test_waiting_trainer_neither_hammers_nor_sleeps": "0.05 s to 1 s, jittered",
+    "test_slow_batch_is_waited_for": "`atropos.batch_timeout`, at least 120 s",
+    "test_silent_read_is_given_up_and_counted": "`atropos/lost_batches`",
+    "test_each_update_trains_one_batch_once": "all formed batches are fetched at once and sorted; one is trained",
+    "test_behaviour_logprobs_make_truncated_importance_weights": "`trainer.importance_cap`",
+    "test_missing_logprobs_and_the_sentinel_are_no_logprobs": "weight 1; the ledger's where the gateway sampled them",
+    "test_counters_match_exactly_what_was_sent": "`atropos/groups_dropped_<reason>`",
+    "test_numbers_that_are_not_finite_cost_one_batch_and_no_step": "`atropos/lost_batches`",
+    "test_stated_version_is_the_one_that_sampled": "the gateway's ledger knows it",
+    "test_too_old_a_group_is_dropped": "`atropos.max_version_lag`, counted as `stale`",
+    "test_other_logprobs_than_the_sampler_gave_are_corrected": "`atropos/logprobs_corrected`",
+    "test_silent_api_does_not_stop_a_run_that_may_fall_back": "`rollout=auto`, `atropos.data_timeout`",
+    "test_run_goes_on_alone_without_an_api": "`rollout=auto`, `atropos.timeout`",
+    "test_stall_is_explained_in_time": "`atropos.data_timeout`",
+    "test_environment_that_does_not_start_is_given_up_with_its_last_words": "`atropos.max_restarts`",
+}
+
+
+def expect_lost_batch(url: str, *, seconds: float) -> None:
+    """Ask once for a batch with this deadline; fails unless the client says that it is lost."""
+    import pytest
+
+    from atropos_exp.atropos.client import AtroposClient, BatchLost
+
+    client = AtroposClient(url, batch_seconds=seconds)
+    try:
+        with pytest.raises(BatchLost):
+            client.batch()
+    finally:
+        client.close()

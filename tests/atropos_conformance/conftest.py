@@ -10,8 +10,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 import pytest
-from programs import Api, Environment, Run
 from contract import Request
+from programs import Api, Environment, Run
 
 
 class Started:

@@ -14,7 +14,8 @@ HERE = Path(__file__).resolve().parent
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """One run of the trainer: 2 groups of 4 sequences a step, sequences of at most 136 tokens, no evaluation."""
+    """One run of the trainer: 2 groups of 4 sequences a step; sequences of at most 136 tokens, completions of 8; no
+    evaluation."""
 
     folder: Path  # of the run; the same again resumes it
     steps: int
@@ -28,6 +29,7 @@ class Request:
     max_version_lag: int | None = None
     kl_coef: float = 0.0
     learning_rate: float = 2e-4
+    temperature: float = 1.0  # of training rollouts
     keeps_weights: bool = False  # of every step
     environment: Sequence[str] = ()  # command of the environment to be started; (): the trainer's single-turn one
     multi_turn: bool = False  # start the trainer's multi-turn environment instead
@@ -71,6 +73,9 @@ class Trainer(Protocol):
     EXIT_CODE_REFUSED: int  # of a run that will not take an API from another run
     VOCABULARY: int
     CAUSES: dict[str, str]  # why no batch comes -> a pattern in the trainer's output that says so
+    ASSISTANT: int  # token after which the policy speaks, in the multi-turn environment's conversations
+    END: int  # and with which it ends
+    TOKEN_ADVANTAGES: dict[str, Any]  # arguments that make that environment send token-level advantages
     HOW: dict[str, str]  # name of a test -> how this trainer does it, for the table
     REASONS: dict[str, str]  # kind of bad group (groups.SPOIL) -> the name under which it is dropped
 
@@ -101,12 +106,17 @@ class Trainer(Protocol):
     def dropped(self, folder: Path) -> dict[str, int]:
         """Groups that were dropped so far, by reason."""
 
+    def dropped_rollouts(self, folder: Path) -> dict[str, int]:
+        """The same in sequences."""
+
+    def expect_lost_batch(self, url: str, *, seconds: float) -> None:
+        """Ask an API once for a batch with this deadline, and fail unless the client says that it is lost."""
+
     def lost_batches(self, folder: Path) -> int:
         """Batches that left the API and did not arrive."""
 
     def weights(self, folder: Path, step: int) -> Path:
         """A Hugging Face folder (float32) of the weights that `step` started from."""
-
 
 
 def load() -> Any:

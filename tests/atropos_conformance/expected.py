@@ -59,7 +59,9 @@ def update(
                 (loss / num_tokens).backward()
             for name, value in parts.items():
                 sums[name] += float(value.detach()) / num_tokens
-    squares = [float(parameter.grad.double().square().sum()) for parameter in model.parameters() if parameter.grad is not None]
+    squares = [
+        float(parameter.grad.double().square().sum()) for parameter in model.parameters() if parameter.grad is not None
+    ]
     return {
         **sums,
         "total": sums["policy"] + sums["supervised"] + kl_coef * sums["kl"],
@@ -116,7 +118,9 @@ def _advantages(groups: Sequence[Group], wrong: str) -> list[list[Any]]:
             scores = np.where(zeroed, 0.0, scores)
         base = pooled if wrong == "pooled" else scores
         constant = len(base) < 2 or np.ptp(base) == 0
-        rows: list[Any] = [0.0] * len(scores) if constant else list((scores - base.mean()) / (base.std(ddof=1) + EPSILON))
+        rows: list[Any] = (
+            [0.0] * len(scores) if constant else list((scores - base.mean()) / (base.std(ddof=1) + EPSILON))
+        )
         if group.get("advantages") and wrong != "no_advantages":
             rows = [np.array(row) for row in group["advantages"]]
         if wrong != "zero_first":

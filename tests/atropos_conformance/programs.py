@@ -103,7 +103,12 @@ class Run:
         self._mark = uuid.uuid4().hex  # in the environment of all that it starts
         with self._log.open("ab") as output:
             self.process = subprocess.Popen(
-                words, env={**environment, MARK: self._mark}, cwd=HERE, stdout=output, stderr=output, start_new_session=True
+                words,
+                env={**environment, MARK: self._mark},
+                cwd=HERE,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
             )
 
     @property

@@ -1,10 +1,11 @@
-"""Registering, asking for batches and coming back: one API, three runs of the trainer that want it, a proxy that watches."""
+"""Registering, asking for batches, coming back: one API, three runs that want it, a proxy that watches."""
 
 from __future__ import annotations
 
 import json
 import time
 from collections.abc import Iterator
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,7 +28,7 @@ FIELDS = {
 }
 SLOW = 11.0  # seconds: more than the 10 after which other trainers hang up, and lose the batch
 IDLE = 4.0
-pytestmark = pytest.mark.timeout(900)  # the runs that the tests share are started by the first one
+pytestmark = pytest.mark.timeout(1200)  # the runs that the tests share are started by the first one
 PLAIN = (1.0, 0.0, 0.5, 0.25)
 
 
@@ -110,6 +111,7 @@ def registrations(requests: list[Seen]) -> list[dict[str, Any]]:
 
 
 def test_registration_has_every_field_and_no_null(story: SimpleNamespace) -> None:
+    """registration: all eight fields, none of them null."""
     for body in registrations(story.proxy.to("/register", method="POST")):
         assert {name: type(value) for name, value in body.items()} == FIELDS
         assert body["save_checkpoint_interval"] >= 2, "at 1 an environment never saves"
@@ -117,6 +119,8 @@ def test_registration_has_every_field_and_no_null(story: SimpleNamespace) -> Non
 
 
 def test_registration_is_verified_and_a_poisoned_api_recovered(story: SimpleNamespace) -> None:
+    """API that got data before any trainer:
+    its 200 is not believed: `/info` is looked at, the API reset, registered again."""
     early = [one for one in story.proxy.seen if one.at < story.idle]
     paths = [one.path for one in early if one.path in ("/register", "/info", "/wandb_info", "/reset_data")]
     assert paths.count("/register") == 2
@@ -127,14 +131,17 @@ def test_registration_is_verified_and_a_poisoned_api_recovered(story: SimpleName
 
 
 def test_batch_size_counts_sequences(story: SimpleNamespace) -> None:
+    """`batch_size`: sequences, not groups."""
     assert story.info["batch_size"] == 2 * 4
 
 
 def test_max_token_len_is_one_more_than_the_budget(story: SimpleNamespace) -> None:
+    """`max_token_len`: budget + 1, for it is exclusive."""
     assert story.info["max_token_len"] == LONGEST + 1, "an environment drops what is as long or longer"
 
 
 def test_first_batch_is_asked_for_right_after_registering(story: SimpleNamespace) -> None:
+    """start: `/batch` at once, which lets environments in."""
     last = story.proxy.to("/register", method="POST")[1]
     asked = story.proxy.to("/batch", after=last.at)[0]
     assert asked.at - last.at < 2.0
@@ -142,6 +149,7 @@ def test_first_batch_is_asked_for_right_after_registering(story: SimpleNamespace
 
 
 def test_wandb_project_and_group_are_forwarded(story: SimpleNamespace) -> None:
+    """W&B: project and group are those that the trainer logs to."""
     assert all(story.wandb_info.values())
     project, group = trainer.wandb_place(story.third.folder)
     assert story.taken_over_info == {"project": project, "group": group}
@@ -149,19 +157,22 @@ def test_wandb_project_and_group_are_forwarded(story: SimpleNamespace) -> None:
 
 
 def test_waiting_trainer_neither_hammers_nor_sleeps(story: SimpleNamespace) -> None:
+    """no batch yet: pauses grow to at most 2 s."""
     asked = [one.at for one in story.proxy.to("/batch", after=story.idle) if one.at < story.busy]
-    gaps = [later - earlier for earlier, later in zip(asked, asked[1:], strict=False)]
+    gaps = [later - earlier for earlier, later in pairwise(asked)]
     assert 2 <= len(asked) <= 30
     assert max(gaps) < 2.6 and min(gaps[-2:]) > 0.25
 
 
 def test_slow_batch_is_waited_for(story: SimpleNamespace) -> None:
+    """a batch takes 11 s: waited for, and asked for once."""
     slow = next(one for one in story.proxy.to("/batch", after=story.slow) if one.has_batch)
     assert [one for one in story.proxy.to("/batch", after=slow.at + 0.001) if one.at < slow.at + SLOW - 0.5] == []
     assert tokens(story.first.steps()[1]) == sent_tokens(story.sent[1])
 
 
 def test_lost_answer_is_not_asked_for_again_blindly(story: SimpleNamespace) -> None:
+    """a batch is lost on the way: no blind repetition; goes on."""
     lost = next(one for one in story.proxy.to("/batch", after=story.lost_at) if one.has_batch)
     following = [one for one in story.proxy.seen if one.at > lost.at]
     assert following[0].path != "/batch", "first it looks whether the API still knows the run"
@@ -169,10 +180,12 @@ def test_lost_answer_is_not_asked_for_again_blindly(story: SimpleNamespace) -> N
 
 
 def test_answers_are_asked_for_unpacked(story: SimpleNamespace) -> None:
+    """`Accept-Encoding`: `identity`."""
     assert {one.headers.get("accept-encoding") for one in story.proxy.to("/batch")} == {"identity"}
 
 
 def test_each_update_trains_one_batch_once(story: SimpleNamespace) -> None:
+    """updates: one batch each; no group twice."""
     steps = story.first.steps()
     assert [tokens(step) for step in steps] == [sent_tokens(groups) for groups in story.sent]
     ids = [group[0].group_id for step in steps for group in step.groups]
@@ -180,17 +193,20 @@ def test_each_update_trains_one_batch_once(story: SimpleNamespace) -> None:
 
 
 def test_foreign_run_is_refused(story: SimpleNamespace) -> None:
+    """API of another run: refused by name, and left alone."""
     assert story.foreign_code == trainer.EXIT_CODE_REFUSED
     assert story.wandb_info["group"] in story.foreign.output, "the message says whose it is"
     assert story.still == (story.info, story.wandb_info), "and leaves it alone"
 
 
 def test_foreign_run_is_taken_over_when_told_to(story: SimpleNamespace) -> None:
+    """the same, when told to: reset and taken over."""
     assert trainer.status(story.third.folder) == "finished"
     assert len(story.third.steps()) == 1
 
 
 def test_resumed_run_adopts_its_own_api_with_what_waits_there(story: SimpleNamespace) -> None:
+    """killed and resumed, API still there: adopted; the batch that waited is weighed by its logprobs."""
     registered, api_step = story.after_resuming
     assert registered == [], "the API knows it already"
     assert api_step >= 4
@@ -202,11 +218,13 @@ def test_resumed_run_adopts_its_own_api_with_what_waits_there(story: SimpleNames
 
 
 def test_resumed_run_registers_with_the_step_it_has_trained(story: SimpleNamespace) -> None:
+    """resumed, new API: `starting_step` = trained step."""
     assert [body["starting_step"] for body in registrations(story.with_two_ranks)] == [4]
     assert [body["starting_step"] for body in registrations(story.proxy.to("/register", method="POST"))[:2]] == [0, 0]
 
 
 def test_one_rank_asks_for_all(story: SimpleNamespace) -> None:
+    """several ranks: one of them registers and asks."""
     assert len(story.with_two_ranks) == 1
     asked = [one for one in story.proxy.to("/batch", after=story.two_ranks_from) if one.at < story.two_ranks_until]
     assert sum(one.has_batch for one in asked) == 2
@@ -214,6 +232,7 @@ def test_one_rank_asks_for_all(story: SimpleNamespace) -> None:
 
 
 def test_api_of_others_is_not_reset_at_the_end(story: SimpleNamespace) -> None:
+    """the end of a run: the API of others is left as it is."""
     resets = [one.at for one in story.proxy.to("/reset_data")]
     assert len(resets) == 2, "the poisoned one, and the one taken over"
     assert story.api.is_registered
@@ -225,3 +244,18 @@ def tokens(step: Any) -> list[list[int]]:
 
 def sent_tokens(groups: list[Group]) -> list[list[int]]:
     return sorted(row for group in groups for row in group["tokens"])
+
+
+def test_silent_read_is_given_up_and_counted(started: Any, story: SimpleNamespace) -> None:
+    """a batch never arrives: given up late, counted, not asked for again."""
+    # A minute would be too long to wait in a run: the trainer's own client, with a shorter deadline.
+    proxy = Proxy(story.api.port)
+    started.later(proxy.close)
+    story.api.get("/reset_data")
+    body = {name: kind("0") for name, kind in FIELDS.items()} | {"batch_size": 4}
+    story.api.post("/register", body)
+    story.api.send(dict(story.sent[0][0]))
+    proxy.delay_next_batch = 2.0
+    trainer.expect_lost_batch(proxy.url, seconds=0.5)
+    time.sleep(1.0)
+    assert len(proxy.to("/batch")) == 1

@@ -17,7 +17,7 @@ from programs import START_SECONDS, Run, trainer, wait_for
 
 KL_COEF = 0.1
 EQUAL = 2e-4  # relative, between two ways to compute in float32
-pytestmark = pytest.mark.timeout(900)  # the runs that the tests share are started by the first one
+pytestmark = pytest.mark.timeout(1200)  # the runs that the tests share are started by the first one
 PLAIN = (1.0, 0.0, 0.5, 0.25)
 
 
@@ -96,7 +96,9 @@ def played(started: Any) -> Iterator[Played]:
     maker = Maker(trainer.weights(started.folder, 1), vocabulary=trainer.VOCABULARY, seed=11)
     sent, bad = good_groups(maker), Counter[str]()
     api = started.api()
-    run = started.run("run", steps=len(sent) + 1, api_url=api.url, kl_coef=KL_COEF, keeps_weights=True, learning_rate=2e-5)
+    run = started.run(
+        "run", steps=len(sent) + 1, api_url=api.url, kl_coef=KL_COEF, keeps_weights=True, learning_rate=2e-5
+    )
     run.wait_until(lambda: api.is_registered, "the trainer registers", START_SECONDS)
     environment = started.environment(api.url)
     for number, groups in enumerate(sent.values(), 1):
@@ -122,6 +124,7 @@ def played(started: Any) -> Iterator[Played]:
 
 
 def test_groups_arrive_as_they_were_sent(played: Played) -> None:
+    """tokens, masks, scores, logprobs: trained as they were sent."""
     for name, groups in played.sent.items():
         found = {tuple(map(tuple, (one.tokens for one in group))): group for group in played.steps[name].groups}
         assert len(found) == len(groups), name
@@ -136,45 +139,56 @@ def test_groups_arrive_as_they_were_sent(played: Played) -> None:
 
 
 def test_labels_are_shifted(played: Played) -> None:
+    """shift: token t is scored by the logits at t - 1."""
     played.check("turns", "unshifted")
 
 
 def test_tool_tokens_get_no_gradient(played: Played) -> None:
+    """masks with gaps: no gradient in the gaps."""
     played.check("turns", "tool_tokens")
 
 
 def test_baseline_of_each_group_and_not_of_the_prompt(played: Played) -> None:
+    """two groups of one prompt: two baselines."""
     played.check("baselines", "pooled")
 
 
 def test_equal_scores_teach_nothing(played: Played) -> None:
+    """equal scores: no gradient."""
     played.check("turns")
     weights = trainer.weights(played.run.folder, played.steps["turns"].step)
     assert expected.update(played.sent["turns"][1:], weights=weights)["grad_norm"] == 0.0
 
 
 def test_group_of_one_and_groups_of_mixed_sizes(played: Played) -> None:
+    """groups of 1, 2 and 4: each compared with itself; one: nothing."""
     played.check("sizes", "pooled")
     assert sorted(len(group) for group in played.steps["sizes"].groups) == [1, 1, 1, 1, 2, 2]
 
 
 def test_token_advantages_are_used_verbatim(played: Played) -> None:
+    """`advantages`: used as they are, for their group alone."""
     played.check("advantages", "no_advantages")
 
 
 def test_no_advantages_are_null_or_an_empty_list(played: Played) -> None:
+    """`advantages` null or []: absent: GRPO."""
     played.check("advantages")
     played.check("zeroed")
 
 
 def test_advantage_is_zeroed_after_the_baseline(played: Played) -> None:
+    """`set_advantage_to_zero`: after the baseline."""
     played.check("zeroed", "zero_first")
 
 
 def test_sft_groups_are_plain_cross_entropy(played: Played) -> None:
+    """`sft`: cross-entropy, without baseline or ratio."""
     played.check("sft")
     step = played.steps["sft"]
-    nats = [-value for group in played.sent["sft"][:1] for row in group["tokens"] for value in _nats(played, row, group)]
+    nats = [
+        -value for group in played.sent["sft"][:1] for row in group["tokens"] for value in _nats(played, row, group)
+    ]
     total = sum(one.trained.count(True) for group in step.groups for one in group)
     assert step.losses["supervised"] == pytest.approx(sum(nats) / total, rel=EQUAL)
 
@@ -187,6 +201,7 @@ def _nats(played: Played, row: list[int], group: Group) -> list[float]:
 
 
 def test_behaviour_logprobs_make_truncated_importance_weights(played: Played) -> None:
+    """`inference_logprobs`: importance weights, truncated."""
     played.check("off-policy")
     for cap in (None, 1e9):
         other = played.expect("off-policy", cap=cap)
@@ -194,6 +209,7 @@ def test_behaviour_logprobs_make_truncated_importance_weights(played: Played) ->
 
 
 def test_missing_logprobs_and_the_sentinel_are_no_logprobs(played: Played) -> None:
+    """`inference_logprobs` null, or 1.0 at a trained token: unknown: weight 1, never exp(1.0)."""
     played.check("no logprobs")
     found = {tuple(one.tokens): one.logprobs for group in played.steps["no logprobs"].groups for one in group}
     without, partly = played.sent["no logprobs"]
@@ -202,6 +218,7 @@ def test_missing_logprobs_and_the_sentinel_are_no_logprobs(played: Played) -> No
 
 
 def test_reference_logprobs_are_used_where_given(played: Played) -> None:
+    """`ref_logprobs`: used for the KL term, else computed."""
     played.check("reference")
     plain = [{**group, "ref_logprobs": None} for group in played.sent["reference"]]
     folder, step = played.run.folder, played.steps["reference"].step
@@ -210,46 +227,55 @@ def test_reference_logprobs_are_used_where_given(played: Played) -> None:
 
 
 def test_temperature_that_a_group_names(played: Played) -> None:
+    """temperature in a group: logits are divided by it."""
     played.check("temperatures", "one_temperature")
 
 
 def test_longest_sequence_is_trained_and_a_longer_one_is_not(played: Played) -> None:
+    """a sequence of the budget, and one more: trained; dropped."""
     played.check("longest")
     assert max(len(one.tokens) for group in played.steps["longest"].groups for one in group) == LONGEST
     assert trainer.dropped(played.run.folder)[trainer.REASONS["a token too many"]] >= 1
 
 
 def test_unknown_overrides_are_told_and_do_no_harm(played: Played) -> None:
+    """an override nobody knows: said once; trained as without."""
     played.check("longest")
     assert "surprise" in played.run.output
 
 
 @pytest.mark.parametrize("kind", [*SPOIL, "doubled"])
 def test_bad_group_is_dropped_under_a_name(played: Played, kind: str) -> None:
+    """16 kinds of bad groups: dropped, each under a name."""
     assert trainer.dropped(played.run.folder)[trainer.REASONS[kind]] >= 1
 
 
 def test_counters_match_exactly_what_was_sent(played: Played) -> None:
+    """the same: counted exactly."""
     right = Counter[str]()
     for kind, number in played.bad.items():
         if kind in trainer.REASONS:
             right[trainer.REASONS[kind]] += number
     assert trainer.dropped(played.run.folder) == dict(right)
+    assert trainer.dropped_rollouts(played.run.folder) == {reason: 4 * number for reason, number in right.items()}
     assert trainer.lost_batches(played.run.folder) == played.bad["not finite: the API loses the batch"] == 2
     accepted = sum(len(groups) for groups in played.sent.values())
     assert sum(len(step.groups) for step in played.steps.values()) == accepted
 
 
 def test_numbers_that_are_not_finite_cost_one_batch_and_no_step(played: Played) -> None:
+    """NaN, -inf, `/batch` gives 500: counted as a lost batch; goes on."""
     assert trainer.lost_batches(played.run.folder) == 2
     assert trainer.status(played.run.folder) == "finished"
 
 
 def test_bad_group_changes_no_number_of_the_others(played: Played) -> None:
+    """a good group beside a bad one: same numbers as alone."""
     played.check("beside a bad one", "tool_tokens")
     played.check("zeroed")  # the step after all the bad ones
 
 
 def test_run_finishes_after_all_of_it(played: Played) -> None:
+    """all of it in one run: finishes."""
     assert trainer.status(played.run.folder) == "finished"
     assert [step.step for step in played.run.steps()] == list(range(1, len(played.sent) + 1))

@@ -7,6 +7,7 @@ import re
 import signal
 import time
 from collections.abc import Iterator
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,7 +19,7 @@ from proxy import Proxy
 SILENCE = 4.0  # seconds without a batch until the run goes on alone
 OUTAGE = 3.0  # seconds without an API
 PATIENCE = 5.0  # seconds more that it may take to say so
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.timeout(1200)
 PLAIN = (1.0, 0.0, 0.5, 0.25)
 
 
@@ -120,32 +121,39 @@ def story(started: Any) -> Iterator[SimpleNamespace]:
     "cause", ["nobody has registered", "a silent environment", "a minimum allocation", "sizes that do not divide"]
 )
 def test_stall_is_explained_in_time(story: SimpleNamespace, cause: str) -> None:
+    """no batch, nobody; silence; minimum allocation; sizes: the cause is named within the deadline + 5 s."""
     assert story.seconds[cause] < PATIENCE
 
 
 def test_dead_environment_with_a_minimum_blocks_until_disconnected(story: SimpleNamespace) -> None:
+    """dead, with a minimum allocation: blocks all until disconnected, then goes on."""
     assert story.blocked == 2
 
 
 def test_silent_api_does_not_stop_a_run_that_may_fall_back(story: SimpleNamespace) -> None:
+    """API without data: own rollouts after the deadline."""
     assert {"local"} in sources(story.run)
 
 
 def test_reset_by_anybody_is_survived(story: SimpleNamespace) -> None:
+    """`/reset_data` by anybody: registers again."""
     assert len(registrations(story)) == 3, "at the start, after the reset, after the restart"
 
 
 def test_run_goes_on_alone_without_an_api(story: SimpleNamespace) -> None:
+    """API killed: own rollouts within the deadline + 5 s."""
     assert story.alone_after < OUTAGE + PATIENCE
 
 
 def test_run_returns_to_an_api_that_is_back(story: SimpleNamespace) -> None:
+    """API back: registers, returns to it."""
     by_step = sources(story.run)
-    switches = [later for earlier, later in zip(by_step, by_step[1:], strict=False) if earlier != later]
+    switches = [later for earlier, later in pairwise(by_step) if earlier != later]
     assert switches.count({"atropos"}) >= 4
 
 
 def test_it_registers_again_with_the_step_it_has_trained(story: SimpleNamespace) -> None:
+    """the same: `starting_step` = trained step."""
     steps = [body["starting_step"] for body in registrations(story)]
     assert steps[0] == 0
     assert 0 < steps[1] < steps[2]
@@ -153,22 +161,24 @@ def test_it_registers_again_with_the_step_it_has_trained(story: SimpleNamespace)
 
 
 def test_sources_never_mix(story: SimpleNamespace) -> None:
+    """sources: one in each step."""
     assert all(len(by_step) == 1 for by_step in sources(story.run))
 
 
 def test_nothing_is_trained_twice(story: SimpleNamespace) -> None:
-    ids = [
-        group[0].group_id for step in story.run.steps() for group in step.groups if group[0].source == "atropos"
-    ]
+    """outages and resets: no group twice."""
+    ids = [group[0].group_id for step in story.run.steps() for group in step.groups if group[0].source == "atropos"]
     assert len(ids) == len(set(ids)) == 2 * trainer.num_from_atropos(story.run.folder)
 
 
 def test_get_requests_keep_their_bodies(story: SimpleNamespace) -> None:
+    """`GET /status-env`: with its body."""
     asked = story.proxy.to("/status-env")
     assert asked and all("env_id" in json.loads(one.body) for one in asked)
 
 
 def test_asked_to_stop_it_ends_cleanly(story: SimpleNamespace) -> None:
+    """SIGTERM, API of others: stops after the step; no process left."""
     assert story.code == 0
     assert trainer.status(story.run.folder) == "stopped"
     assert story.left and len(story.family) > 1

@@ -40,16 +40,22 @@ def start_engine(folder: Path, **changes: Any) -> HFClient:
 
 
 def start_gateway(endpoint: Endpoint, folder: Path, *, extra_ports: Any = (), **changes: Any) -> GatewayClient:
-    return settings(**changes).start(
-        endpoint=endpoint,
-        model_folder=WEIGHTS,
-        model_name="tiny",
-        stop_token_ids=(STOP,),
-        max_sequence_length=MAX_LENGTH,
-        seed=7,
-        log_folder=folder,
-        extra_ports=extra_ports,
-    )
+    chosen = settings(**changes)
+    doors = chosen.listen(extra_ports)
+    try:
+        return chosen.start(
+            doors=doors,
+            endpoint=endpoint,
+            model_folder=WEIGHTS,
+            model_name="tiny",
+            stop_token_ids=(STOP,),
+            max_sequence_length=MAX_LENGTH,
+            seed=7,
+            log_folder=folder,
+        )
+    except BaseException:
+        doors.close()
+        raise
 
 
 def post(gateway: GatewayClient, path: str, body: Any, **headers: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -209,10 +210,10 @@ def test_it_dies_with_the_trainer(helpers: Any, tmp_path: Path) -> None:
         "from atropos_exp.types import Endpoint\n"
         "values = yaml.safe_load((CONF_DIR / 'gateway/default.yaml').read_text())\n"
         "del values['_target_']\n"
-        "client = GatewaySettings(**values).start(\n"
+        "settings = GatewaySettings(**values)\n"
+        "client = settings.start(doors=settings.listen(()),\n"
         "    endpoint=Endpoint(kind='hf', address='http://127.0.0.1:9', token=None), model_folder=Path(sys.argv[1]),\n"
-        "    model_name='tiny', stop_token_ids=(), max_sequence_length=64, seed=0, log_folder=Path(sys.argv[2]),\n"
-        "    extra_ports=())\n"
+        "    model_name='tiny', stop_token_ids=(), max_sequence_length=64, seed=0, log_folder=Path(sys.argv[2]))\n"
         "client.hold()\n"
         "print(client.process.pid, client.address, flush=True)\n"
         "time.sleep(600)\n"
@@ -255,8 +256,13 @@ def test_an_absent_engine_and_a_hold_that_has_an_end(helpers: Any, tmp_path: Pat
 
 def test_a_process_that_cannot_start(helpers: Any, tmp_path: Path) -> None:
     endpoint = Endpoint(kind="hf", address="http://127.0.0.1:9", token=None)
-    with pytest.raises(EngineError, match=r"did not start: its process ended with exit code 1.*gateway.log"):
+    doors = helpers.settings().listen(())
+    with (
+        contextlib.closing(doors),
+        pytest.raises(EngineError, match=r"did not start: its process ended with exit code 1.*gateway.log"),
+    ):
         helpers.settings().start(
+            doors=doors,
             endpoint=endpoint,
             model_folder=tmp_path / "nothing",
             model_name="x",
@@ -264,5 +270,4 @@ def test_a_process_that_cannot_start(helpers: Any, tmp_path: Path) -> None:
             max_sequence_length=8,
             seed=0,
             log_folder=tmp_path,
-            extra_ports=(),
         )

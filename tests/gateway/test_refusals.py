@@ -59,6 +59,7 @@ def error(response: httpx.Response) -> tuple[int, str, str | None, str]:
          "prompt.multi_modal_data"),
         ("/generate", {**VLLM, "prompt": 3}, "value", "prompt"),
         ("/generate", {}, "value", "prompt"),
+        ("/generate", {**VLLM, "max_new_tokens": 2}, "value", "max_tokens and max_new_tokens"),
         ("/generate", {"input_ids": [1], "sampling_params": {"regex": "a"}}, "parameter", "sampling_params.regex"),
         ("/generate", {"input_ids": [1], "sampling_params": [{}, {}]}, "value", "sampling_params"),
         ("/generate", {"input_ids": [1], "text": "a"}, "value", "text"),

@@ -135,14 +135,20 @@ class WeightedLoss:
 
 
 def start(
-    model_folder: Path, dump_folder: Path, *, model: Model | None = None, loss: Any = None, **changes: Any
+    model_folder: Path,
+    dump_folder: Path,
+    *,
+    model: Model | None = None,
+    loss: Any = None,
+    device: str = "cpu",
+    **changes: Any,
 ) -> Any:
     return settings(**changes).start(
         model_folder=model_folder,
         model=model or Model(),
         loss=loss or WeightedLoss(),
         seed=0,
-        device="cpu",
+        device=device,
         dump_folder=dump_folder,
     )
 

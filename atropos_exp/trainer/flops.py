@@ -1,0 +1,69 @@
+"""The arithmetic that an update needs, over what the devices could do: what `throughput/mfu` is made of."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+# Dense bfloat16 FLOP/s by the vendors' data sheets; the first name that is part of the device's counts.
+PEAK_FLOPS = {
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "GH200": 989e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "A10G": 70e12,
+    "4090": 165e12,
+}
+
+
+def peak_flops(device: torch.device) -> float:
+    """Of one device, dense bfloat16; NaN where it is not known."""
+    if device.type != "cuda":
+        return math.nan
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), math.nan)
+
+
+class UpdateFlops:
+    """FLOPs of the forward and backward passes, two per multiplication and addition.
+
+    Counted is what an update must do: all packed tokens through the blocks, the output head on trained tokens only,
+    causal attention within each sequence. Not counted: recomputation, passes for old or reference logprobs, the
+    optimizer, adapters. Mixtures of experts have no such count here (NaN).
+    """
+
+    def __init__(self, module: nn.Module, config: Any, *, lora: bool) -> None:
+        head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        outside = ("embed_tokens.", "lm_head.", "wte.", "wpe.")
+        weights = {
+            name: weight
+            for name, weight in module.named_parameters()
+            if weight.dim() > 1 and ".lora_" not in name and not any(part in name for part in outside)
+        }
+        plain = all(weight.dim() == 2 for weight in weights.values())
+        self._per_token = 2.0 * sum(weight.numel() for weight in weights.values()) if plain else math.nan
+        self._per_trained_token = 2.0 * config.vocab_size * config.hidden_size
+        self._per_pair = 4.0 * config.num_hidden_layers * config.num_attention_heads * head_size
+        # The backward pass costs twice the forward; frozen weights need no gradient of their own.
+        self._passes = 2.0 if lora else 3.0
+
+    def __call__(self, lengths: Sequence[int], num_trained: int) -> float:
+        """Of one update over sequences of these lengths."""
+        pairs = sum(length * (length + 1) / 2 for length in lengths)
+        forward: float = self._per_token * sum(lengths) + self._per_trained_token * num_trained + self._per_pair * pairs
+        return self._passes * forward
+
+    def peak_seconds(self, lengths: Sequence[int], num_trained: int, device: torch.device) -> float:
+        """Seconds that all ranks' devices would take at their peak; NaN where that is not known."""
+        seconds = self(lengths, num_trained) / (peak_flops(device) * dist.get_world_size())
+        return seconds if math.isfinite(seconds) else math.nan
