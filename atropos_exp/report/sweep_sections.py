@@ -154,7 +154,7 @@ def failures(data: SweepData) -> str:
     if not lost:
         return ""
     rows = [[run.record.folder, escape(f"{describe_point(run.record.values)}, seed={run.record.seed}"), _state(run),
-             escape(run.state.reason or "no reason is known"), f"<code>log/{run.record.folder}.log</code>"]
+             tag("span", escape(run.state.reason or "no reason is known"), class_="label"), f"<code>log/{run.record.folder}.log</code>"]
             for run in lost]  # fmt: skip
     heads = ["Run", "Point", "State", "Reason", "Log"]
     command = tag("code", escape(f"python -m atropos_exp.sweep resume {data.folder.path}"))
