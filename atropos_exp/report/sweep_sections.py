@@ -153,9 +153,16 @@ def failures(data: SweepData) -> str:
     lost = [run for run in data.runs if not run.state.phase.is_done and not run.state.phase.is_open]
     if not lost:
         return ""
-    rows = [[run.record.folder, escape(f"{describe_point(run.record.values)}, seed={run.record.seed}"), _state(run),
-             tag("span", escape(run.state.reason or "no reason is known"), class_="label"), f"<code>log/{run.record.folder}.log</code>"]
-            for run in lost]  # fmt: skip
+    rows = [
+        [
+            run.record.folder,
+            escape(f"{describe_point(run.record.values)}, seed={run.record.seed}"),
+            _state(run),
+            tag("span", escape(run.state.reason or "no reason is known"), class_="label"),
+            f"<code>log/{run.record.folder}.log</code>",
+        ]
+        for run in lost
+    ]
     heads = ["Run", "Point", "State", "Reason", "Log"]
     command = tag("code", escape(f"python -m atropos_exp.sweep resume {data.folder.path}"))
     again = tag("p", "They continue with ", command, class_="muted small")
