@@ -214,6 +214,11 @@ def test_a_sweep_reports_every_job_and_fails(tmp_path: Path) -> None:
     assert "loss: unknown option 'gspoo'. Did you mean 'gspo'?" in done.stderr
 
 
+def test_settings_of_a_sweep_are_refused_in_a_single_run(tmp_path: Path) -> None:
+    message = refused("sweep.parallel=2", cwd=tmp_path)
+    assert message == "sweep.parallel=2: only where many runs are started: with -m, or +sweeps=NAME\n"
+
+
 def test_the_configuration_can_be_shown_from_any_directory(tmp_path: Path) -> None:
     done = run("--cfg", "job", "experiment=demo", cwd=tmp_path)
     assert done.returncode == 0, done.stderr

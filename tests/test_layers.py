@@ -16,9 +16,10 @@ from atropos_exp.config_origin import CONF_DIR
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("atropos_exp", "data_prep")
-PARTS = {*GROUPS, "report", "sharding"}  # `env` is in atropos/
+PARTS = {*GROUPS, "report", "sharding", "sweep"}  # `env` is in atropos/
 # Entry points and what composes the parts for them; a folder counts with all that is in it.
-TOP = {"run", "assembly", "assembly_atropos", "assembly_material", "export", "report.__main__", "atropos.envs"}
+TOP = {"run", "assembly", "assembly_atropos", "assembly_material", "export", "report.__main__", "atropos.envs",
+       "sweep_start", "sweep.__main__"}  # fmt: skip
 LOOP = {"loop"}
 MAX_LINES = 300
 
@@ -38,7 +39,8 @@ OWNERS = {
     "pandas": (),
     "ray": (),
     "wandb": ("logger/wandb",),
-    "rich": ("logger/",),
+    "rich": ("logger/", "sweep/table.py"),
+    "optuna": ("sweep/search.py", "sweep/worker.py"),
     "starlette": ("engine/",),
     "uvicorn": ("engine/",),
     "aiohttp": ("gateway/",),
@@ -49,12 +51,12 @@ OWNERS = {
     "reasoning_gym": ("reward/", "data_prep/"),
     "math_verify": ("reward/",),
     "sympy": ("reward/",),
-    "hydra": ("config",),
-    "omegaconf": ("config", "run.py", "assembly.py"),
+    "hydra": ("config", "sweep/axes.py", "sweep/plan.py"),
+    "omegaconf": ("config", "run.py", "assembly.py", "sweep/"),
 }
 # Composing a configuration must import none of these, so a module that settings import may not at its top.
 HEAVY = {"torch", "verl", "transformers", "peft", "tensordict", "datasets", "ray", "wandb", "vllm", "sglang",
-         "reasoning_gym", "math_verify", "sympy", "pyarrow", "pandas", "starlette", "uvicorn"}  # fmt: skip
+         "reasoning_gym", "math_verify", "sympy", "pyarrow", "pandas", "starlette", "uvicorn", "optuna"}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
