@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("atropos_exp", "data_prep")
 PARTS = {*GROUPS, "report", "sharding"}  # `env` is in atropos/
 # Entry points and what composes the parts for them; a folder counts with all that is in it.
-TOP = {"run", "assembly", "assembly_atropos", "assembly_material", "export", "report.__main__", "atropos.envs"}
+TOP = {"run", "assembly", "assembly_atropos", "assembly_material", "export", "report.__main__", "doctor", "dashboard", "atropos.envs"}
 LOOP = {"loop"}
 MAX_LINES = 300
 
@@ -38,6 +38,8 @@ OWNERS = {
     "pandas": (),
     "ray": (),
     "wandb": ("logger/wandb",),
+    "wandb_workspaces": ("dashboard/",),
+    "trackio": ("logger/trackio", "dashboard/"),
     "rich": ("logger/",),
     "starlette": ("engine/",),
     "uvicorn": ("engine/",),

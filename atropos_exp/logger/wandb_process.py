@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 from urllib.parse import urlparse
 
+DEFAULT_HOST = "https://api.wandb.ai"
 _HOSTS = ("api.wandb.ai", "api.forge.coreweave.com")  # where a key of `wandb login` may be filed under
 _NOT_STARTED = 10  # exit code of a session that has read no message yet
 
@@ -44,7 +45,7 @@ def main() -> None:
     settings: Settings = json.loads(first)
     mode = settings["mode"]
     if mode == "auto":
-        mode = os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline")
+        mode = os.environ.get("WANDB_MODE") or ("online" if has_key() else "offline")
     if _attempt(settings, mode, report) == _NOT_STARTED and mode != "offline":
         _attempt(settings, "offline", report)
 
@@ -135,7 +136,7 @@ def _init(wandb: Any, settings: Settings, mode: str) -> Any:
     )
 
 
-def _has_key() -> bool:
+def has_key() -> bool:
     if os.environ.get("WANDB_API_KEY"):
         return True
     host = urlparse(os.environ.get("WANDB_BASE_URL", "")).hostname
