@@ -44,7 +44,7 @@ def explain(folder: Path, *, patience: float | None = None) -> list[Line]:
     rows = [row for row in data.rows if row["step"]]
     config = dict(data.config)
     lines = look_at_running(folder, data.rows, patience=patience) if is_locked(folder) else [_end(data)]
-    lines += judge_curves(rows, config)
+    lines += judge_curves(data.rows, config)
     lines += _time(rows)
     lines += _drops(rows)
     lines += _fallbacks(rows, config)

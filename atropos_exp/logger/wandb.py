@@ -48,6 +48,7 @@ class Wandb:
     project: str
     entity: str | None
     group: str | None
+    job_type: str | None
     tags: list[str]
     init_timeout: float
     finish_timeout: float
@@ -77,6 +78,7 @@ class Wandb:
             "project": self.project,
             "entity": self.entity,
             "group": self.group,
+            "job_type": self.job_type,
             "tags": list(self.tags),
             "config": redact(config),
             "init_timeout": self.init_timeout,

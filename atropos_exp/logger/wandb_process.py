@@ -7,9 +7,11 @@ was closed, or died), at the latest `finish_timeout` seconds later.
 
 from __future__ import annotations
 
+import glob
 import json
 import netrc
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -103,10 +105,16 @@ def _session(settings: Settings, mode: str, report: Report) -> int:
             if not told:
                 report(f"could not take a message (told once): {_brief(error)}", "warning")
             told = True
-    _end_within(settings["finish_timeout"])
+    sync_dir = run.settings.sync_dir
+    _end_within(
+        settings["finish_timeout"],
+        lambda: report(f"the upload did not end in time; for the rest: wandb sync {shlex.quote(sync_dir)}", "warning"),
+    )
     for key, value in summary.items():
         run.summary[f"run/{key}"] = value
     run.finish(exit_code=0 if summary.get("status") in ("finished", "stopped") else 1)
+    if mode == "offline":
+        report(f"recorded offline; to upload: wandb sync {_all_attempts(sync_dir)}", "info")
     return 0
 
 
@@ -120,6 +128,7 @@ def _init(wandb: Any, settings: Settings, mode: str) -> Any:
         project=settings["project"],
         entity=settings["entity"],
         group=settings["group"],
+        job_type=settings["job_type"],
         tags=settings["tags"],
         config=settings["config"],
         settings=wandb.Settings(
@@ -134,6 +143,13 @@ def _init(wandb: Any, settings: Settings, mode: str) -> Any:
             x_transaction_log_flush_interval=1.0,  # a killed run keeps all but its last second
         ),
     )
+
+
+def _all_attempts(sync_dir: str) -> str:
+    """What `wandb sync` wants: every folder of this run that was recorded offline, in order. A requeued run has one
+    for each attempt, and all of them are parts of one run."""
+    run_id = sync_dir.rpartition("-")[2]
+    return shlex.join(sorted(glob.glob(f"{glob.escape(os.path.dirname(sync_dir))}/offline-run-*-{run_id}")))
 
 
 def has_key() -> bool:
@@ -166,11 +182,12 @@ def _messages() -> Iterator[dict[str, Any]]:
         yield message
 
 
-def _end_within(seconds: float) -> None:
+def _end_within(seconds: float, say: Callable[[], None]) -> None:
     """W&B may retry an upload for ever; this process does not."""
 
     def end() -> None:
         time.sleep(seconds)
+        say()
         os._exit(3)
 
     threading.Thread(target=end, daemon=True).start()
