@@ -133,6 +133,8 @@ def _load(checked: Checked, tokenizer: Any) -> tuple[Any, list[Line]]:
             )
     except UserError as error:
         return None, [fail("data", *split_remedy(str(error)))]
+    if not hasattr(loader.counts, "total"):  # of a source of somebody else's, which need not count rows
+        return loader, [ok("data", str(loader.counts))]
     total = loader.counts.total
     text = "; ".join(loader.counts.lines())
     if total.num_overlong > _MANY_OVERLONG * total.num_rows:

@@ -106,9 +106,10 @@ def _session(settings: Settings, mode: str, report: Report) -> int:
                 report(f"could not take a message (told once): {_brief(error)}", "warning")
             told = True
     sync_dir = run.settings.sync_dir
+    again = f"wandb sync {'--include-online ' if mode == 'online' else ''}{shlex.quote(sync_dir)}"
     _end_within(
         settings["finish_timeout"],
-        lambda: report(f"the upload did not end in time; for the rest: wandb sync {shlex.quote(sync_dir)}", "warning"),
+        lambda: report(f"the upload did not end in time; for the rest: {again}", "warning"),
     )
     for key, value in summary.items():
         run.summary[f"run/{key}"] = value

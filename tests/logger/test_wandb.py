@@ -24,8 +24,8 @@ SUMMARY = {"status": "finished", "steps": 3, "sync": {"count": 3}}
 
 def settings(**changed: Any) -> Wandb:
     given: dict[str, Any] = {
-        "live": False, "every": 1000, "mode": Mode.auto, "project": "project", "entity": None, "group": "pair", "job_type": "train",
-        "tags": ["a", "b"], "init_timeout": 30.0, "finish_timeout": 30.0, "queue_size": 1000,
+        "live": False, "every": 1000, "mode": Mode.auto, "project": "project", "entity": None, "group": "pair",
+        "job_type": "train", "tags": ["a", "b"], "init_timeout": 30.0, "finish_timeout": 30.0, "queue_size": 1000,
     }  # fmt: skip
     return Wandb(**given | changed)
 
