@@ -54,7 +54,7 @@ def test_the_workspace_that_would_be_sent() -> None:
             assert f'"{panel.title}"' in text
             for name in panel.metrics:
                 assert f'"{name}"' in text
-    assert "advantage.norm_by_std" in text
+    assert '"groupBy": "advantage.value.norm_by_std"' in text  # W&B keeps a configuration's values under .value
 
 
 @pytest.mark.skipif(HAS_WORKSPACES, reason="the extra `dashboard` is installed")
