@@ -54,7 +54,7 @@ def train(package: Path, folder: Path, *overrides: str) -> tuple[dict[str, Any],
 def test_reward_data_advantage_loss_cluster_and_transport(package: Path, tmp_path: Path) -> None:
     _, rows = train(
         package, tmp_path, "rollout=local", "reward=closeness", "data=counting", "advantage=median", "loss=reinforce",
-        "cluster=niced", "engine=hf_ram_disk",
+        "cluster=niced", "cluster.niceness=1", "engine=hf_ram_disk",
     )  # fmt: skip
     assert 0 < rows[1]["reward/mean"] < 1  # near answers count
     assert rows[1]["grad/norm"] > 0 and rows[1]["policy/clip_fraction"] == 0

@@ -82,7 +82,7 @@ class Wandb:
             "tags": list(self.tags),
             "config": redact(config),
             "init_timeout": self.init_timeout,
-            "finish_timeout": self.finish_timeout,
+            "finish_timeout": 0.8 * self.finish_timeout,  # so that the process can still say what is missing
         }
         feeder = Feeder(
             # -P: the folder of the script, where this file is called wandb too, stays off the import path
