@@ -15,6 +15,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLE = re.compile(r"^`((?:atropos_exp|conf)/[\w./]+)`\n\n```(?:python|yaml)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+pytestmark = pytest.mark.timeout(960)
 SMALL = (
     "batch_size=8", "group_size=4", "trainer.max_steps=2", "eval.num_prompts=8", "eval.every=0",
     "eval.samples_per_prompt=0", "logger=none",
@@ -42,7 +43,7 @@ def train(package: Path, folder: Path, *overrides: str) -> tuple[dict[str, Any],
         [sys.executable, "-m", "atropos_exp.run", *SMALL, f"output_dir={folder}", f"run_dir={folder / 'run'}",
          *overrides],
         cwd=package, env={**os.environ, "PYTHONPATH": str(package), "OMP_NUM_THREADS": "1"}, capture_output=True,
-        text=True, timeout=280, check=False,
+        text=True, timeout=900, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]

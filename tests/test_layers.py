@@ -18,7 +18,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("atropos_exp", "data_prep")
 PARTS = {*GROUPS, "report", "sharding"}  # `env` is in atropos/
 # Entry points and what composes the parts for them; a folder counts with all that is in it.
-TOP = {"run", "assembly", "assembly_atropos", "assembly_material", "export", "report.__main__", "doctor", "dashboard", "atropos.envs"}
+TOP = {"run", "assembly", "assembly_atropos", "assembly_material", "export", "report.__main__", "atropos.envs"}
+TOP |= {"doctor", "dashboard"}
 LOOP = {"loop"}
 MAX_LINES = 300
 
@@ -50,7 +51,7 @@ OWNERS = {
     "math_verify": ("reward/",),
     "sympy": ("reward/",),
     "hydra": ("config",),
-    "omegaconf": ("config", "run.py", "assembly.py"),
+    "omegaconf": ("config", "run.py", "assembly.py", "doctor/"),
 }
 # Composing a configuration must import none of these, so a module that settings import may not at its top.
 HEAVY = {"torch", "verl", "transformers", "peft", "tensordict", "datasets", "ray", "wandb", "vllm", "sglang",

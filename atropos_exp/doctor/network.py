@@ -63,8 +63,8 @@ def _state(checked: Checked, client: AtroposClient) -> Line:
         if client.has_example():
             return warn(
                 "atropos",
-                f"{client.url} serves nobody, yet groups have arrived: unless it was reset since, it is poisoned and ignores "
-                "every registration",
+                f"{client.url} serves nobody, yet groups have arrived: unless it was reset since, it is poisoned "
+                "and ignores every registration",
                 "nothing: the run resets it when it registers, which ends environments that wait there; "
                 f"or do it yourself: curl {client.url}/reset_data",
             )

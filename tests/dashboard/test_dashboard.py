@@ -106,7 +106,7 @@ def test_a_run_is_in_the_local_dashboard(tmp_path: Path) -> None:
         env={**os.environ, "TRACKIO_DIR": str(store), "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True,
         timeout=60, check=False,
     )  # fmt: skip
-    assert "demo/today/now" in listed.stdout, (listed.stdout, listed.stderr, (run_folder / "log/trackio.log").read_text())
+    assert "demo/today/now" in listed.stdout, listed.stderr + (run_folder / "log" / "trackio.log").read_text()
 
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
