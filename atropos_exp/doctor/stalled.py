@@ -30,6 +30,7 @@ ROLES = (
     ("trackio", "trackio process", "trackio.log"),
     (" serve ", "environment", "environment_*.log"),
 )
+SAMPLER = "engine server"
 _STATES = {
     "R": "computes", "S": "waits", "D": "waits for a disk or a device", "T": "is stopped (SIGSTOP)",
     "t": "is stopped by a debugger", "Z": "is dead", "I": "is idle",
@@ -81,6 +82,8 @@ def look_at_running(folder: Path, rows: Sequence[Row], *, patience: float | None
         return [fail("run", f"stalled: {news}; its trainer is {holder}", f"ask again on {holder.rpartition(' ')[2]}")]
     processes = watch(pid)
     stage, partner = _stage(folder, done)
+    if partner == SAMPLER and any(process.role == "environment" for process in processes):
+        stage, partner = "waiting for groups from Atropos", "environment"
     culprit = _culprit(processes, partner)
     log = _log_of(folder, culprit.role) if culprit else ""
     who = str(culprit) if culprit else f"there is no {partner} among its processes: it has died"
@@ -117,8 +120,8 @@ def _stage(folder: Path, done: int) -> tuple[str, str]:
     if (folder / "rollouts" / f"step_{done + 1:06d}.parquet").is_file():
         return "the policy is updated and synced (its rollouts are there)", "trainer"
     if not any(folder.glob("metrics.jsonl")):
-        return "trainer and engine start", "engine server"
-    return "waiting for rollouts", "engine server"
+        return "trainer and engine start", SAMPLER
+    return "waiting for rollouts", SAMPLER
 
 
 def _culprit(processes: Sequence[Process], partner: str) -> Process | None:

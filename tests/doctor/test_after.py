@@ -73,6 +73,13 @@ def test_a_healthy_run_is_all_ok(tmp_path: Path) -> None:
     assert "none of 10240 rollouts" in said
 
 
+def test_a_slow_start_is_no_trouble(tmp_path: Path) -> None:
+    slow = {"time/step_s": 30.0, "time/rollout_s": 29.2}
+    lines = explain(write_run(tmp_path, lambda step: slow if step == 1 else {}))
+    assert troubles(lines) == []
+    assert "2.00 s a step: rollout 76%" in "\n".join(map(str, lines))  # (19 x 1.2 + 29.2) / (19 x 2 + 30)
+
+
 def late(step: int, before: float, after: float) -> float:
     return before if step <= STEPS // 2 else after
 
