@@ -144,7 +144,7 @@ def read_atropos(
         registration=registration,
         intake=Intake(
             gateway,
-            vocab_size=_vocab_size(model_folder),
+            vocab_size=vocab_size(model_folder),
             max_tokens=longest,
             group_size=run.group_size,
             stop_token_ids=parts["model"].stop_token_ids(model_folder),
@@ -168,7 +168,7 @@ def grouped_logger(checked: Checked, folder: RunFolder) -> Any:
     return logger
 
 
-def _vocab_size(model_folder: Path) -> int:
+def vocab_size(model_folder: Path) -> int:
     """Rows of the model's embedding: more than the tokenizer has tokens where the model pads them."""
     config = json.loads((model_folder / "config.json").read_text())
     return int(config.get("vocab_size") or config["text_config"]["vocab_size"])

@@ -39,7 +39,7 @@ def gather_material(checked: Checked, folder: RunFolder, model_folder: Path, sta
         )
     )
     tokenizer = parts["model"].tokenizer(model_folder)
-    prepared_folder = _prepare(parts["data"].prepare)
+    prepared_folder = prepare(parts["data"].prepare)
     loader = parts["data"].loader(
         tokenizer,
         seed=run.seed,
@@ -67,13 +67,13 @@ def gather_material(checked: Checked, folder: RunFolder, model_folder: Path, sta
     )
 
 
-def _prepare(prepare: Any) -> Path | None:
+def prepare(settings: Any) -> Path | None:
     """The data set that the configuration asks to build, built unless it is there already."""
-    if prepare is None:
+    if settings is None:
         return None
     from data_prep.prepare import ensure
 
-    return ensure(prepare)
+    return ensure(settings)
 
 
 def _canary(loader: PromptLoader, num_prompts: int, tokenizer: Any) -> list[TokenIds]:

@@ -19,7 +19,7 @@ PACKAGES = ("atropos_exp", "data_prep")
 PARTS = {*GROUPS, "report", "sharding", "sweep"}  # `env` is in atropos/
 # Entry points and what composes the parts for them; a folder counts with all that is in it.
 TOP = {"run", "assembly", "assembly_atropos", "assembly_material", "export", "report.__main__", "atropos.envs",
-       "sweep_start", "sweep.__main__"}  # fmt: skip
+       "sweep_start", "sweep.__main__", "doctor", "dashboard"}  # fmt: skip
 LOOP = {"loop"}
 MAX_LINES = 300
 
@@ -41,6 +41,8 @@ OWNERS = {
     "wandb": ("logger/wandb",),
     "rich": ("logger/", "sweep/table.py"),
     "optuna": ("sweep/search.py", "sweep/worker.py"),
+    "wandb_workspaces": ("dashboard/",),
+    "trackio": ("logger/trackio", "dashboard/"),
     "starlette": ("engine/",),
     "uvicorn": ("engine/",),
     "aiohttp": ("gateway/",),
@@ -52,7 +54,7 @@ OWNERS = {
     "math_verify": ("reward/",),
     "sympy": ("reward/",),
     "hydra": ("config", "sweep/axes.py", "sweep/plan.py"),
-    "omegaconf": ("config", "run.py", "assembly.py", "sweep/"),
+    "omegaconf": ("config", "run.py", "assembly.py", "sweep/", "doctor/"),
 }
 # Composing a configuration must import none of these, so a module that settings import may not at its top.
 HEAVY = {"torch", "verl", "transformers", "peft", "tensordict", "datasets", "ray", "wandb", "vllm", "sglang",

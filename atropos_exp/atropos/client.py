@@ -108,6 +108,10 @@ class AtroposClient:
         status = self._json("GET", "/status")
         return int(status["current_step"]), int(status["queue_size"])
 
+    def has_example(self) -> bool:
+        """Whether any group has arrived since the API was started."""
+        return bool(self._json("GET", "/latest_example").get("tokens"))
+
     def has_environment(self, env_id: int) -> bool:
         """Whether an environment with this number has registered (dead ones included)."""
         return self.environment(env_id) is not None

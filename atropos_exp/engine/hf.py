@@ -11,13 +11,12 @@ from pathlib import Path
 from atropos_exp.engine.hf_client import HFClient
 from atropos_exp.engine.preflight import missing_modules
 from atropos_exp.engine.process import ServerProcess
-from atropos_exp.engine.transport import DiskTransport, ShmTransport, Transport
+from atropos_exp.engine.transport import TRANSPORTS, is_transport, make_transport
 from atropos_exp.types import UserError
 
 SERVER = "atropos_exp.engine.hf_server"
 NEEDS = ("torch", "transformers", "safetensors", "starlette", "uvicorn", "msgpack", "xxhash", "numpy")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-TRANSPORTS = ("shm", "disk")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,10 +34,10 @@ class HFEngine:
     health_timeout_seconds: float
 
     def __post_init__(self) -> None:
-        for name, choices in (("dtype", DTYPES), ("transport", TRANSPORTS)):
-            got = getattr(self, name)
-            if got not in choices:
-                raise UserError(f"engine.{name} must be one of {', '.join(choices)}; got {got!r}")
+        if self.dtype not in DTYPES:
+            raise UserError(f"engine.dtype must be one of {', '.join(DTYPES)}; got {self.dtype!r}")
+        if not is_transport(self.transport):
+            raise UserError(f"engine.transport must be one of {', '.join(TRANSPORTS)}; got {self.transport!r}")
         for name in ("start_timeout_seconds", "request_timeout_seconds", "health_timeout_seconds"):
             if not getattr(self, name) > 0:
                 raise UserError(f"engine.{name} must be above 0 seconds; got {getattr(self, name)}")
@@ -85,7 +84,7 @@ class HFEngine:
         if dtype == "auto":
             dtype = "bfloat16" if device.startswith("cuda") else "float32"
         num_threads = self.num_threads or len(os.sched_getaffinity(0))
-        transport: Transport = ShmTransport() if self.transport == "shm" else DiskTransport(log_folder)
+        transport = make_transport(self.transport, log_folder)
         with contextlib.ExitStack() as undo:
             undo.callback(transport.close)
             process = ServerProcess(

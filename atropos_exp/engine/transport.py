@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import mmap
 import os
 import tempfile
@@ -10,11 +11,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from atropos_exp.types import UserError
 from atropos_exp.wire_tensors import layout, write_bucket
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+TRANSPORTS = ("shm", "disk")
 Bucket = Sequence[tuple[str, "Tensor"]]
 
 
@@ -37,6 +40,26 @@ class Transport(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+def is_transport(name: str) -> bool:
+    """Whether `make_transport` knows it: one of the built-in ones, or a class of this folder by its full name."""
+    return name in TRANSPORTS or (name.startswith(f"{__package__}.") and name.count(".") == 3)
+
+
+def make_transport(name: str, log_folder: Path) -> Transport:
+    """shm | disk, or a class of a file of this folder, which is made with the log folder. Raises UserError."""
+    if name == "shm":
+        return ShmTransport()
+    if name == "disk":
+        return DiskTransport(log_folder)
+    module, _, attribute = name.rpartition(".")
+    try:
+        cls = getattr(importlib.import_module(module), attribute)
+    except (ModuleNotFoundError, AttributeError) as error:
+        raise UserError(f"engine.transport: got {name}, but there is no such class ({error})") from None
+    transport: Transport = cls(log_folder)
+    return transport
 
 
 class ShmTransport:

@@ -48,6 +48,7 @@ class Wandb:
     project: str
     entity: str | None
     group: str | None
+    job_type: str | None
     tags: list[str]
     init_timeout: float
     finish_timeout: float
@@ -77,10 +78,11 @@ class Wandb:
             "project": self.project,
             "entity": self.entity,
             "group": self.group,
+            "job_type": self.job_type,
             "tags": list(self.tags),
             "config": redact(config),
             "init_timeout": self.init_timeout,
-            "finish_timeout": self.finish_timeout,
+            "finish_timeout": 0.8 * self.finish_timeout,  # so that the process can still say what is missing
         }
         feeder = Feeder(
             # -P: the folder of the script, where this file is called wandb too, stays off the import path

@@ -7,9 +7,11 @@ was closed, or died), at the latest `finish_timeout` seconds later.
 
 from __future__ import annotations
 
+import glob
 import json
 import netrc
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -18,6 +20,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 from urllib.parse import urlparse
 
+DEFAULT_HOST = "https://api.wandb.ai"
 _HOSTS = ("api.wandb.ai", "api.forge.coreweave.com")  # where a key of `wandb login` may be filed under
 _NOT_STARTED = 10  # exit code of a session that has read no message yet
 
@@ -44,7 +47,7 @@ def main() -> None:
     settings: Settings = json.loads(first)
     mode = settings["mode"]
     if mode == "auto":
-        mode = os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline")
+        mode = os.environ.get("WANDB_MODE") or ("online" if has_key() else "offline")
     if _attempt(settings, mode, report) == _NOT_STARTED and mode != "offline":
         _attempt(settings, "offline", report)
 
@@ -102,10 +105,17 @@ def _session(settings: Settings, mode: str, report: Report) -> int:
             if not told:
                 report(f"could not take a message (told once): {_brief(error)}", "warning")
             told = True
-    _end_within(settings["finish_timeout"])
+    sync_dir = run.settings.sync_dir
+    again = f"wandb sync {'--include-online ' if mode == 'online' else ''}{shlex.quote(sync_dir)}"
+    _end_within(
+        settings["finish_timeout"],
+        lambda: report(f"the upload did not end in time; for the rest: {again}", "warning"),
+    )
     for key, value in summary.items():
         run.summary[f"run/{key}"] = value
     run.finish(exit_code=0 if summary.get("status") in ("finished", "stopped") else 1)
+    if mode == "offline":
+        report(f"recorded offline; to upload: wandb sync {_all_attempts(sync_dir)}", "info")
     return 0
 
 
@@ -119,6 +129,7 @@ def _init(wandb: Any, settings: Settings, mode: str) -> Any:
         project=settings["project"],
         entity=settings["entity"],
         group=settings["group"],
+        job_type=settings["job_type"],
         tags=settings["tags"],
         config=settings["config"],
         settings=wandb.Settings(
@@ -135,7 +146,14 @@ def _init(wandb: Any, settings: Settings, mode: str) -> Any:
     )
 
 
-def _has_key() -> bool:
+def _all_attempts(sync_dir: str) -> str:
+    """What `wandb sync` wants: every folder of this run that was recorded offline, in order. A requeued run has one
+    for each attempt, and all of them are parts of one run."""
+    run_id = sync_dir.rpartition("-")[2]
+    return shlex.join(sorted(glob.glob(f"{glob.escape(os.path.dirname(sync_dir))}/offline-run-*-{run_id}")))
+
+
+def has_key() -> bool:
     if os.environ.get("WANDB_API_KEY"):
         return True
     host = urlparse(os.environ.get("WANDB_BASE_URL", "")).hostname
@@ -165,11 +183,12 @@ def _messages() -> Iterator[dict[str, Any]]:
         yield message
 
 
-def _end_within(seconds: float) -> None:
+def _end_within(seconds: float, say: Callable[[], None]) -> None:
     """W&B may retry an upload for ever; this process does not."""
 
     def end() -> None:
         time.sleep(seconds)
+        say()
         os._exit(3)
 
     threading.Thread(target=end, daemon=True).start()

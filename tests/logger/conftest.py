@@ -24,12 +24,20 @@ class WandbServer(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
+    def __init__(self, port: int = 0) -> None:
+        super().__init__(("127.0.0.1", port), _Handler)
         self.runs: dict[str, dict[str, Any]] = {}
         self.bodies: list[bytes] = []
         self.hang = threading.Event()  # set: accept connections, answer nothing
+        self.errors = 0  # answer so many requests with status 500
+        self.num_errors = 0  # those answered so
         self.over = threading.Event()
+
+    def die(self) -> None:
+        """Answer nobody any more; open connections break off."""
+        self.over.set()
+        self.shutdown()
+        self.server_close()
 
     @property
     def url(self) -> str:
@@ -55,7 +63,11 @@ class WandbServer(ThreadingHTTPServer):
     def upsert(self, name: str, variables: dict[str, Any]) -> dict[str, Any]:
         is_new = name not in self.runs
         run = self.run(name)
-        run |= {key: variables[key] for key in ("groupName", "displayName", "tags") if variables.get(key) is not None}
+        run |= {
+            key: variables[key]
+            for key in ("groupName", "displayName", "jobType", "tags")
+            if variables.get(key) is not None
+        }
         if variables.get("config"):
             run["config"] = json.loads(variables["config"])
         bucket = {"id": name, "name": name, "displayName": name, "description": "", "sweepName": ""}
@@ -89,6 +101,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = self.receive()
+        if self.server.errors > 0:
+            self.server.errors -= 1
+            self.server.num_errors += 1
+            self.send_error(500)
+            return
         if self.path.endswith("/graphql"):
             request = json.loads(body)
             query = re.sub(r"\s+", " ", request["query"])
@@ -118,7 +135,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def reply(self, content: dict[str, Any]) -> None:
         if self.server.hang.is_set():
-            self.server.over.wait(60)
+            while self.server.hang.is_set() and not self.server.over.wait(0.1):
+                pass
             self.close_connection = True
             return
         body = json.dumps(content).encode()
@@ -130,15 +148,24 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def wandb_server() -> Iterator[WandbServer]:
-    server = WandbServer()
-    thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
-    thread.start()
-    yield server
-    server.over.set()
-    server.shutdown()
-    server.server_close()
-    thread.join(5)
+def new_wandb_server() -> Iterator[Callable[..., WandbServer]]:
+    """`new_wandb_server(port)`: another one, also on the port of one that has died."""
+    started = []
+
+    def start(port: int = 0) -> WandbServer:
+        server = WandbServer(port)
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        started.append(server)
+        return server
+
+    yield start
+    for server in started:
+        server.die()
+
+
+@pytest.fixture
+def wandb_server(new_wandb_server: Callable[..., WandbServer]) -> WandbServer:
+    return new_wandb_server()
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ SUMMARY = {"status": "finished", "steps": 3, "sync": {"count": 3}}
 def settings(**changed: Any) -> Wandb:
     given: dict[str, Any] = {
         "live": False, "every": 1000, "mode": Mode.auto, "project": "project", "entity": None, "group": "pair",
-        "tags": ["a", "b"], "init_timeout": 30.0, "finish_timeout": 30.0, "queue_size": 1000,
+        "job_type": "train", "tags": ["a", "b"], "init_timeout": 30.0, "finish_timeout": 30.0, "queue_size": 1000,
     }  # fmt: skip
     return Wandb(**given | changed)
 
@@ -66,6 +66,7 @@ def test_auto_without_a_key_records_offline_everything_it_was_told(
     assert found["axes"] == {"step": "", "*": "step"}
     assert found["config"]["seed"] == 7
     assert found["config"]["engine"] == {"api_key": "<redacted>"}
+    assert found["run"].job_type == "train"
     assert (found["run"].run_group, found["run"].project, list(found["run"].tags)) == ("pair", "project", ["a", "b"])
     assert found["summary"]["run/status"] == "finished"
     assert found["exit"] == 0
@@ -147,7 +148,7 @@ from pathlib import Path
 from atropos_exp.logger.wandb import Mode, Wandb
 from atropos_exp.types import StepMetrics
 logger = Wandb(live=False, every=1000, mode=Mode.offline, project="p", entity=None, group=None, tags=[],
-               init_timeout=30.0, finish_timeout=30.0, queue_size=1000).start(
+               job_type=None, init_timeout=30.0, finish_timeout=30.0, queue_size=1000).start(
     run_folder=Path({str(tmp_path)!r}), config={{}}, name="n", resumed=False, total_steps=20)
 for number in range(1, 21):
     logger.log(StepMetrics(step=number, values={{"reward/mean": 0.5}}))

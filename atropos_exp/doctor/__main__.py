@@ -1,0 +1,54 @@
+"""What a run needs before it starts, and how one that started is doing.
+
+    python -m atropos_exp.doctor [group=option] [key=value] …      before: everything this configuration needs
+    python -m atropos_exp.doctor RUN_FOLDER [--patience SECONDS]   during and after: what happened, with the evidence
+
+Each line is ok, warn or fail, with what to do. The exit code is that of the worst: 0, 1 or 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from atropos_exp.config_cli import hydra_main
+from atropos_exp.doctor.line import counts, worst
+
+
+def before(config: DictConfig) -> int:
+    """Examine a configuration; the exit code."""
+    from atropos_exp.doctor.before import examine
+
+    start, lines = time.monotonic(), []
+    for line in examine(config):
+        print(line, flush=True)
+        lines.append(line)
+    print(f"{counts(lines)} in {time.monotonic() - start:.1f} s")
+    return worst(lines)
+
+
+def after(arguments: list[str]) -> int:
+    """Explain a run; the exit code."""
+    from atropos_exp.doctor.after import explain
+
+    parser = argparse.ArgumentParser(prog="python -m atropos_exp.doctor", description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path, metavar="RUN_FOLDER")
+    parser.add_argument("--patience", type=float, metavar="SECONDS", help="without news a run counts as stalled")
+    given = parser.parse_args(arguments)
+    lines = explain(given.run, patience=given.patience)
+    print(*lines, counts(lines), sep="\n")
+    return worst(lines)
+
+
+def main() -> None:
+    if len(sys.argv) > 1 and Path(sys.argv[1]).is_dir() and "=" not in sys.argv[1]:
+        sys.exit(after(sys.argv[1:]))
+    hydra_main(before)()
+
+
+if __name__ == "__main__":
+    main()

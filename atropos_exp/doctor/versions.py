@@ -1,0 +1,97 @@
+"""Are the installed libraries those that this package was written for?"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import sys
+from pathlib import Path
+
+from atropos_exp.doctor.line import Line, fail, ok, warn
+from atropos_exp.provenance import PACKAGES
+
+_ROOT = Path(__file__).resolve().parents[2]
+NAME = "atropos-exp"
+
+
+def check_versions() -> list[Line]:
+    """Python and every requirement against its range; what decides the numbers against the tested set."""
+    lines = [_python()]
+    wrong = [text for requirement in requirements() if (text := _problem(requirement))]
+    lines += [
+        fail("versions", text, f"pip install -c constraints.txt {requirement!r}" if requirement else "make again")
+        for text, requirement in wrong
+    ]
+    moved = _moved()
+    if moved:
+        lines.append(
+            warn(
+                "versions",
+                f"not the tested set: {', '.join(moved)}",
+                "install what constraints.txt lists, or run `make test` to see whether these do",
+            )
+        )
+    if not wrong and not moved:
+        lines.append(ok("versions", ", ".join(f"{name} {version}" for name, version in _deciding().items())))
+    return lines
+
+
+def requirements() -> list[str]:
+    """Of this package, extras left out; from its metadata, or from pyproject.toml of a checkout."""
+    import tomllib
+
+    project = _ROOT / "pyproject.toml"
+    if project.is_file():
+        found: list[str] = tomllib.loads(project.read_text(encoding="utf-8"))["project"]["dependencies"]
+        return found
+    try:
+        listed = importlib.metadata.requires(NAME) or []
+    except importlib.metadata.PackageNotFoundError:
+        return []
+    return [requirement for requirement in listed if "extra ==" not in requirement]
+
+
+def _python() -> Line:
+    version = ".".join(map(str, sys.version_info[:3]))
+    if (3, 11) <= sys.version_info[:2] <= (3, 12):
+        return ok("python", f"{version} ({sys.executable})")
+    return fail("python", f"{version}, expected 3.11 or 3.12", "make PYTHON=python3.12")
+
+
+def _problem(requirement: str) -> tuple[str, str] | None:
+    """(what is wrong, the requirement to install)."""
+    from packaging.requirements import Requirement
+
+    wanted = Requirement(requirement)
+    if wanted.marker is not None and not wanted.marker.evaluate():
+        return None
+    try:
+        found = importlib.metadata.version(wanted.name)
+    except importlib.metadata.PackageNotFoundError:
+        return f"{wanted.name} is not installed, expected {wanted.specifier or 'any version'}", str(wanted)
+    if wanted.specifier.contains(found.split("+")[0], prereleases=True):
+        return None
+    return f"{wanted.name} is {found}, expected {wanted.specifier}", str(wanted)
+
+
+def _moved() -> list[str]:
+    """Libraries that decide the numbers and are not at their tested version."""
+    tested = _ROOT / "constraints.txt"
+    if not tested.is_file():
+        return []
+    pins = dict(line.split("==", 1) for line in tested.read_text(encoding="utf-8").splitlines() if "==" in line)
+    pins = {name.lower().replace("_", "-"): version.split(";")[0].strip() for name, version in pins.items()}
+    return [
+        f"{name} {version} (tested: {pins[name]})"
+        for name, version in _deciding().items()
+        if name in pins and version.split("+")[0] != pins[name]
+    ]
+
+
+def _deciding() -> dict[str, str]:
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
