@@ -14,7 +14,7 @@ import yaml
 
 from atropos_exp.config_origin import CONF_DIR
 from atropos_exp.engine.hf import HFEngine
-from atropos_exp.engine.hf_client import HFClient
+from atropos_exp.engine.client import EngineClient
 from atropos_exp.sharding.manager import ShardingManager
 from atropos_exp.types import Floats, TokenIds, TrainBatch, UpdateStats
 
@@ -78,7 +78,7 @@ class HeldModel:
         raise NotImplementedError
 
 
-def start(folder: Path, model: Any, *, device: str = "cpu", **changes: Any) -> HFClient:
+def start(folder: Path, model: Any, *, device: str = "cpu", **changes: Any) -> EngineClient:
     model.save_pretrained(folder / "model")
     values = yaml.safe_load((CONF_DIR / "engine/hf.yaml").read_text())
     del values["_target_"]
@@ -99,7 +99,7 @@ def helpers() -> Any:
 
 
 @pytest.fixture(scope="session")
-def tied_engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HFClient]:
+def tied_engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineClient]:
     client = start(tmp_path_factory.mktemp("tied"), random_model(tied=True, seed=0))
     yield client
     client.stop()

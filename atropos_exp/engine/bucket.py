@@ -1,0 +1,96 @@
+"""The receiver's side of a weight transport: where a bucket lies, and the tensors in it."""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from atropos_exp.engine.backend import Message, Refused
+from atropos_exp.wire import WireError
+from atropos_exp.wire_tensors import Piece, read_piece
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MAX_BYTES = 1 << 50
+
+
+@dataclass(frozen=True, kw_only=True)
+class BucketSource:
+    """Where this server was told to look. The paths also open in a worker process of the server."""
+
+    shm: str | None  # of an inherited memory file, as /proc/<pid>/fd/<n>
+    folder: Path | None
+    cuda_ipc: bool
+
+    def check(self, message: Message) -> None:
+        """Refuses a message of another transport."""
+        wanted = {"pieces": self.shm is not None, "file": self.folder is not None, "cuda": self.cuda_ipc}
+        key = "cuda" if "cuda" in message else "file" if "file" in message else "pieces"
+        if key not in message or not wanted[key]:
+            got = ", ".join(sorted(message))
+            raise Refused(400, f"this server was started for another weight transport; got {got}")
+
+    def read(self, message: Message) -> Iterator[tuple[str, Tensor]]:
+        """The bucket's tensors, as views: they are gone with the next bucket."""
+        self.check(message)
+        if "file" in message:
+            from safetensors.torch import load_file
+
+            assert self.folder is not None
+            name = str(message["file"])
+            if Path(name).name != name:
+                raise Refused(400, f"not a file name: {name!r}")
+            yield from load_file(self.folder / name).items()
+            return
+        size = message["num_bytes"]
+        if type(size) is not int or not 0 <= size <= MAX_BYTES:
+            raise Refused(400, f"num_bytes must be a number from 0 to {MAX_BYTES}; got {size!r}")
+        pieces = [Piece.from_message(item, buffer_bytes=size) for item in message["pieces"]]
+        buffer = open_cuda(message["cuda"], size) if "cuda" in message else self._map(size)
+        for piece in pieces:
+            yield piece.name, read_piece(piece, buffer)
+
+    def _map(self, size: int) -> mmap.mmap:
+        assert self.shm is not None
+        fd = os.open(self.shm, os.O_RDWR)
+        try:
+            return mmap.mmap(fd, max(size, 1))  # unmapped when the last view of it is gone
+        finally:
+            os.close(fd)
+
+
+def inherited(fd: int | None) -> str | None:
+    """The path of a file that this process inherited: a worker process of it can open the same."""
+    return None if fd is None else f"/proc/{os.getpid()}/fd/{fd}"
+
+
+def share_cuda(buffer: Tensor) -> list[Any]:
+    """The handle of a device buffer for a process on the same GPU: numbers and bytes, no pickle."""
+    return list(buffer.untyped_storage()._share_cuda_())
+
+
+_opened: dict[bytes, Any] = {}  # handle -> storage: the sender uses one buffer again and again
+
+
+def open_cuda(handle: Any, size: int) -> Tensor:
+    """The sender's device buffer in this process, as bytes. An IPC handle leads to device memory and runs no code."""
+    import torch
+
+    match handle:
+        case [int(), bytes(memory), int(), int(), bytes(), int(), bytes(), bool()]:
+            pass
+        case _:
+            raise WireError(f"not a CUDA handle: {handle!r:.100}")
+    if memory not in _opened:
+        _opened.clear()
+        arguments = [torch.cuda.current_device(), *handle[1:]]  # the sender's number of the GPU may be another
+        _opened[memory] = torch.UntypedStorage._new_shared_cuda(*arguments)
+    storage = _opened[memory]
+    if size > storage.nbytes():
+        raise WireError(f"a bucket of {size} bytes in a buffer of {storage.nbytes()}")
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)[:size]
