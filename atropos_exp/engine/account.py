@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from atropos_exp.engine.backend import Refused
-
-Kind = tuple[str, tuple[int, ...]]  # dtype, shape
+from atropos_exp.engine.bucket import Kind
 
 
 class UpdateAccount:
@@ -32,6 +31,10 @@ class UpdateAccount:
             raise Refused(409, f"update to version {version} refused: version {self.version} is already served")
         self._next_version = version
         self._received = set()
+
+    def mark_incomplete(self) -> None:
+        """For a backend that cannot compute from the first moment of an update on."""
+        self.problem = self._interrupted()
 
     def admit(self, name: str, kind: Kind) -> None:
         """One tensor that is about to be loaded: it is wanted, and for the first time."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import mmap
 import os
+import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +18,9 @@ from atropos_exp.wire_tensors import Piece, read_piece
 if TYPE_CHECKING:
     from torch import Tensor
 
+Kind = tuple[str, tuple[int, ...]]  # dtype, shape
 MAX_BYTES = 1 << 50
+SAFETENSORS_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,25 +39,41 @@ class BucketSource:
             got = ", ".join(sorted(message))
             raise Refused(400, f"this server was started for another weight transport; got {got}")
 
+    def kinds(self, message: Message) -> list[tuple[str, Kind]]:
+        """Name, dtype and shape of the bucket's tensors, without reading them."""
+        self.check(message)
+        if "file" in message:
+            return safetensors_kinds(self._file(message))
+        size = self._size(message)
+        pieces = [Piece.from_message(item, buffer_bytes=size) for item in message["pieces"]]
+        return [(piece.name, (piece.dtype, piece.shape)) for piece in pieces]
+
     def read(self, message: Message) -> Iterator[tuple[str, Tensor]]:
         """The bucket's tensors, as views: they are gone with the next bucket."""
         self.check(message)
         if "file" in message:
             from safetensors.torch import load_file
 
-            assert self.folder is not None
-            name = str(message["file"])
-            if Path(name).name != name:
-                raise Refused(400, f"not a file name: {name!r}")
-            yield from load_file(self.folder / name).items()
+            yield from load_file(self._file(message)).items()
             return
-        size = message["num_bytes"]
-        if type(size) is not int or not 0 <= size <= MAX_BYTES:
-            raise Refused(400, f"num_bytes must be a number from 0 to {MAX_BYTES}; got {size!r}")
+        size = self._size(message)
         pieces = [Piece.from_message(item, buffer_bytes=size) for item in message["pieces"]]
         buffer = open_cuda(message["cuda"], size) if "cuda" in message else self._map(size)
         for piece in pieces:
             yield piece.name, read_piece(piece, buffer)
+
+    def _file(self, message: Message) -> Path:
+        assert self.folder is not None
+        name = str(message["file"])
+        if Path(name).name != name:
+            raise Refused(400, f"not a file name: {name!r}")
+        return self.folder / name
+
+    def _size(self, message: Message) -> int:
+        size = message["num_bytes"]
+        if type(size) is not int or not 0 <= size <= MAX_BYTES:
+            raise Refused(400, f"num_bytes must be a number from 0 to {MAX_BYTES}; got {size!r}")
+        return size
 
     def _map(self, size: int) -> mmap.mmap:
         assert self.shm is not None
@@ -62,6 +82,18 @@ class BucketSource:
             return mmap.mmap(fd, max(size, 1))  # unmapped when the last view of it is gone
         finally:
             os.close(fd)
+
+
+def safetensors_kinds(path: Path) -> list[tuple[str, Kind]]:
+    """Name, dtype and shape of the floating-point tensors of a file, from its header."""
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+    return [
+        (name, (SAFETENSORS_DTYPES[item["dtype"]], tuple(item["shape"])))
+        for name, item in header.items()
+        if name != "__metadata__" and item["dtype"] in SAFETENSORS_DTYPES
+    ]
 
 
 def inherited(fd: int | None) -> str | None:
