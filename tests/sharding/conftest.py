@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,11 +19,13 @@ from atropos_exp.engine.client import EngineClient
 from atropos_exp.sharding.manager import ShardingManager
 from atropos_exp.types import Floats, TokenIds, TrainBatch, UpdateStats
 
+sys.path.insert(0, str(Path(__file__).parent))  # puts `faulty_lines` within reach of the tests beside it
+
 VOCAB = 48
 CANARY = [np.random.default_rng(5).integers(0, VOCAB, size=length).astype(np.int32) for length in (4, 9, 6)]
 
 
-def random_model(*, tied: bool, seed: int) -> Any:
+def random_model(*, tied: bool, seed: int, positions: int = 64) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(seed)
@@ -34,7 +37,7 @@ def random_model(*, tied: bool, seed: int) -> Any:
         num_hidden_layers=2,
         num_attention_heads=1,
         num_key_value_heads=1,
-        max_position_embeddings=64,
+        max_position_embeddings=positions,
         tie_word_embeddings=tied,
         initializer_range=0.2,
     )
