@@ -71,17 +71,13 @@ def assemble(checked: Checked, folder: RunFolder, ranks: Ranks, stack: ExitStack
     canary = ranks.on_zero(gather)
     outside = start_outside(checked, folder, model_folder=model_folder, stack=stack) if ranks.is_zero else None
     trainer, engine = _start_trainer_and_engine(checked, folder, model_folder, ranks, stack)
-<<<<<<< HEAD
     gateway: GatewayClient | None = None
     served = engine
     if engine is not None and outside is not None:
         gateway = start_gateway(checked, folder, outside, engine, model_folder=model_folder, stack=stack)
         served = HeldEngine(engine, gateway)
     publisher = _sharding_manager(checked, trainer, served, canary, ranks)
-=======
-    publisher = _sharding_manager(checked, trainer, engine, canary, ranks)
-    resync = Resync(publisher, engine, ranks, max_restarts=parts["engine"].max_restarts)
->>>>>>> d079ef9 (A lost engine is started anew, synced again and asked once more)
+    resync = Resync(publisher, served, ranks, max_restarts=parts["engine"].max_restarts)
     recorder: Recorder = SilentRecorder()
     logger: Logger | None = None
     inner: RolloutSource | None = None

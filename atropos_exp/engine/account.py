@@ -12,7 +12,7 @@ class UpdateAccount:
     """Says no to what does not fit. It holds no tensor. One thread uses it."""
 
     def __init__(self, expected: Mapping[str, Kind], aliases: Mapping[str, str], *, problem: str | None = None) -> None:
-        """`aliases`: tied name -> the expected name that owns the tensor. `problem`: refuse to sample from the start."""
+        """`aliases`: tied name -> the expected name that owns the tensor. `problem`: why not to sample yet."""
         self.expected = dict(expected)
         self.aliases = dict(aliases)
         self.version = 0  # of the last complete update; 0: as loaded from the folder

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from atropos_exp.engine.backend import Backend, Message, Refused
+from atropos_exp.engine.backend import Backend, Message, Refused, Scored
 from atropos_exp.types import SamplingParams, TokenIds
 from atropos_exp.wire import HEARTBEAT, MAX_MESSAGE_BYTES, WireError, flatten, pack, split, unpack
 
@@ -52,7 +52,10 @@ class Service:
     def score(self, message: Message) -> Work:
         sequences = self._sequences(message, room=0)
         temperature = _number(message, "temperature", 0.0, math.inf)
-        return self.backend.score(sequences, temperature=temperature, deadline=_deadline(message)), _rows
+        num_top = min(int(_number({"num_top": 0, **message}, "num_top", 0, 1 << 31)), self.backend.vocab_size)
+        deadline = _deadline(message)
+        scored = self.backend.score(sequences, temperature=temperature, num_top=num_top, deadline=deadline)
+        return scored, lambda rows: _scored(rows, with_top=num_top > 0)
 
     def health(self, message: Message) -> Work:
         """One real token, drawn by the model that serves."""
@@ -97,7 +100,9 @@ class Service:
             raise Refused(400, "no prompt")
         flat = message["token_ids"]
         if len(flat) and (flat.min() < 0 or flat.max() >= self.backend.vocab_size):
-            raise Refused(400, f"token id {flat.min()}..{flat.max()} outside the vocabulary of {self.backend.vocab_size}")
+            raise Refused(
+                400, f"token id {flat.min()}..{flat.max()} outside the vocabulary of {self.backend.vocab_size}"
+            )
         longest = self.backend.max_sequence_length
         for index, sequence in enumerate(sequences):
             if not 1 <= len(sequence) <= longest - room:
@@ -192,9 +197,13 @@ def _nothing(result: Any) -> Message:
     return {}
 
 
-def _rows(rows: Any) -> Message:
-    flat, lengths = flatten(rows, np.float32)
-    return {"logprobs": flat, "lengths": lengths}
+def _scored(rows: Sequence[Scored], *, with_top: bool) -> Message:
+    flat, lengths = flatten([row.logprobs for row in rows], np.float32)
+    answer: Message = {"logprobs": flat, "lengths": lengths}
+    if with_top:  # [sum of lengths, num_top]
+        answer["top_token_ids"] = np.concatenate([row.top_token_ids for row in rows])
+        answer["top_logprobs"] = np.concatenate([row.top_logprobs for row in rows])
+    return answer
 
 
 def _deadline(message: Message) -> float:

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 from atropos_exp.types import Floats, SamplingParams, TokenIds
 
@@ -17,6 +21,15 @@ class Refused(Exception):
     def __init__(self, status: int, reason: str) -> None:
         super().__init__(reason)
         self.status = status  # of HTTP: 400 wrong request, 409 not in this state, 503 not in time
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Scored:
+    """One sequence [T] under the model: its tokens 1.., and the K likeliest tokens at each of their places."""
+
+    logprobs: Floats  # [T - 1] nats
+    top_token_ids: NDArray[np.int32]  # [T - 1, K], likeliest first
+    top_logprobs: Floats  # [T - 1, K]
 
 
 class Backend(Protocol):
@@ -34,8 +47,10 @@ class Backend(Protocol):
         """`token_ids`, `logprobs` laid end to end, and `lengths`, `stopped`, `versions` of all samples in order."""
         ...
 
-    def score(self, sequences: Sequence[TokenIds], *, temperature: float, deadline: float) -> Future[list[Floats]]:
-        """The logprobs [T - 1] of every sequence [T]."""
+    def score(
+        self, sequences: Sequence[TokenIds], *, temperature: float, num_top: int, deadline: float
+    ) -> Future[list[Scored]]:
+        """Every sequence [T] under the model, with the `num_top` likeliest tokens (at most the vocabulary)."""
         ...
 
     def probe(self, *, deadline: float) -> Future[Message]:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 Kind = tuple[str, tuple[int, ...]]  # dtype, shape
 MAX_BYTES = 1 << 50
+NOT_PARAMETERS = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")  # buffers in older checkpoints
 SAFETENSORS_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
@@ -94,6 +95,19 @@ def safetensors_kinds(path: Path) -> list[tuple[str, Kind]]:
         for name, item in header.items()
         if name != "__metadata__" and item["dtype"] in SAFETENSORS_DTYPES
     ]
+
+
+def expected_tensors(folder: Path, *, dtype: str, is_tied: bool) -> dict[str, Kind]:
+    """What an update must bring, by the checkpoint's own names: its floating-point tensors in the served dtype, a tied
+    head once."""
+    found: dict[str, Kind] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        for name, (_, shape) in safetensors_kinds(path):
+            if not name.endswith(NOT_PARAMETERS) and not (name == "lm_head.weight" and is_tied):
+                found[name] = (dtype, shape)
+    if not found:
+        raise SystemExit(f"no weights in {folder}: this engine needs them as *.safetensors")
+    return found
 
 
 def inherited(fd: int | None) -> str | None:

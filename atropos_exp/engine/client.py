@@ -237,7 +237,9 @@ class EngineClient:
 
     def digests(self) -> dict[str, str]:
         message = {"on_device": self._transport.on_device}
-        digests: dict[str, str] = self._exchange("/weights/digests", message, what="the digests of its weights")["digests"]
+        digests: dict[str, str] = self._exchange("/weights/digests", message, what="the digests of its weights")[
+            "digests"
+        ]
         return digests
 
 

@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from atropos_exp.engine.backend import Message, Refused
+from atropos_exp.engine.backend import Message, Refused, Scored
 from atropos_exp.engine.bucket import BucketSource
 from atropos_exp.engine.hf_decode import Decoder
 from atropos_exp.engine.hf_scheduler import Generation, Scheduler
 from atropos_exp.engine.hf_weights import WeightStore
-from atropos_exp.types import Floats, SamplingParams, TokenIds
+from atropos_exp.types import SamplingParams, TokenIds
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -37,8 +37,12 @@ class HFBackend:
             Generation(prompts=prompts, params=params, num_samples=num_samples, deadline=deadline)
         )
 
-    def score(self, sequences: Sequence[TokenIds], *, temperature: float, deadline: float) -> Future[list[Floats]]:
-        return self.scheduler.score(lambda: self.decoder.score(sequences, temperature=temperature), deadline=deadline)
+    def score(
+        self, sequences: Sequence[TokenIds], *, temperature: float, num_top: int, deadline: float
+    ) -> Future[list[Scored]]:
+        return self.scheduler.score(
+            lambda: self.decoder.score_top(sequences, temperature=temperature, num_top=num_top), deadline=deadline
+        )
 
     def probe(self, *, deadline: float) -> Future[Message]:
         def work() -> Message:

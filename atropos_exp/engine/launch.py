@@ -54,7 +54,9 @@ class Launch:
     def check_model(self) -> None:
         """Raises UserError if the folder has no model, or one with too short a context."""
         if not (self.model_folder / "config.json").is_file():
-            raise UserError(f"no model in {self.model_folder}: it has no config.json; expected a Hugging Face model folder")
+            raise UserError(
+                f"no model in {self.model_folder}: it has no config.json; expected a Hugging Face model folder"
+            )
         positions = json.loads((self.model_folder / "config.json").read_text()).get("max_position_embeddings")
         if positions is not None and self.max_sequence_length > positions:
             raise UserError(

@@ -9,16 +9,17 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from atropos_exp.engine.account import UpdateAccount
-from atropos_exp.engine.backend import Message, Refused
+from atropos_exp.engine.backend import Message, Refused, Scored
 from atropos_exp.engine.vllm_core import Core
 from atropos_exp.engine.vllm_generation import Generation
 from atropos_exp.engine.vllm_update import WorkerUpdate
-from atropos_exp.types import Floats, SamplingParams, TokenIds
+from atropos_exp.types import SamplingParams, TokenIds
 
 logger = logging.getLogger(__name__)
 
@@ -90,8 +91,13 @@ class VLLMBackend:
             self._changed.notify()
         return generation.done
 
-    def score(self, sequences: Sequence[TokenIds], *, temperature: float, deadline: float) -> Future[list[Floats]]:
-        return self._put(self._scores, lambda: self.core.score(sequences, temperature=temperature), deadline)
+    def score(
+        self, sequences: Sequence[TokenIds], *, temperature: float, num_top: int, deadline: float
+    ) -> Future[list[Scored]]:
+        def work() -> list[Scored]:
+            return self.core.score(sequences, temperature=temperature, num_top=num_top)
+
+        return self._put(self._scores, work, deadline)
 
     def probe(self, *, deadline: float) -> Future[Message]:
         def work() -> Message:
@@ -194,13 +200,13 @@ class VLLMBackend:
             generation = self.core.ended.pop(0)
             self._running.remove(generation)
             if generation.is_truncated:
-                self._scores.append(Call(work=lambda g=generation: self._rescore(g), deadline=generation.deadline))
+                self._scores.append(Call(work=partial(self._rescore, generation), deadline=generation.deadline))
             else:
                 self._answer(generation)
 
     def _rescore(self, generation: Generation) -> None:
-        scores = self.core.score(generation.sequences(), temperature=generation.params.temperature)
-        generation.rescored(scores)
+        scores = self.core.score(generation.sequences(), temperature=generation.params.temperature, num_top=0)
+        generation.rescored([scored.logprobs for scored in scores])
         self._answer(generation)
 
     def _answer(self, generation: Generation) -> None:

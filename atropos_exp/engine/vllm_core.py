@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from atropos_exp.engine.backend import Refused
+from atropos_exp.engine.backend import Refused, Scored
 from atropos_exp.engine.vllm_generation import Generation
-from atropos_exp.types import Floats, TokenIds
+from atropos_exp.types import TokenIds
 
 
 class Core:
@@ -79,20 +79,19 @@ class Core:
                 if not generation.left:
                     self.ended.append(generation)
 
-    def score(self, sequences: Sequence[TokenIds], *, temperature: float) -> list[Floats]:
+    def score(self, sequences: Sequence[TokenIds], *, temperature: float, num_top: int) -> list[Scored]:
         """Nothing else may run: the temperature holds for every logit."""
         assert not self._running
         if temperature not in (0.0, 1.0):
             self.engine.collective_rpc("atropos_score_at", args=(temperature,))
         try:
-            sampling = self._sampling(temperature=0.0, max_tokens=1, prompt_logprobs=0)
+            sampling = self._sampling(temperature=0.0, max_tokens=1, prompt_logprobs=num_top)
             outputs = self._run([(sequence, sampling) for sequence in sequences if len(sequence) > 1])
         finally:
             if temperature not in (0.0, 1.0):
                 self.engine.collective_rpc("atropos_score_at", args=(1.0,))
         return [
-            _prompt_logprobs(outputs.pop(0).prompt_logprobs) if len(sequence) > 1 else np.zeros(0, np.float32)
-            for sequence in sequences
+            _scored(outputs.pop(0).prompt_logprobs if len(sequence) > 1 else None, num_top) for sequence in sequences
         ]
 
     def draw(self, prompt: TokenIds) -> tuple[int, float, int]:
@@ -138,7 +137,20 @@ class Core:
         )
 
 
-def _prompt_logprobs(flat: Any) -> Floats:
-    """Of the tokens 1.. of a prompt: vLLM's flat list holds nothing for token 0."""
+def _scored(flat: Any, num_top: int) -> Scored:
+    """vLLM's flat list of a prompt holds nothing for token 0; then at each place the token itself and the likeliest."""
+    if flat is None:
+        none = np.zeros((0, num_top))
+        return Scored(
+            logprobs=none.sum(axis=1).astype(np.float32),
+            top_token_ids=none.astype(np.int32),
+            top_logprobs=none.astype(np.float32),
+        )
     starts = np.array(flat.start_indices[1:], dtype=np.int64)
-    return np.array(flat.logprobs, dtype=np.float32)[starts]
+    logprobs = np.array(flat.logprobs, dtype=np.float32)
+    top = starts[:, None] + 1 + np.arange(num_top)
+    return Scored(
+        logprobs=logprobs[starts],
+        top_token_ids=np.array(flat.token_ids, dtype=np.int32)[top],
+        top_logprobs=logprobs[top],
+    )

@@ -1,4 +1,4 @@
-"""The server process of engine `vllm`: `python -m atropos_exp.engine.vllm_server --model FOLDER …` (started by vllm.py).
+"""The server process of engine `vllm`: `python -m atropos_exp.engine.vllm_server …` (started by vllm.py).
 
 It runs in vLLM's own environment, which has this package on its path and needs msgpack and xxhash besides vLLM.
 """
@@ -11,18 +11,14 @@ import importlib.metadata
 import json
 import logging
 import threading
-from pathlib import Path
-from typing import Any
 
 from atropos_exp.engine.account import UpdateAccount
-from atropos_exp.engine.bucket import Kind, safetensors_kinds
+from atropos_exp.engine.bucket import expected_tensors
 from atropos_exp.engine.server import bucket_source, parser, prepare, run_model_thread, serve
 from atropos_exp.engine.vllm_backend import VLLMBackend
 from atropos_exp.engine.vllm_core import Core
 from atropos_exp.engine.vllm_update import WorkerUpdate
 from atropos_exp.engine.vllm_worker import EMBEDDING, EXTENSION, HEAD
-
-NOT_PARAMETERS = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")  # buffers in older checkpoints
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +54,7 @@ def make_backend(options: argparse.Namespace) -> VLLMBackend:
         "generation_config": "vllm",  # only what a request says
         "logprobs_mode": "processed_logprobs",  # at the sampler's temperature, as the trainer scores
         "enable_prefix_caching": True,
+        "max_logprobs": -1,  # the gateway may ask for the likeliest tokens
         "disable_log_stats": True,
         "worker_extension_cls": EXTENSION,
         **json.loads(options.engine_arguments),
@@ -86,19 +83,6 @@ def make_backend(options: argparse.Namespace) -> VLLMBackend:
         step_timeout_seconds=options.step_timeout_seconds,
         versions={"vllm": vllm_version(), "torch": importlib.metadata.version("torch")},
     )
-
-
-def expected_tensors(folder: Path, *, dtype: str, is_tied: bool) -> dict[str, Kind]:
-    """What an update must bring, by the checkpoint's own names: its floating-point tensors in the served dtype, a tied
-    head once."""
-    found: dict[str, Kind] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        for name, (_, shape) in safetensors_kinds(path):
-            if not name.endswith(NOT_PARAMETERS) and not (name == HEAD and is_tied):
-                found[name] = (dtype, shape)
-    if not found:
-        raise SystemExit(f"no weights in {folder}: engine=vllm needs them as *.safetensors")
-    return found
 
 
 def vllm_version() -> str:

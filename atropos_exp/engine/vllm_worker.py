@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from atropos_exp.engine.backend import Message
@@ -61,7 +62,7 @@ class WeightWorker:
             named = [(name, own)]
             if name == EMBEDDING and self.atropos_head_has_a_copy():
                 named.append((HEAD, own))
-            self.atropos_on_device(lambda named=named: self.atropos_model().load_weights(named))
+            self.atropos_on_device(partial(self.atropos_model().load_weights, named))
         if self.device.type == "cuda":
             import torch
 
@@ -128,7 +129,13 @@ class WeightWorker:
                     sizes = [sibling[0] for sibling in siblings if sibling]
                     start, rows = sum(sizes[: parts.index(own)]), sum(sizes)
                     tensor = parameters.get(name.replace(own, fused))
-            if tensor is None or tensor.is_meta or tensor.dim() != len(shape) or not shape or tensor.shape[1:] != shape[1:]:
+            if (
+                tensor is None
+                or tensor.is_meta
+                or tensor.dim() != len(shape)
+                or not shape
+                or tensor.shape[1:] != shape[1:]
+            ):
                 continue
             if tensor.shape[0] == (rows or shape[0]) or (name in (EMBEDDING, HEAD) and tensor.shape[0] > shape[0]):
                 found[name] = tensor.data[start : start + shape[0]]

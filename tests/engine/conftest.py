@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 from atropos_exp.config_origin import CONF_DIR
-from atropos_exp.engine.hf import HFEngine
 from atropos_exp.engine.client import EngineClient
+from atropos_exp.engine.hf import HFEngine
 from atropos_exp.types import TokenIds
 
 VOCAB = 48

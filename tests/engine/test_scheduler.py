@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from atropos_exp.engine.backend import Refused
 from atropos_exp.engine.hf_decode import Decoder
 from atropos_exp.engine.hf_scheduler import Generation, Scheduler
-from atropos_exp.engine.backend import Refused
 from atropos_exp.engine.hf_weights import WeightStore
 from atropos_exp.types import SamplingParams, TokenIds
 

@@ -14,8 +14,8 @@ import torch
 import yaml
 
 from atropos_exp.config_origin import CONF_DIR
-from atropos_exp.engine.hf import HFEngine
 from atropos_exp.engine.client import EngineClient
+from atropos_exp.engine.hf import HFEngine
 from atropos_exp.sharding.manager import ShardingManager
 from atropos_exp.types import Floats, TokenIds, TrainBatch, UpdateStats
 

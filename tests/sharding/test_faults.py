@@ -24,6 +24,7 @@ from atropos_exp.engine.client import EngineClient
 from atropos_exp.sharding.proof import SyncError
 from atropos_exp.wire import EngineError
 
+
 @pytest.fixture
 def trainer(helpers: Any) -> Any:
     return helpers.HeldModel(helpers.random_model(tied=True, seed=7))

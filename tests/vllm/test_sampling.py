@@ -68,9 +68,7 @@ def test_greedy_tokens_are_those_of_transformers(engine: EngineClient, model: An
         )
         assert sample.token_ids.tolist() == plain[0, len(prompt) :].tolist()
         # at temperature 0 the logprob is that at temperature 1
-        np.testing.assert_allclose(
-            sample.logprobs, helpers.logprobs(model, prompt, sample.token_ids, 1.0), atol=1e-4
-        )
+        np.testing.assert_allclose(sample.logprobs, helpers.logprobs(model, prompt, sample.token_ids, 1.0), atol=1e-4)
 
 
 @pytest.mark.parametrize("changes", [{"top_p": 0.7}, {"top_k": 5}, {"top_p": 0.9, "top_k": 10}], ids=str)
@@ -163,3 +161,16 @@ def test_wrong_requests_are_refused_with_the_reason(engine: EngineClient, helper
 def test_the_server_says_which_versions_it_runs(engine: EngineClient) -> None:
     versions = engine.info()["versions"]
     assert versions["vllm"].startswith("0.") and versions["torch"].startswith("2.")
+
+
+def test_the_likeliest_tokens_of_every_place(engine: EngineClient, model: Any, helpers: Any) -> None:
+    (sequence,) = helpers.prompts([9], seed=8)
+    logprobs, top_ids, top_logprobs = engine.score_top(sequence, temperature=0.7, num_top=3)
+    with torch.inference_mode():
+        logits = model(input_ids=torch.tensor(sequence[None, :].astype(np.int64))).logits[0, :-1] / 0.7
+    expected = torch.log_softmax(logits, dim=-1)
+    own = expected.gather(1, torch.tensor(sequence[1:, None].astype(np.int64)))[:, 0]
+    np.testing.assert_allclose(logprobs, own, atol=1e-4)
+    top = expected.topk(3, dim=-1)
+    assert top_ids.tolist() == top.indices.tolist()
+    np.testing.assert_allclose(top_logprobs, top.values, atol=1e-4)
