@@ -120,7 +120,7 @@ def share_cuda(buffer: Tensor) -> list[Any]:
     return list(buffer.untyped_storage()._share_cuda_())
 
 
-_opened: dict[bytes, Any] = {}  # handle -> storage: the sender uses one buffer again and again
+_opened: dict[tuple[Any, ...], Any] = {}  # handle -> storage: the sender uses one buffer again and again
 
 
 def open_cuda(handle: Any, size: int) -> Tensor:
@@ -128,15 +128,15 @@ def open_cuda(handle: Any, size: int) -> Tensor:
     import torch
 
     match handle:
-        case [int(), bytes(memory), int(), int(), bytes(), int(), bytes(), bool()]:
-            pass
+        case [int(), bytes(memory), int(length), int(start), bytes(), int(), bytes(), bool()]:
+            key = (memory, length, start)
         case _:
             raise WireError(f"not a CUDA handle: {handle!r:.100}")
-    if memory not in _opened:
+    if key not in _opened:
         _opened.clear()
         arguments = [torch.cuda.current_device(), *handle[1:]]  # the sender's number of the GPU may be another
-        _opened[memory] = torch.UntypedStorage._new_shared_cuda(*arguments)
-    storage = _opened[memory]
+        _opened[key] = torch.UntypedStorage._new_shared_cuda(*arguments)
+    storage = _opened[key]
     if size > storage.nbytes():
         raise WireError(f"a bucket of {size} bytes in a buffer of {storage.nbytes()}")
     return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)[:size]

@@ -151,8 +151,9 @@ class WeightWorker:
 
     def atropos_on_device(self, work: Callable[[], Any]) -> None:
         import torch
+        from vllm.config import set_current_vllm_config
 
-        with torch.device(self.device):
+        with set_current_vllm_config(self.vllm_config), torch.device(self.device):
             work()
 
 
