@@ -12,6 +12,8 @@ from atropos_exp.engine.backend import Refused, Scored
 from atropos_exp.engine.vllm_generation import Generation
 from atropos_exp.types import TokenIds
 
+MAX_DRAINING_STEPS = 4
+
 
 class Core:
     """Wraps vLLM's `LLMEngine`, whose `add_request` and `step` are the same from 0.24 to 0.30."""
@@ -106,8 +108,11 @@ class Core:
 
     def forget_prefixes(self) -> None:
         """Empty the prefix cache: vLLM never does so by itself when weights change."""
-        if not self.engine.reset_prefix_cache():
-            raise Refused(500, "vLLM could not reset its prefix cache: some of its blocks are in use")
+        for _ in range(MAX_DRAINING_STEPS):
+            if self.engine.reset_prefix_cache():
+                return
+            self.engine.step()  # asynchronous scheduling may be a step ahead of what has ended
+        raise Refused(500, "vLLM could not reset its prefix cache: some of its blocks are in use")
 
     def _run(self, requests: Sequence[tuple[TokenIds, Any]]) -> list[Any]:
         """To the end, in order. What else is running goes on meanwhile."""
