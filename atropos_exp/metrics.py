@@ -66,6 +66,7 @@ METRICS: Mapping[str, str] = {
     "throughput/tokens_per_s": "`rollout/num_tokens` per second of `time/step_s`: prompt and sampled tokens.",
     "throughput/trained_tokens_per_s": "`batch/num_trained_tokens` per second of `time/step_s`.",
     "throughput/mfu": "Model FLOPs of the update over the bfloat16 peak of the devices in `time/update_s`; GPUs only.",
+    "engine/restarts": "Times that a server which died or hung was started anew and synced again, in this process.",
     "sync/tensors": "Tensors that the engine received.",
     "sync/bytes": "Bytes that the engine received.",
     "sync/digests_compared": "Tensors whose digest in the engine was compared with the trainer's.",

@@ -34,6 +34,10 @@ class EngineError(RuntimeError):
     """The engine did not do what it was asked: it died, hangs, or refuses. The text says what was waited for."""
 
 
+class EngineLost(EngineError):
+    """The engine's process has died or hangs: only a new one can go on."""
+
+
 def pack(message: dict[str, Any]) -> bytes:
     """One message as bytes. Values: None, bool, int, float, str, bytes, lists and dicts of these, NumPy arrays."""
     import msgpack  # type: ignore[import-untyped]

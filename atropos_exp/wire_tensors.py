@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from torch import Tensor, dtype
 
 TENSOR_DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}  # name -> bytes of an element
+_DIGEST_CHUNK = 1 << 24  # words of 8 bytes at once: bounds the work space on the device to some 500 MiB
+_DIGEST_GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as int64: SplitMix64's constants
+_DIGEST_MIX = -4658895280553007687  # 0xBF58476D1CE4E5B9
 ALIGNMENT = 64  # bytes; every tensor of a bucket starts at a multiple of it
 
 
@@ -59,10 +62,10 @@ def layout(bucket: Sequence[tuple[str, Tensor]]) -> tuple[list[Piece], int]:
 
 
 def write_bucket(bucket: Sequence[tuple[str, Tensor]], pieces: Sequence[Piece], buffer: Any) -> None:
-    """Copy the tensors (of any device) to their places in a writable buffer."""
+    """Copy the tensors (of any device) to their places in a writable buffer, or in a tensor of bytes."""
     import torch
 
-    target = torch.frombuffer(buffer, dtype=torch.uint8)
+    target = buffer if isinstance(buffer, torch.Tensor) else torch.frombuffer(buffer, dtype=torch.uint8)
     for (_, tensor), piece in zip(bucket, pieces, strict=True):
         if piece.num_bytes:
             place = target[piece.offset : piece.offset + piece.num_bytes].view(tensor.dtype)
@@ -75,17 +78,64 @@ def read_piece(piece: Piece, buffer: Any) -> Tensor:
 
     if piece.num_bytes == 0:
         return torch.empty(piece.shape, dtype=torch_dtype(piece.dtype))
-    flat = torch.frombuffer(buffer, dtype=torch.uint8, count=piece.num_bytes, offset=piece.offset)
+    if isinstance(buffer, torch.Tensor):
+        flat = buffer[piece.offset : piece.offset + piece.num_bytes]
+    else:
+        flat = torch.frombuffer(buffer, dtype=torch.uint8, count=piece.num_bytes, offset=piece.offset)
     return flat.view(torch_dtype(piece.dtype)).view(piece.shape)
 
 
 def digest(tensor: Tensor) -> str:
-    """xxh3-128 of the elements in row-major order, as hexadecimal. Equal digests: equal bits."""
+    """Of the bits of the elements in row-major order, as hexadecimal. Equal digests: equal bits.
+
+    xxh3-128 of a tensor on the host; of one on a device the two sums of `digest_lanes`, so that no weight has to leave
+    it. The two kinds are not comparable with each other.
+    """
     import torch
     import xxhash
 
-    flat = tensor.detach().contiguous().cpu().reshape(-1)
+    if tensor.device.type != "cpu":
+        return resolve_lanes([digest_lanes(tensor)])[0]
+    flat = tensor.detach().contiguous().reshape(-1)
     return xxhash.xxh3_128_hexdigest(flat.view(torch.uint8).numpy().data)
+
+
+def digest_lanes(tensor: Tensor) -> Tensor:
+    """Two int64 sums over the bits of a tensor, on its device and without waiting for it; `resolve_lanes` reads them.
+
+    A multilinear hash modulo 2^64: every 8 bytes are multiplied by a weight of their own, which is odd, so that no
+    single change cancels; the second lane does so with mixed words and other weights. It finds errors, not forgers.
+    """
+    import torch
+
+    raw = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    if raw.data_ptr() % 8:
+        raw = raw.clone()
+    whole = len(raw) // 8 * 8
+    words = [raw[:whole].view(torch.int64)] if whole else []
+    if whole < len(raw):
+        last = torch.zeros(8, dtype=torch.uint8, device=raw.device)
+        last[: len(raw) - whole] = raw[whole:]
+        words.append(last.view(torch.int64))
+    lanes = torch.zeros(2, dtype=torch.int64, device=raw.device)
+    start = 0
+    for word in words:
+        for part in word.split(_DIGEST_CHUNK):
+            weight = torch.arange(start + 1, start + 1 + len(part), device=raw.device) * _DIGEST_GOLDEN
+            weight = (weight ^ (weight >> 30)) * _DIGEST_MIX
+            mixed = (part ^ (part >> 32)) * ((weight ^ (weight >> 27)) | 1)
+            lanes += torch.stack([(part * (weight | 1)).sum(), mixed.sum()])
+            start += len(part)
+    return lanes
+
+
+def resolve_lanes(lanes: Sequence[Tensor]) -> list[str]:
+    """The digests of many tensors, with one wait for their device."""
+    import torch
+
+    if not lanes:
+        return []
+    return ["".join(f"{lane & 0xFFFFFFFFFFFFFFFF:016x}" for lane in pair) for pair in torch.stack([*lanes]).tolist()]
 
 
 def dtype_name(tensor: Tensor) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from pathlib import Path
 
 # Before torch is imported by anything: tests run side by side on few cores, and results must not depend on how many.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -16,12 +18,25 @@ import pytest
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked `gpu` need one. GPU_TESTS_DEVICE=cpu runs those that can on the CPU, to try the tests themselves."""
-    marked = [item for item in items if item.get_closest_marker("gpu")]
-    if not marked or os.environ.get("GPU_TESTS_DEVICE") == "cpu":
-        return
+    """Tests marked `gpu` or `vllm` need one. GPU_TESTS_DEVICE=cpu runs those that can on the CPU, to try the tests."""
+    _skip_unless(items, "gpu", _has_gpu, "no NVIDIA GPU")
+    _skip_unless(items, "vllm", _has_vllm, "no vLLM in .venv-vllm: `make test-vllm` makes it and runs these")
+
+
+def _skip_unless(items: list[pytest.Item], marker: str, is_there: Callable[[], bool], reason: str) -> None:
+    marked = [item for item in items if item.get_closest_marker(marker)]
+    if marked and not is_there():
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def _has_gpu() -> bool:
+    if os.environ.get("GPU_TESTS_DEVICE") == "cpu":
+        return True
     import torch
 
-    if not torch.cuda.is_available():
-        for item in marked:
-            item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU"))
+    return torch.cuda.is_available()
+
+
+def _has_vllm() -> bool:
+    return (Path(__file__).parents[1] / ".venv-vllm" / "bin" / "python").exists()

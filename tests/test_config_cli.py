@@ -99,7 +99,14 @@ MISTAKES = [
     (["max_prompt_length=100000", "trainer.max_tokens_per_micro_batch=200000"], ["context"]),
     # what the machine lacks
     (["data.parquet_paths=[nowhere/*.parquet]"], ["data.parquet_paths: ", "nowhere"]),
-    (["engine=vllm"], ["engine", "GPU", "[override 'engine=vllm']"]),
+    (
+        ["engine=vllm", "engine.python=nowhere/python"],
+        ["engine=vllm needs an interpreter that can import vllm", "`make vllm-cpu`", "[override 'engine="],
+    ),
+    (
+        ["engine=sglang", "advantage.norm_by_std=false"],
+        ["engine=sglang needs an interpreter", "`pip install sglang==0.5.12 msgpack xxhash`", "NVIDIA GPU"],
+    ),
     (["device=cuda"], ["device: got cuda, but no NVIDIA GPU is visible"]),
     # files and folders
     (["--config-dir", "nowhere"], ["nowhere", "not found"]),

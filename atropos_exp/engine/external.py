@@ -2,20 +2,46 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
 from atropos_exp.engine.preflight import has_gpu, missing_modules
 
+NEEDS = ("msgpack", "xxhash", "safetensors", "starlette", "uvicorn", "numpy")  # of our server, besides the engine
+BESIDE_CHECKOUT = ".venv-vllm"  # made by `make vllm-cpu`
 
-def environment_problems(*, option: str, module: str, title: str, python: str | None) -> list[str]:
-    """Why the configured interpreter cannot run the engine: one sentence, or nothing."""
-    import sys
 
-    interpreter = python or sys.executable
-    missing = missing_modules(interpreter, [module])
+def interpreter(python: str | None, *, environment: str) -> str:
+    """Who runs the server: the configured one; else that of an environment of this name beside the checkout; else the
+    trainer's own."""
+    if python is not None:
+        return python
+    beside = Path(__file__).resolve().parents[2] / environment / "bin" / "python"
+    return str(beside) if beside.is_file() else sys.executable
+
+
+def environment_problems(*, option: str, title: str, python: str, is_own: bool, install: str) -> list[str]:
+    """Why this interpreter cannot run the engine: one sentence that says how to get one that can, or nothing."""
+    missing = missing_modules(python, [option, *NEEDS, "atropos_exp"])
     if missing is None:
         return []
-    where = "engine.python" if python else "engine.python (null: the trainer's own)"
+    where = "engine.python (null: the trainer's own)" if is_own else "engine.python"
     machine = "this machine shows no NVIDIA GPU and " if not has_gpu() else ""
     return [
-        f"engine={option} needs an interpreter that can import {module}, but {machine}{where} is {interpreter} and "
-        f"{missing}; set engine.python to the interpreter of an environment with {title}, or use engine=hf"
+        f"engine={option} needs an interpreter that can import {option}, but {machine}{where} is {python} and "
+        f"{missing}; set engine.python to the interpreter of an environment with {title} ({install}), or use engine=hf"
     ]
+
+
+def gpu_problems(gpus: Sequence[int] | None, *, tensor_parallel_size: int, device: str) -> list[str]:
+    """What does not fit between the GPUs that are named and those that are needed."""
+    problems = []
+    if gpus is not None and device == "cpu":
+        problems.append(f"engine.gpus is {list(gpus)}, but device is cpu; use engine.gpus=null")
+    if gpus is not None and len(gpus) != tensor_parallel_size:
+        problems.append(
+            f"engine.gpus names {len(gpus)} GPUs, but engine.tensor_parallel_size is {tensor_parallel_size}; "
+            "make them equal"
+        )
+    return problems

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from atropos_exp.engine.backend import Scored
 from atropos_exp.engine.hf_cache import make_cache
 from atropos_exp.engine.hf_sampling import sample_tokens, uniforms
 from atropos_exp.types import Floats, Mask, TokenIds
@@ -43,15 +44,6 @@ class Decoded:
     logprobs_NR: Floats
     length_N: NDArray[np.int64]
     stopped_N: Mask
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Scored:
-    """One sequence [T] under the model: its tokens 1.., and the K likeliest tokens at each of their places."""
-
-    logprobs: Floats  # [T - 1] nats
-    top_token_ids: NDArray[np.int32]  # [T - 1, K], likeliest first
-    top_logprobs: Floats  # [T - 1, K]
 
 
 class Decoder:

@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from atropos_exp.engine.backend import Refused
 from atropos_exp.engine.hf_decode import Decoder, Rows
 from atropos_exp.engine.hf_sampling import row_keys
-from atropos_exp.engine.hf_weights import Refused, WeightStore
+from atropos_exp.engine.hf_weights import WeightStore
 from atropos_exp.types import SamplingParams, TokenIds
 
 logger = logging.getLogger(__name__)

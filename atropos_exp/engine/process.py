@@ -17,6 +17,7 @@ from atropos_exp.child import child_environment
 
 TOKEN_VARIABLE = "ATROPOS_EXP_ENGINE_TOKEN"  # in the child's environment: its bearer token
 TAIL_LINES = 12
+BACKLOG = 2048  # connections that wait while the server loads
 
 
 class ServerProcess:
@@ -38,24 +39,43 @@ class ServerProcess:
     ) -> None:
         self.log = log
         self.token = secrets.token_urlsafe(32)
+        self.num_restarts = 0
+        self._command = [python or sys.executable, "-m", module, *arguments, "--parent-pid", str(os.getpid())]
+        self._environment = {**child_environment(python), TOKEN_VARIABLE: self.token, **environment}
+        self._inherited_fds = tuple(inherited_fds)
         log.parent.mkdir(parents=True, exist_ok=True)
-        with socket.create_server(("127.0.0.1", 0), backlog=2048) as listener, log.open("ab") as output:
-            self.address = f"http://127.0.0.1:{listener.getsockname()[1]}"
-            command = [python or sys.executable, "-m", module, *arguments]
-            command += ["--socket-fd", str(listener.fileno()), "--parent-pid", str(os.getpid())]
-            # The kernel's parent-death signal follows the *thread* that starts the child: safe for the main one only.
-            if threading.current_thread() is threading.main_thread():
-                command.append("--parent-death-signal")
-            self._process = subprocess.Popen(
+        with socket.create_server(("127.0.0.1", 0), backlog=BACKLOG) as listener:
+            self._port: int = listener.getsockname()[1]
+            self._process = self._spawn(listener, ())
+
+    def restart(self, *arguments: str) -> None:
+        """Kill what is left of the process and start it again at the same address, with these arguments too."""
+        self.stop()
+        self.num_restarts += 1
+        with socket.create_server(("127.0.0.1", self._port), backlog=BACKLOG) as listener:
+            self._process = self._spawn(listener, arguments)
+
+    def _spawn(self, listener: socket.socket, more: Sequence[str]) -> subprocess.Popen[bytes]:
+        self._is_stopped = False
+        command = [*self._command, *more, "--socket-fd", str(listener.fileno())]
+        # The kernel's parent-death signal follows the *thread* that starts the child: safe for the main one only.
+        if threading.current_thread() is threading.main_thread():
+            command.append("--parent-death-signal")
+        with self.log.open("ab") as output:
+            return subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env={**child_environment(python), TOKEN_VARIABLE: self.token, **environment},
-                pass_fds=(listener.fileno(), *inherited_fds),
+                env=self._environment,
+                pass_fds=(listener.fileno(), *self._inherited_fds),
                 start_new_session=True,  # Ctrl-C in the terminal is for the trainer
             )
-        # Our copy of the socket is closed: once the child is dead, connections are refused instead of queued.
+        # Our copy of the socket is closed then: once the child is dead, connections are refused instead of queued.
+
+    @property
+    def address(self) -> str:
+        return f"http://127.0.0.1:{self._port}"
 
     @property
     def pid(self) -> int:
@@ -81,9 +101,10 @@ class ServerProcess:
         return f"{how}. Last lines of {self.log}:\n{self._tail()}"
 
     def stop(self) -> None:
-        """Kill the process: it holds nothing that needs a goodbye. May be called twice."""
-        with contextlib.suppress(ProcessLookupError):
-            if self._process.poll() is None:
+        """Kill the process and its children: they hold nothing that needs a goodbye. May be called twice."""
+        if not self._is_stopped:
+            self._is_stopped = True
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.pid, signal.SIGKILL)
         self._process.wait(timeout=30)
 

@@ -1,25 +1,111 @@
-"""`engine=sglang`: a SGLang server in its own environment. This version looks for it and does not drive it."""
+"""`engine=sglang`: samples with SGLang in a server process of its own, in an environment of its own."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Any
 
-from atropos_exp.engine.external import environment_problems
-from atropos_exp.types import UserError
+from atropos_exp.engine.client import EngineClient
+from atropos_exp.engine.external import environment_problems, gpu_problems, interpreter
+from atropos_exp.engine.launch import DTYPES, Launch, check_settings
+from atropos_exp.engine.preflight import has_gpu
+
+SERVER = "atropos_exp.engine.sglang_server"
+TRANSPORTS = ("auto", "shm", "disk", "cuda_ipc")
+# The version that verl 0.9.1 was built against; it pins transformers 5.6.0, which verl excludes.
+INSTALL = "`pip install sglang==0.5.12 msgpack xxhash` in an environment of its own, on a machine with an NVIDIA GPU"
 
 
 @dataclass(frozen=True, kw_only=True)
 class SGLangEngine:
     """Settings of `engine=sglang`."""
 
+    dtype: str
     python: str | None
+    gpus: list[int] | None
+    tensor_parallel_size: int
+    mem_fraction_static: float
+    max_running_requests: int
+    attention_backend: str | None
+    sampling_backend: str | None
+    seeded: bool
+    num_threads: int | None
+    transport: str
+    start_timeout_seconds: float
+    request_timeout_seconds: float
+    health_timeout_seconds: float
+    max_restarts: int
+
+    def __post_init__(self) -> None:
+        check_settings(
+            self,
+            choices={"dtype": DTYPES, "transport": TRANSPORTS},
+            positive=(
+                *("tensor_parallel_size", "mem_fraction_static", "max_running_requests", "num_threads"),
+                *("start_timeout_seconds", "request_timeout_seconds", "health_timeout_seconds"),
+            ),
+        )
+
+    @property
+    def _python(self) -> str:
+        return interpreter(self.python, environment=".venv-sglang")
 
     def preflight(self, *, device: str) -> list[str]:
         """What stands in the way of `start`, one sentence each, found without starting a server."""
-        return environment_problems(option="sglang", module="sglang", title="SGLang", python=self.python)
+        problems = environment_problems(
+            option="sglang", title="SGLang", python=self._python, is_own=self.python is None, install=INSTALL
+        )
+        problems += gpu_problems(self.gpus, tensor_parallel_size=self.tensor_parallel_size, device=device)
+        if not problems and not has_gpu():
+            problems.append("engine=sglang needs an NVIDIA GPU, and this machine shows none; use another engine")
+        return problems
 
-    def start(self, *, model_folder: Path, device: str, log_folder: Path, max_sequence_length: int) -> NoReturn:
-        """Raises UserError: there is no client for SGLang here yet."""
-        raise UserError("engine=sglang is not driven by this version of atropos_exp; use engine=hf")
+    def start(self, *, model_folder: Path, device: str, log_folder: Path, max_sequence_length: int) -> EngineClient:
+        """Start the server on a Hugging Face folder and wait for its first token; raises EngineError.
+
+        `max_sequence_length` is the most tokens that a prompt and its answer have together. The caller stops it.
+        """
+        launch = Launch(
+            kind="sglang",
+            module=SERVER,
+            python=self._python,
+            model_folder=model_folder,
+            device=device,
+            dtype=self.dtype,
+            num_threads=self.num_threads,
+            max_sequence_length=max_sequence_length,
+            transport=self._transport(device),
+            log_folder=log_folder,
+            start_timeout_seconds=self.start_timeout_seconds,
+            request_timeout_seconds=self.request_timeout_seconds,
+            health_timeout_seconds=self.health_timeout_seconds,
+        )
+        launch.check_model()
+        environment = {"SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1"}  # a score draws one token past the longest
+        if self.gpus is not None:
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, self.gpus))
+        return launch.start(
+            *("--engine-arguments", json.dumps(self.engine_arguments())),
+            *(["--seeded"] if self.seeded else []),
+            environment=environment,
+        )
+
+    def engine_arguments(self) -> dict[str, Any]:
+        """For sglang.Engine, besides what every run needs."""
+        arguments: dict[str, Any] = {
+            "tp_size": self.tensor_parallel_size,
+            "mem_fraction_static": self.mem_fraction_static,
+            "max_running_requests": self.max_running_requests,
+            "cuda_graph_max_bs": self.max_running_requests,
+            "grammar_backend": "none",
+            "enable_deterministic_inference": self.seeded,  # seeds of requests count only with it
+        }
+        backends = {"attention_backend": self.attention_backend, "sampling_backend": self.sampling_backend}
+        return arguments | {name: value for name, value in backends.items() if value is not None}
+
+    def _transport(self, device: str) -> str:
+        if self.transport != "auto":
+            return self.transport
+        return "cuda_ipc" if device.startswith("cuda") and self.gpus is None else "shm"

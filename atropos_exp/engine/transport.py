@@ -1,4 +1,4 @@
-"""How a bucket of weights reaches a server process on this machine: shared memory, or files."""
+"""How a bucket of weights reaches a server process on this machine: shared memory, device memory, or files."""
 
 from __future__ import annotations
 
@@ -25,6 +25,11 @@ class Transport(Protocol):
     """The sender's side."""
 
     @property
+    def on_device(self) -> bool:
+        """Tensors are handed over on the trainer's GPU and never leave it."""
+        ...
+
+    @property
     def inherited_fds(self) -> tuple[int, ...]: ...
 
     def arguments(self) -> list[str]:
@@ -48,7 +53,9 @@ def is_transport(name: str) -> bool:
 
 
 def make_transport(name: str, log_folder: Path) -> Transport:
-    """shm | disk, or a class of a file of this folder, which is made with the log folder. Raises UserError."""
+    """shm | disk | cuda_ipc, or a class of a file of this folder, made with the log folder. Raises UserError."""
+    if name == "cuda_ipc":
+        return CudaTransport()
     if name == "shm":
         return ShmTransport()
     if name == "disk":
@@ -64,6 +71,8 @@ def make_transport(name: str, log_folder: Path) -> Transport:
 
 class ShmTransport:
     """Anonymous shared memory that the child inherits: it has no name that could be left behind, whoever dies."""
+
+    on_device = False
 
     def __init__(self) -> None:
         self._fd = os.memfd_create("atropos_exp-weights", os.MFD_CLOEXEC)
@@ -96,6 +105,7 @@ class DiskTransport:
     """One safetensors file, overwritten by each bucket, in a folder of its own."""
 
     FILE = "bucket.safetensors"
+    on_device = False
 
     def __init__(self, parent: Path) -> None:
         parent.mkdir(parents=True, exist_ok=True)
@@ -121,3 +131,39 @@ class DiskTransport:
         self.clear()
         with contextlib.suppress(FileNotFoundError):
             self._folder.rmdir()
+
+
+class CudaTransport:
+    """One buffer on the GPU that trainer and engine share. Made at the first bucket, grown for a larger one."""
+
+    on_device = True
+
+    def __init__(self) -> None:
+        self._buffer: Tensor | None = None
+        self._handle: list[Any] = []
+
+    @property
+    def inherited_fds(self) -> tuple[int, ...]:
+        return ()
+
+    def arguments(self) -> list[str]:
+        return ["--weights-cuda-ipc"]
+
+    def write(self, bucket: Bucket) -> dict[str, Any]:
+        import torch
+
+        from atropos_exp.engine.bucket import share_cuda
+
+        pieces, num_bytes = layout(bucket)
+        if self._buffer is None or len(self._buffer) < num_bytes:
+            self._buffer = torch.empty(max(num_bytes, 1), dtype=torch.uint8, device=bucket[0][1].device)
+            self._handle = share_cuda(self._buffer)
+        write_bucket(bucket, pieces, self._buffer)
+        torch.cuda.synchronize(self._buffer.device)  # the engine reads on a stream of its own
+        return {"pieces": [piece.to_message() for piece in pieces], "num_bytes": num_bytes, "cuda": self._handle}
+
+    def clear(self) -> None:
+        """The buffer stays: the engine keeps it open."""
+
+    def close(self) -> None:
+        self._buffer, self._handle = None, []

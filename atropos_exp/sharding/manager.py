@@ -107,7 +107,9 @@ class ShardingManager:
         bucket: list[tuple[str, Tensor]] = []
         num_bytes = 0
         for name, full in parameters:
-            tensor = full.detach().to(dtype).cpu()  # cast first: half the bytes leave the device
+            tensor = full.detach().to(dtype)  # cast first: half the bytes leave the device, if they have to
+            if not self._engine.transfers_on_device:
+                tensor = tensor.cpu()
             account.add(name, tensor)
             if bucket and num_bytes + tensor.nbytes > self._bucket_bytes:
                 yield bucket
@@ -121,7 +123,7 @@ class ShardingManager:
         started = time.perf_counter()
         expected = receiver.expected()
         check_complete(account.kinds, expected)
-        compared = check_digests(account.digests, receiver.digests(), expected)
+        compared = check_digests(account.resolve_digests(), receiver.digests(), expected)
         account.proof_seconds += time.perf_counter() - started
         return compared
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from atropos_exp.types import Floats, TokenIds
-from atropos_exp.wire_tensors import digest, dtype_name
+from atropos_exp.wire_tensors import digest, digest_lanes, dtype_name, resolve_lanes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,6 +28,7 @@ class Account:
 
     kinds: dict[str, tuple[str, tuple[int, ...]]] = field(default_factory=dict)  # name -> (dtype, shape)
     digests: dict[str, str] = field(default_factory=dict)
+    lanes: dict[str, Tensor] = field(default_factory=dict)  # of tensors on a device: read at the end, all at once
     num_bytes: int = 0
     proof_seconds: float = 0.0
 
@@ -36,9 +37,18 @@ class Account:
             raise SyncError(f"the trainer gave {name} twice")
         started = time.perf_counter()
         self.kinds[name] = (dtype_name(tensor), tuple(tensor.shape))
-        self.digests[name] = digest(tensor)
+        if tensor.device.type == "cpu":
+            self.digests[name] = digest(tensor)
+        else:
+            self.lanes[name] = digest_lanes(tensor)
         self.num_bytes += tensor.nbytes
         self.proof_seconds += time.perf_counter() - started
+
+    def resolve_digests(self) -> dict[str, str]:
+        """Of every tensor that was added."""
+        self.digests.update(zip(self.lanes, resolve_lanes(list(self.lanes.values())), strict=True))
+        self.lanes.clear()
+        return self.digests
 
 
 def check_complete(sent: TensorKinds, expected: TensorKinds) -> None:

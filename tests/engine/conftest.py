@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 from atropos_exp.config_origin import CONF_DIR
+from atropos_exp.engine.client import EngineClient
 from atropos_exp.engine.hf import HFEngine
-from atropos_exp.engine.hf_client import HFClient
 from atropos_exp.types import TokenIds
 
 VOCAB = 48
@@ -83,7 +83,7 @@ def settings(**changes: Any) -> HFEngine:
 
 
 @pytest.fixture(scope="session")
-def engine(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[HFClient]:
+def engine(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineClient]:
     client = settings(batching_wait_seconds=0.05).start(
         model_folder=model_folder,
         device="cpu",

@@ -117,7 +117,8 @@ def test_no_orphan_survives_its_parent(model_folder: Path, tmp_path: Path) -> No
         from pathlib import Path
         from atropos_exp.engine.hf import HFEngine
         engine = HFEngine(dtype="float32", python=None, num_threads=1, max_batch_tokens=4096, batching_wait_seconds=0.0,
-            transport="shm", start_timeout_seconds=120, request_timeout_seconds=60, health_timeout_seconds=20)
+            transport="shm", start_timeout_seconds=120, request_timeout_seconds=60, health_timeout_seconds=20,
+            max_restarts=0)
         folder = Path({str(tmp_path)!r})
         client = engine.start(model_folder=Path({str(model_folder)!r}), device="cpu", log_folder=folder,
             max_sequence_length=32)
@@ -141,10 +142,10 @@ def test_a_server_without_the_kernels_help_still_ends(tmp_path: Path) -> None:
     script = textwrap.dedent(
         """
         import os, sys, time
-        from atropos_exp.engine.hf_server import _die_with
+        from atropos_exp.engine.server import die_with
         parent = os.getpid()
         if (child := os.fork()) == 0:
-            _die_with(parent, at_once=False)
+            die_with(parent, at_once=False)
             time.sleep(600)
         print(child, flush=True)
         time.sleep(1)

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from atropos_exp.engine.backend import Refused
 from atropos_exp.engine.hf_decode import Decoder
 from atropos_exp.engine.hf_scheduler import Generation, Scheduler
-from atropos_exp.engine.hf_weights import Refused, WeightStore
+from atropos_exp.engine.hf_weights import WeightStore
 from atropos_exp.types import SamplingParams, TokenIds
 
 LATER = 60.0
@@ -231,8 +232,12 @@ def test_a_tied_head_sent_separately_must_agree(helpers: Any) -> None:
 
 
 def test_versions_never_go_back(helpers: Any) -> None:
-    store = WeightStore(helpers.random_model())
-    store.version = 5
+    model = helpers.random_model()
+    store = WeightStore(model)
+    store.begin(5)
+    for name, parameter in model.named_parameters():
+        store.load(name, parameter.clone())
+    store.finish()
     store.begin(5)
     with pytest.raises(Refused, match="version 5 is already served"):
         store.begin(4)

@@ -10,7 +10,7 @@ import httpx
 import numpy as np
 import pytest
 
-from atropos_exp.engine.hf_client import HFClient
+from atropos_exp.engine.client import EngineClient
 from atropos_exp.types import Finish, Sample, SamplingParams, UserError
 from atropos_exp.wire import pack, unpack
 
@@ -24,13 +24,13 @@ def ids(groups: list[list[Sample]]) -> list[list[list[int]]]:
     return [[sample.token_ids.tolist() for sample in group] for group in groups]
 
 
-def post(engine: HFClient, path: str, content: bytes, **headers: str) -> tuple[int, str]:
+def post(engine: EngineClient, path: str, content: bytes, **headers: str) -> tuple[int, str]:
     headers = headers or {"authorization": f"Bearer {engine.process.token}"}
     response = httpx.post(engine.process.address + path, content=content, headers=headers, trust_env=False)
     return response.status_code, unpack(response.content)["error"]
 
 
-def test_samples_carry_what_the_trainer_needs(engine: HFClient, model: Any, helpers: Any) -> None:
+def test_samples_carry_what_the_trainer_needs(engine: EngineClient, model: Any, helpers: Any) -> None:
     prompts = helpers.random_prompts([5, 1, 9])
     params = sampling(temperature=0.8)
     groups = engine.generate(prompts, params, num_samples=8)
@@ -50,7 +50,7 @@ def test_samples_carry_what_the_trainer_needs(engine: HFClient, model: Any, help
     assert finishes == {Finish.STOP, Finish.LENGTH}
 
 
-def test_same_request_same_tokens(engine: HFClient, helpers: Any) -> None:
+def test_same_request_same_tokens(engine: EngineClient, helpers: Any) -> None:
     prompts = helpers.random_prompts([5, 7])
     first = engine.generate(prompts, sampling(), num_samples=16)
     again = engine.generate(prompts, sampling(), num_samples=16)
@@ -61,14 +61,14 @@ def test_same_request_same_tokens(engine: HFClient, helpers: Any) -> None:
     assert len({tuple(tokens) for tokens in ids(first)[0]}) > 10  # samples of one prompt differ
 
 
-def test_score_agrees_with_the_samplers_logprobs(engine: HFClient, helpers: Any) -> None:
+def test_score_agrees_with_the_samplers_logprobs(engine: EngineClient, helpers: Any) -> None:
     (prompt,) = helpers.random_prompts([6])
     ((sample,),) = engine.generate([prompt], sampling(temperature=0.5), num_samples=1)
     (scored,) = engine.score([np.concatenate([prompt, sample.token_ids])], temperature=0.5)
     np.testing.assert_allclose(scored[len(prompt) - 1 :], sample.logprobs, atol=1e-5)
 
 
-def test_requests_of_several_threads_share_batches(engine: HFClient, helpers: Any) -> None:
+def test_requests_of_several_threads_share_batches(engine: EngineClient, helpers: Any) -> None:
     prompts = helpers.random_prompts([4] * 12, seed=3)
     alone = [ids(engine.generate([prompt], sampling(seed=i), num_samples=2)) for i, prompt in enumerate(prompts)]
     before = engine.info()
@@ -96,7 +96,7 @@ def test_requests_of_several_threads_share_batches(engine: HFClient, helpers: An
     assert together == alone
 
 
-def test_wrong_requests_are_refused_with_the_reason(engine: HFClient, helpers: Any) -> None:
+def test_wrong_requests_are_refused_with_the_reason(engine: EngineClient, helpers: Any) -> None:
     (prompt,) = helpers.random_prompts([4])
     cases: list[tuple[Any, dict[str, Any], str]] = [
         (helpers.random_prompts([helpers.max_length - 5]), {}, "prompt 0 has 43 tokens; with 6 .* between 1 and 42"),
@@ -116,20 +116,20 @@ def test_wrong_requests_are_refused_with_the_reason(engine: HFClient, helpers: A
     assert engine.generate([], sampling(), num_samples=1) == [] and engine.score([], temperature=1.0) == []
 
 
-def test_only_the_tokens_holder_is_served(engine: HFClient) -> None:
+def test_only_the_tokens_holder_is_served(engine: EngineClient) -> None:
     assert engine.process.address.startswith("http://127.0.0.1:")
     for wrong in ("Bearer wrong", engine.process.token, "Bearer"):
         assert post(engine, "/info", pack({}), authorization=wrong) == (401, "wrong or missing token")
     assert post(engine, "/info", pack({}), other="header") == (401, "wrong or missing token")
 
 
-def test_a_body_that_is_no_message_is_refused(engine: HFClient) -> None:
+def test_a_body_that_is_no_message_is_refused(engine: EngineClient) -> None:
     for content in (b"", b"\x80\x04K\x01.", b"\xff" * 40, pack({"x": np.zeros(3, dtype=np.int32)})[:-5]):
         status, error = post(engine, "/generate", content)
         assert status == 400 and error.startswith("bad request: ")
 
 
-def test_out_of_order_weight_messages_are_refused(engine: HFClient) -> None:
+def test_out_of_order_weight_messages_are_refused(engine: EngineClient) -> None:
     for path, message, expected in (
         ("/weights/finish", {}, (409, "finish without an update in progress")),
         (

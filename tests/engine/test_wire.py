@@ -98,3 +98,59 @@ def test_a_digest_sees_every_bit() -> None:
 def test_places_outside_the_buffer_are_refused(item: Any) -> None:
     with pytest.raises(WireError):
         Piece.from_message(item, buffer_bytes=64)
+
+
+def device_digest(tensor: Any) -> str:
+    from atropos_exp.wire_tensors import digest_lanes, resolve_lanes
+
+    return resolve_lanes([digest_lanes(tensor)])[0]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("size", [1, 3, 8, 1001])
+def test_the_digest_of_a_device_sees_every_change(dtype: str, size: int) -> None:
+    """It is arithmetic, so it can be tried on the host: every bit flipped, neighbours swapped, another alignment."""
+    import torch
+
+    generator = torch.Generator().manual_seed(size)
+    tensor = torch.randn(size, generator=generator).to(getattr(torch, dtype))
+    want = device_digest(tensor)
+    assert device_digest(tensor.clone()) == want and len(want) == 32
+    padded = torch.cat([tensor[:1], tensor])  # the same elements, at an address that is no multiple of 8
+    assert device_digest(padded[1:]) == want
+    if size == 1001:
+        assert device_digest(tensor.view(7, 143)) == want
+        assert device_digest(tensor.view(7, 143).T.contiguous()) != want
+    seen = {want}
+    raw = tensor.view(torch.uint8)
+    for place in range(0, len(raw), max(1, len(raw) // 16)):
+        for bit in range(8):
+            raw[place] ^= 1 << bit
+            seen.add(device_digest(tensor))
+            raw[place] ^= 1 << bit
+    assert len(seen) == 1 + 8 * len(range(0, len(raw), max(1, len(raw) // 16))), "each has a digest of its own"
+    if size > 1:
+        swapped = tensor.clone()
+        swapped[[0, 1]] = tensor[[1, 0]]
+        assert device_digest(swapped) not in seen
+
+
+def test_the_digest_of_a_device_by_hand() -> None:
+    """Of two words, in Python's own integers."""
+    import torch
+
+    words = [0x0123456789ABCDEF, -2]
+    mask = (1 << 64) - 1
+
+    def signed_shift(value: int, bits: int) -> int:
+        value &= mask
+        return ((value - (1 << 64) if value >> 63 else value) >> bits) & mask
+
+    first = second = 0
+    for index, word in enumerate(words):
+        weight = (index + 1) * 0x9E3779B97F4A7C15 & mask
+        weight = (weight ^ signed_shift(weight, 30)) * 0xBF58476D1CE4E5B9 & mask
+        first += word * (weight | 1)
+        second += ((word & mask) ^ signed_shift(word, 32)) * ((weight ^ signed_shift(weight, 27)) | 1)
+    expected = f"{first & mask:016x}{second & mask:016x}"
+    assert device_digest(torch.tensor(words).view(torch.float32)) == expected

@@ -13,8 +13,8 @@ import pytest
 import yaml
 
 from atropos_exp.config_origin import CONF_DIR
+from atropos_exp.engine.client import EngineClient
 from atropos_exp.engine.hf import HFEngine
-from atropos_exp.engine.hf_client import HFClient
 from atropos_exp.gateway.client import GatewayClient
 from atropos_exp.gateway.settings import GatewaySettings
 from atropos_exp.model.tiny import WEIGHTS
@@ -31,7 +31,7 @@ def settings(**changes: Any) -> GatewaySettings:
     return GatewaySettings(**{**values, **changes})
 
 
-def start_engine(folder: Path, **changes: Any) -> HFClient:
+def start_engine(folder: Path, **changes: Any) -> EngineClient:
     values = yaml.safe_load((CONF_DIR / "engine/hf.yaml").read_text())
     del values["_target_"]
     return HFEngine(**{**values, "num_threads": 1, **changes}).start(
@@ -82,14 +82,14 @@ def sequence(prompt: list[int], *parts: tuple[list[int], bool]) -> tuple[TokenId
 
 
 @pytest.fixture(scope="session")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HFClient]:
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineClient]:
     client = start_engine(tmp_path_factory.mktemp("engine"))
     yield client
     client.stop()
 
 
 @pytest.fixture(scope="session")
-def gateway(engine: HFClient, tmp_path_factory: pytest.TempPathFactory) -> Iterator[GatewayClient]:
+def gateway(engine: EngineClient, tmp_path_factory: pytest.TempPathFactory) -> Iterator[GatewayClient]:
     client = start_gateway(engine.endpoint, tmp_path_factory.mktemp("gateway"))
     yield client
     client.stop()

@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 import pytest
 
-from atropos_exp.engine.hf_client import HFClient
+from atropos_exp.engine.client import EngineClient
 from atropos_exp.gateway.client import GatewayClient
 from atropos_exp.types import Endpoint
 from atropos_exp.wire import EngineError
@@ -51,14 +51,14 @@ class Asking:
 
 
 @pytest.fixture(scope="module")
-def engine(helpers: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[HFClient]:
+def engine(helpers: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineClient]:
     client = helpers.start_engine(tmp_path_factory.mktemp("engine"), health_timeout_seconds=10)  # it beats every 2 s
     yield client
     client.stop()
 
 
 @pytest.fixture(scope="module")
-def gateway(engine: HFClient, helpers: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[GatewayClient]:
+def gateway(engine: EngineClient, helpers: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[GatewayClient]:
     client = helpers.start_gateway(
         engine.endpoint, tmp_path_factory.mktemp("gateway"), engine_silence_seconds=10.0, health_timeout_seconds=5.0
     )
@@ -66,7 +66,7 @@ def gateway(engine: HFClient, helpers: Any, tmp_path_factory: pytest.TempPathFac
     client.stop()
 
 
-def load(engine: HFClient, weights: Path, version: int) -> None:
+def load(engine: EngineClient, weights: Path, version: int) -> None:
     """The same weights again as a new version."""
     import torch
     from safetensors.torch import load_file
@@ -81,7 +81,7 @@ def load(engine: HFClient, weights: Path, version: int) -> None:
         receiver.receive(bucket)
 
 
-def test_a_hold_around_a_weight_update(gateway: GatewayClient, engine: HFClient, helpers: Any) -> None:
+def test_a_hold_around_a_weight_update(gateway: GatewayClient, engine: EngineClient, helpers: Any) -> None:
     """Requests wait through both pauses, the gateway's and the engine's, and get the new version."""
     old = helpers.post(gateway, "/generate", BODY)
     before = gateway.counters()
@@ -116,7 +116,7 @@ def test_a_hold_around_a_weight_update(gateway: GatewayClient, engine: HFClient,
     assert waiting.result().status_code == 200
 
 
-def test_a_client_that_goes_away_takes_its_request_along(gateway: GatewayClient, engine: HFClient) -> None:
+def test_a_client_that_goes_away_takes_its_request_along(gateway: GatewayClient, engine: EngineClient) -> None:
     before = gateway.counters()
     engine.pause()
     rows = engine.info()["num_rows"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,16 +14,18 @@ import torch
 import yaml
 
 from atropos_exp.config_origin import CONF_DIR
+from atropos_exp.engine.client import EngineClient
 from atropos_exp.engine.hf import HFEngine
-from atropos_exp.engine.hf_client import HFClient
 from atropos_exp.sharding.manager import ShardingManager
 from atropos_exp.types import Floats, TokenIds, TrainBatch, UpdateStats
+
+sys.path.insert(0, str(Path(__file__).parent))  # puts `faulty_lines` within reach of the tests beside it
 
 VOCAB = 48
 CANARY = [np.random.default_rng(5).integers(0, VOCAB, size=length).astype(np.int32) for length in (4, 9, 6)]
 
 
-def random_model(*, tied: bool, seed: int) -> Any:
+def random_model(*, tied: bool, seed: int, positions: int = 64) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(seed)
@@ -34,7 +37,7 @@ def random_model(*, tied: bool, seed: int) -> Any:
         num_hidden_layers=2,
         num_attention_heads=1,
         num_key_value_heads=1,
-        max_position_embeddings=64,
+        max_position_embeddings=positions,
         tie_word_embeddings=tied,
         initializer_range=0.2,
     )
@@ -78,7 +81,7 @@ class HeldModel:
         raise NotImplementedError
 
 
-def start(folder: Path, model: Any, *, device: str = "cpu", **changes: Any) -> HFClient:
+def start(folder: Path, model: Any, *, device: str = "cpu", **changes: Any) -> EngineClient:
     model.save_pretrained(folder / "model")
     values = yaml.safe_load((CONF_DIR / "engine/hf.yaml").read_text())
     del values["_target_"]
@@ -99,7 +102,7 @@ def helpers() -> Any:
 
 
 @pytest.fixture(scope="session")
-def tied_engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HFClient]:
+def tied_engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineClient]:
     client = start(tmp_path_factory.mktemp("tied"), random_model(tied=True, seed=0))
     yield client
     client.stop()

@@ -4,83 +4,25 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from faulty_lines import (
+    SQUARE,
+    BreaksHalfWay,
+    Bucket,
+    DeliversOld,
+    DeliversOldAndCannotTell,
+    FaultyLine,
+    LosesOne,
+    TransposesOne,
+)
 
-from atropos_exp.engine.hf_client import HFClient
+from atropos_exp.engine.client import EngineClient
 from atropos_exp.sharding.proof import SyncError
 from atropos_exp.wire import EngineError
-
-Bucket = Sequence[tuple[str, torch.Tensor]]
-SQUARE = "model.layers.1.self_attn.q_proj.weight"
-
-
-class FaultyLine:
-    """An engine, but with a faulty line for weights in front of it. Everything else is the real server's."""
-
-    def __init__(self, engine: HFClient) -> None:
-        self._engine = engine
-        self.dtype, self.version, self.score = engine.dtype, engine.version, engine.score
-
-    @contextmanager
-    def updating(self, version: int) -> Iterator[Any]:
-        with self._engine.updating(version) as receiver:
-            self._receiver = receiver
-            yield self
-
-    def expected(self) -> Mapping[str, tuple[str, tuple[int, ...]]]:
-        expected: Mapping[str, tuple[str, tuple[int, ...]]] = self._receiver.expected()
-        return expected
-
-    def receive(self, bucket: Bucket) -> None:
-        self._receiver.receive(bucket)
-
-    def digests(self) -> Mapping[str, str]:
-        digests: Mapping[str, str] = self._receiver.digests()
-        return digests
-
-
-class LosesOne(FaultyLine):
-    def receive(self, bucket: Bucket) -> None:
-        super().receive([(name, tensor) for name, tensor in bucket if name != SQUARE])
-
-
-class TransposesOne(FaultyLine):
-    def receive(self, bucket: Bucket) -> None:
-        super().receive([(name, tensor.T.contiguous() if name == SQUARE else tensor) for name, tensor in bucket])
-
-
-class DeliversOld(FaultyLine):
-    """The new version arrives with the weights of the last one, or with those of a given model."""
-
-    def __init__(self, engine: HFClient, old: Any) -> None:
-        super().__init__(engine)
-        self.old = {name: tensor.clone() for name, tensor in old.named_parameters()}
-
-    def receive(self, bucket: Bucket) -> None:
-        super().receive([(name, self.old[name]) for name, _ in bucket])
-
-
-class DeliversOldAndCannotTell(DeliversOld):
-    def digests(self) -> Mapping[str, str]:
-        return {}
-
-
-class BreaksHalfWay(FaultyLine):
-    def __init__(self, engine: HFClient) -> None:
-        super().__init__(engine)
-        self.num_left = 3
-
-    def receive(self, bucket: Bucket) -> None:
-        if self.num_left == 0:
-            raise ConnectionError("the line is cut")
-        self.num_left -= 1
-        super().receive(bucket)
 
 
 @pytest.fixture
@@ -88,7 +30,7 @@ def trainer(helpers: Any) -> Any:
     return helpers.HeldModel(helpers.random_model(tied=True, seed=7))
 
 
-def assert_refuses_then_recovers(engine: HFClient, trainer: Any, helpers: Any, version: int) -> None:
+def assert_refuses_then_recovers(engine: EngineClient, trainer: Any, helpers: Any, version: int) -> None:
     for refused in (engine.check, lambda: engine.score(helpers.canary, temperature=1.0)):
         with pytest.raises(EngineError, match=f"answered 409: weights incomplete: update to version {version} interr"):
             refused()
@@ -96,7 +38,7 @@ def assert_refuses_then_recovers(engine: HFClient, trainer: Any, helpers: Any, v
     engine.check()
 
 
-def test_a_skipped_tensor(tied_engine: HFClient, trainer: Any, helpers: Any) -> None:
+def test_a_skipped_tensor(tied_engine: EngineClient, trainer: Any, helpers: Any) -> None:
     """Lost on the line (only the engine's digests know), and never given by the trainer."""
     version = tied_engine.version() + 1
     with pytest.raises(SyncError, match=f"the engine holds other bits than were sent of {SQUARE} "):
@@ -112,7 +54,7 @@ def test_a_skipped_tensor(tied_engine: HFClient, trainer: Any, helpers: Any) -> 
     assert_refuses_then_recovers(tied_engine, trainer, helpers, version + 1)
 
 
-def test_the_engine_itself_misses_a_skipped_tensor(tied_engine: HFClient, trainer: Any) -> None:
+def test_the_engine_itself_misses_a_skipped_tensor(tied_engine: EngineClient, trainer: Any) -> None:
     version = tied_engine.version() + 1
     with (
         pytest.raises(EngineError, match=rf"update to version {version} misses {SQUARE} of \d+ tensors"),
@@ -123,7 +65,7 @@ def test_the_engine_itself_misses_a_skipped_tensor(tied_engine: HFClient, traine
         tied_engine.check()
 
 
-def test_a_transposed_tensor(tied_engine: HFClient, trainer: Any, helpers: Any) -> None:
+def test_a_transposed_tensor(tied_engine: EngineClient, trainer: Any, helpers: Any) -> None:
     """On the line the digests name it. In the trainer's hands, before any digest, the canary sees it."""
     assert len(set(trainer.model.get_parameter(SQUARE).shape)) == 1
     version = tied_engine.version() + 1
@@ -140,7 +82,7 @@ def test_a_transposed_tensor(tied_engine: HFClient, trainer: Any, helpers: Any) 
     assert_refuses_then_recovers(tied_engine, trainer, helpers, version + 1)
 
 
-def test_stale_weights_under_a_new_version(tied_engine: HFClient, trainer: Any, helpers: Any) -> None:
+def test_stale_weights_under_a_new_version(tied_engine: EngineClient, trainer: Any, helpers: Any) -> None:
     helpers.manage(trainer, tied_engine).publish(tied_engine.version() + 1)
     stale = DeliversOld(tied_engine, trainer.model)
     trainer.disturb()
@@ -150,7 +92,7 @@ def test_stale_weights_under_a_new_version(tied_engine: HFClient, trainer: Any, 
     assert_refuses_then_recovers(tied_engine, trainer, helpers, version)
 
 
-def test_the_canary_alone_catches_stale_weights(tied_engine: HFClient, trainer: Any, helpers: Any) -> None:
+def test_the_canary_alone_catches_stale_weights(tied_engine: EngineClient, trainer: Any, helpers: Any) -> None:
     """With an engine that accepts everything, counts a version up and cannot give digests."""
     helpers.manage(trainer, tied_engine).publish(tied_engine.version() + 1)
     stale = DeliversOldAndCannotTell(tied_engine, trainer.model)
@@ -162,7 +104,7 @@ def test_the_canary_alone_catches_stale_weights(tied_engine: HFClient, trainer: 
     assert_refuses_then_recovers(tied_engine, trainer, helpers, version + 1)
 
 
-def test_a_version_that_did_not_change(tied_engine: HFClient, trainer: Any, helpers: Any) -> None:
+def test_a_version_that_did_not_change(tied_engine: EngineClient, trainer: Any, helpers: Any) -> None:
     faulty = FaultyLine(tied_engine)
     version = tied_engine.version() + 1
     faulty.version = lambda: version - 1
@@ -171,7 +113,7 @@ def test_a_version_that_did_not_change(tied_engine: HFClient, trainer: Any, help
     assert_refuses_then_recovers(tied_engine, trainer, helpers, version)
 
 
-def test_an_interruption_half_way(tied_engine: HFClient, trainer: Any, helpers: Any) -> None:
+def test_an_interruption_half_way(tied_engine: EngineClient, trainer: Any, helpers: Any) -> None:
     version = tied_engine.version() + 1
     with pytest.raises(ConnectionError, match="the line is cut"):
         helpers.manage(trainer, BreaksHalfWay(tied_engine), bucket_bytes=1).publish(version)
@@ -183,7 +125,7 @@ def test_an_interruption_half_way(tied_engine: HFClient, trainer: Any, helpers: 
     assert_refuses_then_recovers(tied_engine, trainer, helpers, version)
 
 
-def test_a_weight_that_is_not_finite(tied_engine: HFClient, trainer: Any, helpers: Any) -> None:
+def test_a_weight_that_is_not_finite(tied_engine: EngineClient, trainer: Any, helpers: Any) -> None:
     version = tied_engine.version() + 1
     healthy = trainer.model.model.norm.weight.detach().clone()
     with torch.no_grad():

@@ -25,6 +25,7 @@ class MemoryEngine:
     """An honest engine of one matrix: the logprob of token b after token a is log_softmax(matrix)[a, b]."""
 
     dtype = "float32"
+    transfers_on_device = False
 
     def __init__(self, fails_at: str) -> None:
         import torch

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from atropos_exp.engine.hf_client import HFClient
+from atropos_exp.engine.client import EngineClient
 from atropos_exp.types import SamplingParams
 from atropos_exp.wire import EngineError
 from atropos_exp.wire_tensors import digest
@@ -19,7 +19,7 @@ from atropos_exp.wire_tensors import digest
 GREEDY = SamplingParams(temperature=0.0, top_p=1.0, top_k=0, max_tokens=8, stop_token_ids=(), seed=0)
 
 
-def test_tied_weights_arrive_bit_for_bit(tied_engine: HFClient, helpers: Any) -> None:
+def test_tied_weights_arrive_bit_for_bit(tied_engine: EngineClient, helpers: Any) -> None:
     trainer = helpers.HeldModel(helpers.random_model(tied=True, seed=1))
     for bucket_bytes in (1, 40_000, 1 << 30):  # a tensor a bucket, some, all in one
         trainer.disturb()
@@ -37,7 +37,7 @@ def test_tied_weights_arrive_bit_for_bit(tied_engine: HFClient, helpers: Any) ->
         assert manager.num_syncs == manager.num_verified == 1
 
 
-def test_the_engine_samples_from_the_new_weights(tied_engine: HFClient, helpers: Any) -> None:
+def test_the_engine_samples_from_the_new_weights(tied_engine: EngineClient, helpers: Any) -> None:
     trainer = helpers.HeldModel(helpers.random_model(tied=True, seed=2))
     version = tied_engine.version() + 1
     helpers.manage(trainer, tied_engine).publish(version)
@@ -51,7 +51,7 @@ def test_the_engine_samples_from_the_new_weights(tied_engine: HFClient, helpers:
     assert sample.policy_version == version
 
 
-def test_a_tied_head_may_come_under_its_own_name_if_equal(tied_engine: HFClient, helpers: Any) -> None:
+def test_a_tied_head_may_come_under_its_own_name_if_equal(tied_engine: EngineClient, helpers: Any) -> None:
     model = helpers.random_model(tied=True, seed=3)
 
     class WithHead(helpers.HeldModel):  # type: ignore[misc, name-defined]
@@ -74,7 +74,7 @@ def test_a_tied_head_may_come_under_its_own_name_if_equal(tied_engine: HFClient,
     tied_engine.check()
 
 
-def test_requests_during_an_update_wait_for_its_weights(tied_engine: HFClient, helpers: Any) -> None:
+def test_requests_during_an_update_wait_for_its_weights(tied_engine: EngineClient, helpers: Any) -> None:
     trainer = helpers.HeldModel(helpers.random_model(tied=True, seed=5))
     version = tied_engine.version() + 1
     prompt = np.array([3, 1, 4], dtype=np.int32)
@@ -95,7 +95,7 @@ def test_requests_during_an_update_wait_for_its_weights(tied_engine: HFClient, h
     np.testing.assert_allclose(sample.logprobs, scored[len(prompt) - 1 :], atol=1e-5)
 
 
-def test_versions_do_not_go_back(tied_engine: HFClient, helpers: Any) -> None:
+def test_versions_do_not_go_back(tied_engine: EngineClient, helpers: Any) -> None:
     trainer = helpers.HeldModel(helpers.random_model(tied=True, seed=4))
     version = tied_engine.version() + 5
     helpers.manage(trainer, tied_engine).publish(version)

@@ -17,8 +17,8 @@ import pytest
 import yaml
 
 from atropos_exp.config_origin import CONF_DIR
+from atropos_exp.engine.client import EngineClient
 from atropos_exp.engine.hf import HFEngine
-from atropos_exp.engine.hf_client import HFClient
 from atropos_exp.gateway.settings import GatewaySettings
 from atropos_exp.model.tiny import WEIGHTS
 
@@ -138,7 +138,7 @@ def helpers() -> Any:
 
 
 @pytest.fixture(scope="session")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HFClient]:
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineClient]:
     values = yaml.safe_load((CONF_DIR / "engine/hf.yaml").read_text())
     del values["_target_"]
     client = HFEngine(**{**values, "num_threads": 1}).start(
@@ -149,7 +149,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HFClient]:
 
 
 @pytest.fixture(scope="session")
-def gateway(engine: HFClient, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def gateway(engine: EngineClient, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Its address."""
     values = yaml.safe_load((CONF_DIR / "gateway/default.yaml").read_text())
     del values["_target_"]

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from atropos_exp.atropos.envs.run_settings import RunSettings
-from atropos_exp.engine.hf_client import HFClient
+from atropos_exp.engine.client import EngineClient
 from atropos_exp.reward.pool import RewardPool
 from atropos_exp.seeds import derive_seed
 from atropos_exp.types import Prompt, Sample, SamplingParams, TokenIds
@@ -65,7 +65,7 @@ def check_group(group: dict[str, Any], tokenizer: Any, scored: Sequence[Any]) ->
     return questions.pop()
 
 
-def expected_tokens(engine: HFClient, prompt: Prompt, seed: int) -> list[list[int]]:
+def expected_tokens(engine: EngineClient, prompt: Prompt, seed: int) -> list[list[int]]:
     """What the engine itself draws for a group: calls of at most 8, each with a seed of its own."""
     params = SamplingParams(temperature=0.9, top_p=0.98, top_k=50, max_tokens=3, stop_token_ids=(1,), seed=0)
     drawn: list[Sample] = []
@@ -79,7 +79,7 @@ def expected_tokens(engine: HFClient, prompt: Prompt, seed: int) -> list[list[in
 
 @pytest.mark.slow
 def test_groups_reach_the_trainer_exactly_as_they_were_sampled(
-    engine: HFClient, gateway: str, write_config: Callable[..., Path], programs: Any, tmp_path: Path
+    engine: EngineClient, gateway: str, write_config: Callable[..., Path], programs: Any, tmp_path: Path
 ) -> None:
     config = write_config()
     api = programs.api()
@@ -126,7 +126,7 @@ def test_groups_reach_the_trainer_exactly_as_they_were_sampled(
 class _OnePromptAtATime:
     """The engine, asked as the environment asks it."""
 
-    def __init__(self, engine: HFClient) -> None:
+    def __init__(self, engine: EngineClient) -> None:
         self._engine = engine
 
     def generate(self, prompts: Sequence[TokenIds], params: SamplingParams, *, num_samples: int) -> Any:
@@ -139,7 +139,7 @@ class _OnePromptAtATime:
 
 
 def test_evaluation_gives_the_numbers_of_our_own(
-    engine: HFClient, gateway: str, write_config: Callable[..., Path], programs: Any, tmp_path: Path
+    engine: EngineClient, gateway: str, write_config: Callable[..., Path], programs: Any, tmp_path: Path
 ) -> None:
     from data_prep.prepare import ensure
 

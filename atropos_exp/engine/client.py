@@ -1,4 +1,4 @@
-"""The trainer's side of engine `hf`: every call is one bounded exchange with the server process."""
+"""The trainer's side of every engine: each call is one bounded exchange with the server process."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from atropos_exp.types import Endpoint, Finish, Floats, Sample, SamplingParams, TokenIds, UserError
-from atropos_exp.wire import HEARTBEAT, EngineError, WireError, flatten, pack, split, unpack
+from atropos_exp.wire import HEARTBEAT, EngineError, EngineLost, WireError, flatten, pack, split, unpack
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 Message = dict[str, Any]
 
 
-class HFClient:
+class EngineClient:
     """An `Engine`. Safe to use from several threads; requests that wait at the same time are decoded together."""
 
     def __init__(
@@ -30,15 +30,19 @@ class HFClient:
         process: ServerProcess,
         transport: Transport,
         *,
+        kind: str,
         dtype: str,
+        start_timeout_seconds: float,
         request_timeout_seconds: float,
         health_timeout_seconds: float,
     ) -> None:
         import httpx
 
         self.process = process
+        self.kind = kind  # the name of the engine in conf/engine
         self._transport = transport
         self._dtype = dtype
+        self._start_timeout_seconds = start_timeout_seconds
         self._request_timeout_seconds = request_timeout_seconds
         self._health_timeout_seconds = health_timeout_seconds
         self._http = httpx.Client(
@@ -55,24 +59,42 @@ class HFClient:
 
     @property
     def endpoint(self) -> Endpoint:
+        # Every engine's server speaks the protocol that began with engine hf.
         return Endpoint(kind="hf", address=self.process.address, token=self.process.token)
 
-    def wait_until_ready(self, seconds: float) -> None:
+    @property
+    def transfers_on_device(self) -> bool:
+        """Whether `WeightReceiver.receive` wants tensors on the GPU, digests being made there too."""
+        return self._transport.on_device
+
+    def wait_until_ready(self) -> None:
         """Until the server answers and has generated a token. Raises EngineError."""
+        left = self._await_server()
+        self._exchange("/health", {}, what="the first token", seconds=max(1.0, left))
+
+    def restart(self) -> None:
+        """Replace a server that is lost by a fresh one, at the same address, which refuses to sample until it has had
+        a complete update. Raises EngineError if that fails, too."""
+        self._transport.clear()
+        self.process.restart("--problem", "weights incomplete: the engine was started anew and not synced yet")
+        self._await_server()
+
+    def _await_server(self) -> float:
+        """Until it answers; the seconds left of those that a start may take."""
         import httpx
 
+        seconds = self._start_timeout_seconds
         deadline = time.monotonic() + seconds
         while True:
             if self.process.has_ended():
-                raise EngineError(f"engine hf did not start: {self.process.state()}")
+                raise EngineError(f"engine {self.kind} did not start: {self.process.state()}")
             try:
                 self._http.post("/info", content=pack({"timeout_seconds": 1.0}), timeout=httpx.Timeout(1.0))
-                break
+                return deadline - time.monotonic()
             except httpx.TransportError:
                 if time.monotonic() > deadline:
                     reason = f"waited {seconds:g} s (engine.start_timeout_seconds) for the server to load the model"
-                    raise EngineError(f"engine hf did not start: {reason}; {self.process.state()}") from None
-        self._exchange("/health", {}, what="the first token", seconds=max(1.0, deadline - time.monotonic()))
+                    raise EngineError(f"engine {self.kind} did not start: {reason}; {self.process.state()}") from None
 
     def generate(self, prompts: Sequence[TokenIds], params: SamplingParams, *, num_samples: int) -> list[list[Sample]]:
         """See `Engine.generate`. A prompt that does not fit, or a token outside the vocabulary, is a UserError."""
@@ -149,10 +171,10 @@ class HFClient:
         self._exchange("/resume", {}, what="sampling to resume", seconds=self._health_timeout_seconds)
 
     @contextlib.contextmanager
-    def updating(self, version: int) -> Iterator[HFReceiver]:
+    def updating(self, version: int) -> Iterator[Receiver]:
         """See `Engine.updating`. Nothing is sampled between the pause and the commit."""
         expected = {name: (kind, tuple(shape)) for name, kind, shape in self.info()["expected"]}
-        receiver = HFReceiver(self, expected, version)
+        receiver = Receiver(self, expected, version)
         self.pause()
         try:
             self._exchange("/weights/begin", {"version": version}, what=f"the update to version {version} to begin")
@@ -180,7 +202,7 @@ class HFClient:
 
         seconds = self._request_timeout_seconds if seconds is None else seconds
         deadline = time.monotonic() + seconds
-        waiting = f"engine hf: waited for {what}"
+        waiting = f"engine {self.kind}: waited for {what}"
         content = pack({**message, "timeout_seconds": seconds})
         silence = min(seconds, self._health_timeout_seconds)
         try:
@@ -192,10 +214,10 @@ class HFClient:
                         raise EngineError(f"{waiting} longer than {seconds:g} s; {self.process.state()}")
         except httpx.TimeoutException as error:
             reason = f"no sign of life for {silence:g} s (engine.health_timeout_seconds): it hangs"
-            raise EngineError(f"{waiting}; {reason}. {self.process.state()}") from error
+            raise EngineLost(f"{waiting}; {reason}. {self.process.state()}") from error
         except httpx.TransportError as error:
             self.process.wait(1.0)
-            raise EngineError(f"{waiting}; {type(error).__name__} {error}: {self.process.state()}") from error
+            raise EngineLost(f"{waiting}; {type(error).__name__} {error}: {self.process.state()}") from error
         try:
             answer = unpack(bytes(body).lstrip(HEARTBEAT))
         except WireError as error:
@@ -203,7 +225,7 @@ class HFClient:
             raise EngineError(f"{waiting}; got {got}: {error}") from None
         if "error" in answer:
             if answer["status"] == 400 and path in ("/generate", "/score"):
-                raise UserError(f"engine hf refused a request for {what}: {answer['error']}")
+                raise UserError(f"engine {self.kind} refused a request for {what}: {answer['error']}")
             raise EngineError(f"{waiting}; it answered {answer['status']}: {answer['error']}")
         return answer
 
@@ -214,14 +236,17 @@ class HFClient:
         self._exchange("/weights/bucket", message, what=f"version {version}: {names} to be loaded")
 
     def digests(self) -> dict[str, str]:
-        digests: dict[str, str] = self._exchange("/weights/digests", {}, what="the digests of its weights")["digests"]
+        message = {"on_device": self._transport.on_device}
+        digests: dict[str, str] = self._exchange("/weights/digests", message, what="the digests of its weights")[
+            "digests"
+        ]
         return digests
 
 
-class HFReceiver:
+class Receiver:
     """A `WeightReceiver`: one update of the server's weights."""
 
-    def __init__(self, client: HFClient, expected: Mapping[str, tuple[str, tuple[int, ...]]], version: int) -> None:
+    def __init__(self, client: EngineClient, expected: Mapping[str, tuple[str, tuple[int, ...]]], version: int) -> None:
         self._client = client
         self._expected = expected
         self._version = version

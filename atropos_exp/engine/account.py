@@ -1,0 +1,88 @@
+"""The server's account of a weight update: what must arrive, what has, and whether the weights belong together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from atropos_exp.engine.backend import Refused
+from atropos_exp.engine.bucket import Kind
+
+
+class UpdateAccount:
+    """Says no to what does not fit. It holds no tensor. One thread uses it."""
+
+    def __init__(self, expected: Mapping[str, Kind], aliases: Mapping[str, str], *, problem: str | None = None) -> None:
+        """`aliases`: tied name -> the expected name that owns the tensor. `problem`: why not to sample yet."""
+        self.expected = dict(expected)
+        self.aliases = dict(aliases)
+        self.version = 0  # of the last complete update; 0: as loaded from the folder
+        self.problem = problem  # why the weights are not one consistent policy
+        self._next_version: int | None = None  # of the update in progress
+        self._received: set[str] = set()
+
+    @property
+    def is_open(self) -> bool:
+        """An update is in progress."""
+        return self._next_version is not None
+
+    def begin(self, version: int) -> None:
+        """Start over with an empty account, whatever came before."""
+        if version < self.version:
+            raise Refused(409, f"update to version {version} refused: version {self.version} is already served")
+        self._next_version = version
+        self._received = set()
+
+    def mark_incomplete(self) -> None:
+        """For a backend that cannot compute from the first moment of an update on."""
+        self.problem = self._interrupted()
+
+    def admit(self, name: str, kind: Kind) -> None:
+        """One tensor that is about to be loaded: it is wanted, and for the first time."""
+        if self._next_version is None:
+            raise Refused(409, f"{name} sent without an update in progress")
+        if name in self._received:
+            raise Refused(400, f"{name} sent twice in the update to version {self._next_version}")
+        want = self.expected.get(self.aliases.get(name, name))
+        if want is None:
+            raise Refused(400, f"{name} is not a parameter of the served model")
+        if kind != want:
+            raise Refused(400, f"{name}: got {kind[0]} {list(kind[1])}, expected {want[0]} {list(want[1])}")
+
+    def received(self, name: str) -> None:
+        """It is loaded now: from the first one on the weights are incomplete until `finish`."""
+        if name not in self.aliases:
+            self._received.add(name)
+            self.problem = self._interrupted()
+
+    def check_complete(self) -> None:
+        """Refuses, and gives the update up, if a tensor is missing."""
+        if self._next_version is None:
+            raise Refused(409, "finish without an update in progress")
+        missing = [name for name in self.expected if name not in self._received]
+        if missing:
+            reason = f"update to version {self._next_version} misses {some(missing)}"
+            self.abort()
+            raise Refused(400, f"{reason} of {len(self.expected)} tensors")
+
+    def finish(self) -> None:
+        assert self._next_version is not None, "check_complete comes first"
+        self.version, self._next_version = self._next_version, None
+        self.problem = None
+
+    def abort(self) -> None:
+        """Give the update up. Whatever it changed already, nothing is sampled until a complete one has arrived."""
+        if self._next_version is not None:
+            self.problem = self._interrupted()
+            self._next_version = None
+
+    def _interrupted(self) -> str:
+        return (
+            f"weights incomplete: update to version {self._next_version} interrupted after {len(self._received)} "
+            f"of {len(self.expected)} tensors"
+        )
+
+
+def some(names: Iterable[str], limit: int = 3) -> str:
+    """The first few names, and how many more there are."""
+    names = list(names)
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

@@ -1,0 +1,115 @@
+"""Starting an engine server: what all of them check first, and what all of them are told."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from atropos_exp.engine.client import EngineClient
+from atropos_exp.engine.process import ServerProcess
+from atropos_exp.engine.transport import make_transport
+from atropos_exp.types import UserError
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def check_settings(settings: Any, *, choices: Mapping[str, Sequence[str]], positive: Sequence[str]) -> None:
+    """Raises UserError. `positive`: keys that must be above 0, unless they are None."""
+    for name, allowed in choices.items():
+        got = getattr(settings, name)
+        if got not in allowed:
+            raise UserError(f"engine.{name} must be one of {', '.join(allowed)}; got {got!r}")
+    for name in positive:
+        got = getattr(settings, name)
+        unit = " seconds" if name.endswith("_seconds") else ""
+        if got is not None and not got > 0:
+            raise UserError(f"engine.{name} must be above 0{unit}; got {got}")
+    if settings.max_restarts < 0:
+        raise UserError(f"engine.max_restarts must be 0 (never) or more; got {settings.max_restarts}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """One engine server to be started."""
+
+    kind: str  # hf | vllm | sglang
+    module: str  # python -m
+    python: str | None
+    model_folder: Path
+    device: str
+    dtype: str  # auto: float32 on a CPU, bfloat16 on a GPU
+    num_threads: int | None  # None: all cores that this process may use
+    max_sequence_length: int  # tokens of a prompt and its answer together
+    transport: str  # shm | disk | cuda_ipc, or a class of this folder
+    log_folder: Path
+    start_timeout_seconds: float
+    request_timeout_seconds: float
+    health_timeout_seconds: float
+
+    def check_model(self) -> None:
+        """Raises UserError if the folder has no model, or one with too short a context."""
+        if not (self.model_folder / "config.json").is_file():
+            raise UserError(
+                f"no model in {self.model_folder}: it has no config.json; expected a Hugging Face model folder"
+            )
+        positions = json.loads((self.model_folder / "config.json").read_text()).get("max_position_embeddings")
+        if positions is not None and self.max_sequence_length > positions:
+            raise UserError(
+                f"the model in {self.model_folder} has a context of {positions} tokens, but max_prompt_length + "
+                f"max_response_length is {self.max_sequence_length}; lower one of them"
+            )
+
+    @property
+    def served_dtype(self) -> str:
+        if self.dtype != "auto":
+            return self.dtype
+        return "bfloat16" if self.device.startswith("cuda") else "float32"
+
+    def start(self, *arguments: str, environment: Mapping[str, str]) -> EngineClient:
+        """Start the server and wait for its first token; raises EngineError. The caller stops it."""
+        num_threads = self.num_threads or len(os.sched_getaffinity(0))
+        with contextlib.ExitStack() as undo:
+            transport = make_transport(self.transport, self.log_folder)
+            undo.callback(transport.close)
+            process = ServerProcess(
+                self.module,
+                [
+                    *("--model", str(self.model_folder), "--device", self.device, "--dtype", self.served_dtype),
+                    *("--num-threads", str(num_threads)),
+                    *("--max-sequence-length", str(self.max_sequence_length)),
+                    *("--heartbeat-seconds", str(self.health_timeout_seconds / 5)),
+                    *transport.arguments(),
+                    *arguments,
+                ],
+                python=self.python,
+                environment={
+                    # A launcher such as torchrun sets one thread per rank; the server has its own setting.
+                    "OMP_NUM_THREADS": str(num_threads),
+                    # Idle threads sleep: spinning ones slow the trainer, and each other on a shared machine (8 × seen).
+                    "OMP_WAIT_POLICY": "passive",
+                    "HF_HUB_OFFLINE": "1",
+                    "TQDM_DISABLE": "1",  # progress bars are noise in a log
+                    **environment,
+                },
+                log=self.log_folder / "engine.log",
+                inherited_fds=transport.inherited_fds,
+            )
+            undo.callback(process.stop)
+            client = EngineClient(
+                process,
+                transport,
+                kind=self.kind,
+                dtype=self.served_dtype,
+                start_timeout_seconds=self.start_timeout_seconds,
+                request_timeout_seconds=self.request_timeout_seconds,
+                health_timeout_seconds=self.health_timeout_seconds,
+            )
+            undo.callback(client.stop)
+            client.wait_until_ready()
+            undo.pop_all()
+        return client

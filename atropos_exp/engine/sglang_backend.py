@@ -1,0 +1,288 @@
+"""The backend of engine `sglang`: one event loop owns SGLang's engine, and every request is a coroutine on it.
+
+Written against SGLang 0.5.12: `Engine.async_generate` and the tokenizer manager's `update_weights_from_tensor` and
+`flush_cache`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Coroutine, Mapping, Sequence
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+import numpy as np
+
+from atropos_exp.engine.account import UpdateAccount
+from atropos_exp.engine.backend import Message, Refused, Scored
+from atropos_exp.engine.bucket import BucketSource
+from atropos_exp.engine.hf_sampling import row_keys
+from atropos_exp.types import SamplingParams, TokenIds
+from atropos_exp.wire import flatten
+from atropos_exp.wire_tensors import digest
+
+Value = TypeVar("Value")
+SENTINEL_TOKENS = 64  # of a prompt that must not be found in the prefix cache after it was emptied
+GREEDY = {"temperature": 0.0, "max_new_tokens": 1, "ignore_eos": True}
+
+
+class SGLangBackend:
+    """A `Backend`. All state belongs to `loop`."""
+
+    def __init__(
+        self,
+        engine: Any,
+        account: UpdateAccount,
+        source: BucketSource,
+        *,
+        seeded: bool,
+        vocab_size: int,
+        max_sequence_length: int,
+        versions: Mapping[str, str],
+    ) -> None:
+        self.loop: asyncio.AbstractEventLoop = engine.loop
+        self.vocab_size = vocab_size
+        self.max_sequence_length = max_sequence_length
+        self._engine = engine
+        self._account = account
+        self._source = source
+        self._seeded = seeded
+        self._versions = versions
+        self._changed = asyncio.Condition()
+        self._paused = False
+        self._num_waiting = 0  # generations not answered
+        self._num_in_flight = 0  # of these, in SGLang
+        self._num_cache_proofs = 0
+        self._arrived: dict[str, str] = {}  # digests of the last update, as it arrived
+
+    def generate(
+        self, prompts: Sequence[TokenIds], params: SamplingParams, *, num_samples: int, deadline: float
+    ) -> Future[Message]:
+        return self._run(self._generate(prompts, params, num_samples), deadline)
+
+    def score(
+        self, sequences: Sequence[TokenIds], *, temperature: float, num_top: int, deadline: float
+    ) -> Future[list[Scored]]:
+        return self._run(self._score(sequences, temperature, num_top), deadline)
+
+    def probe(self, *, deadline: float) -> Future[Message]:
+        return self._run(self._probe(), deadline)
+
+    def info(self) -> Message:
+        return {
+            "version": self._account.version,
+            "problem": self._account.problem,
+            "num_waiting": self._num_waiting,
+            "num_resident_digests": 0,  # SGLang gives no tensor back whole: digests are of what arrived
+            "num_cache_proofs": self._num_cache_proofs,
+            "versions": dict(self._versions),
+        }
+
+    def expected(self) -> Mapping[str, tuple[str, tuple[int, ...]]]:
+        return self._account.expected
+
+    def pause(self, *, deadline: float) -> Future[Any]:
+        return self._run(self._pause(), deadline)
+
+    def resume(self) -> None:
+        asyncio.run_coroutine_threadsafe(self._set_paused(False), self.loop)
+
+    def begin(self, version: int, *, deadline: float) -> Future[Any]:
+        return self._run(self._begin(version), deadline)
+
+    def load(self, message: Message, *, deadline: float) -> Future[Any]:
+        return self._run(self._load(message), deadline)
+
+    def finish(self, *, deadline: float) -> Future[Any]:
+        return self._run(self._finish(), deadline)
+
+    def abort(self, *, deadline: float) -> Future[Any]:
+        return self._run(self._abort(), deadline)
+
+    def digests(self, *, on_device: bool, deadline: float) -> Future[Mapping[str, str]]:
+        async def held() -> Mapping[str, str]:
+            return {name: value for name, value in self._arrived.items() if name in self._account.expected}
+
+        return self._run(held(), deadline)
+
+    def is_moving(self) -> bool:
+        return True  # SGLang's own watchdog ends the process when its scheduler hangs
+
+    def _run(self, work: Coroutine[Any, Any, Value], deadline: float) -> Future[Value]:
+        async def bounded() -> Value:
+            try:
+                return await asyncio.wait_for(work, max(0.0, deadline - time.monotonic()))
+            except TimeoutError:
+                state = "paused" if self._paused else "busy"
+                problem = f"; {self._account.problem}" if self._account.problem else ""
+                raise Refused(503, f"held by the engine until its deadline: {state}{problem}") from None
+
+        return asyncio.run_coroutine_threadsafe(bounded(), self.loop)
+
+    async def _until_whole(self) -> None:
+        """Weights that belong together: awaited while paused, else refused."""
+        async with self._changed:
+            while self._account.problem is not None:
+                if not self._paused:
+                    raise Refused(409, self._account.problem)
+                await self._changed.wait()
+
+    async def _generate(self, prompts: Sequence[TokenIds], params: SamplingParams, num_samples: int) -> Message:
+        self._num_waiting += 1
+        try:
+            while True:  # a pause may come between the two
+                await self._until_whole()
+                async with self._changed:
+                    await self._changed.wait_for(lambda: not self._paused)
+                    if self._account.problem is None:
+                        self._num_in_flight += 1
+                        break
+            try:
+                return await self._sample(prompts, params, num_samples)
+            finally:
+                async with self._changed:
+                    self._num_in_flight -= 1
+                    self._changed.notify_all()
+        finally:
+            self._num_waiting -= 1
+
+    async def _sample(self, prompts: Sequence[TokenIds], params: SamplingParams, num_samples: int) -> Message:
+        prompt_N = np.repeat(np.arange(len(prompts)), num_samples)
+        keys_N = row_keys(params.seed, prompt_N, np.tile(np.arange(num_samples), len(prompts)))
+        sampling: dict[str, Any] = {
+            "temperature": params.temperature,
+            "top_p": params.top_p,
+            "top_k": params.top_k or -1,
+            "max_new_tokens": params.max_tokens,
+            "stop_token_ids": list(params.stop_token_ids),
+            "ignore_eos": not params.stop_token_ids,  # SGLang would ignore stop_token_ids with it
+        }
+        seeds = [{"sampling_seed": int(key) & 0x7FFFFFFF} if self._seeded else {} for key in keys_N]
+        outputs = await self._ask([prompts[int(index)] for index in prompt_N], [{**sampling, **seed} for seed in seeds])
+        drawn = [output["meta_info"]["output_token_logprobs"] for output in outputs]
+        token_ids, lengths = flatten([np.array([item[1] for item in row], np.int32) for row in drawn], np.int32)
+        logprobs, _ = flatten([np.array([item[0] for item in row], np.float32) for row in drawn], np.float32)
+        stopped = [output["meta_info"]["finish_reason"]["type"] == "stop" for output in outputs]
+        return {
+            "token_ids": token_ids,
+            "logprobs": logprobs,
+            "lengths": lengths,
+            "stopped": np.array(stopped, dtype=np.bool_),
+            "versions": np.full(len(outputs), self._account.version, dtype=np.int64),
+        }
+
+    async def _score(self, sequences: Sequence[TokenIds], temperature: float, num_top: int) -> list[Scored]:
+        await self._until_whole()
+        return [await self._score_one(sequence, temperature, num_top) for sequence in sequences]
+
+    async def _score_one(self, sequence: TokenIds, temperature: float, num_top: int) -> Scored:
+        """SGLang scores a prompt at temperature 1 only. At another one each token is asked for after its prefix: the
+        logprobs of drawn tokens are at their temperature, and the prefixes are cached."""
+        places: list[tuple[float, list[Any]]] = []  # logprob, the likeliest as (logprob, token, text)
+        if len(sequence) > 1 and temperature in (0.0, 1.0):
+            (output,) = await self._ask([sequence], [GREEDY], logprob_start_len=0, top_logprobs_num=num_top)
+            found = output["meta_info"]
+            tops = found["input_top_logprobs"][1:] if num_top else [[]] * (len(sequence) - 1)
+            places = [(item[0], top) for item, top in zip(found["input_token_logprobs"][1:], tops, strict=True)]
+        elif len(sequence) > 1:
+            ends = range(1, len(sequence))
+            outputs = await self._ask(
+                [sequence[:end] for end in ends],
+                [{**GREEDY, "temperature": temperature} for _ in ends],
+                token_ids_logprob=[[int(sequence[end])] for end in ends],
+                top_logprobs_num=num_top,
+            )
+            for output in outputs:
+                found = output["meta_info"]
+                top = found["output_top_logprobs"][0] if num_top else []
+                places.append((found["output_token_ids_logprobs"][0][0][0], top))
+        shape = (len(places), num_top)
+        return Scored(
+            logprobs=np.array([logprob for logprob, _ in places], dtype=np.float32),
+            top_token_ids=np.array([[item[1] for item in top] for _, top in places], np.int32).reshape(shape),
+            top_logprobs=np.array([[item[0] for item in top] for _, top in places], np.float32).reshape(shape),
+        )
+
+    async def _probe(self) -> Message:
+        await self._until_whole()
+        (output,) = await self._ask([np.zeros(1, np.int32)], [GREEDY])
+        logprob, token = output["meta_info"]["output_token_logprobs"][0][:2]
+        if not np.isfinite(logprob):
+            raise Refused(409, f"the model gives the logprob {logprob}: its weights are not finite")
+        return {"token_id": token, "version": self._account.version}
+
+    async def _pause(self) -> None:
+        await self._set_paused(True)
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._num_in_flight == 0)
+
+    async def _set_paused(self, paused: bool) -> None:
+        async with self._changed:
+            self._paused = paused
+            self._changed.notify_all()
+
+    async def _begin(self, version: int) -> None:
+        self._account.begin(version)
+        if self._account.problem is None:
+            await self._num_cached()  # from now on the sentinel is in the prefix cache
+        self._arrived = {}
+
+    async def _load(self, message: Message) -> None:
+        import torch
+        from sglang.srt.managers.io_struct import UpdateWeightsFromTensorReqInput
+        from sglang.srt.utils import MultiprocessingSerializer
+
+        for name, kind in self._source.kinds(message):
+            self._account.admit(name, kind)
+        named = []
+        for name, tensor in self._source.read(message):
+            self._arrived[name] = digest(tensor)
+            if name not in self._account.aliases:
+                named.append((name, tensor.to("cuda", copy=True)))
+            self._account.received(name)
+        torch.cuda.synchronize()
+        # For SGLang's own child processes: handles of this process's device memory.
+        ranks = self._engine.server_args.tp_size
+        request = UpdateWeightsFromTensorReqInput(
+            serialized_named_tensors=[MultiprocessingSerializer.serialize(named) for _ in range(ranks)],
+            flush_cache=False,
+        )
+        success, reason = await self._engine.tokenizer_manager.update_weights_from_tensor(request, None)
+        if not success:
+            raise Refused(500, f"SGLang did not load {named[0][0]} ..: {reason}")
+
+    async def _finish(self) -> None:
+        self._account.check_complete()
+        try:
+            for alias, owner in self._account.aliases.items():
+                if alias in self._arrived and self._arrived[alias] != self._arrived[owner]:
+                    raise Refused(400, f"{alias} is tied to {owner}, but the two were sent with different values")
+            flushed = await self._engine.tokenizer_manager.flush_cache()
+            if not flushed.success:
+                raise Refused(500, f"SGLang could not flush its prefix cache: {flushed.message}")
+            num_cached = await self._num_cached()
+            if num_cached:
+                raise Refused(500, f"the prefix cache still gives {num_cached} tokens of older weights")
+        except Exception:
+            self._account.abort()
+            raise
+        self._num_cache_proofs += 1
+        async with self._changed:
+            self._account.finish()
+            self._changed.notify_all()
+
+    async def _abort(self) -> None:
+        self._account.abort()
+
+    async def _num_cached(self) -> int:
+        """Tokens of the sentinel prompt that the prefix cache knows; afterwards it knows them all."""
+        length = min(SENTINEL_TOKENS, self.max_sequence_length)
+        (output,) = await self._ask([np.zeros(length, np.int32)], [GREEDY])
+        return int(output["meta_info"]["cached_tokens"])
+
+    async def _ask(self, prompts: Sequence[TokenIds], sampling: list[dict[str, Any]], **more: Any) -> list[Any]:
+        outputs: list[Any] = await self._engine.async_generate(
+            input_ids=[prompt.tolist() for prompt in prompts], sampling_params=sampling, return_logprob=True, **more
+        )
+        return outputs

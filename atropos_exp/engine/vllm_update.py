@@ -1,0 +1,98 @@
+"""One weight update of the vLLM server: the account, the workers, and the proof that no old key or value is left."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from atropos_exp.engine.account import UpdateAccount
+from atropos_exp.engine.backend import Message, Refused
+from atropos_exp.engine.bucket import BucketSource
+from atropos_exp.engine.vllm_core import Core
+from atropos_exp.engine.vllm_worker import agreed
+from atropos_exp.types import TokenIds
+
+
+class WorkerUpdate:
+    """What `account` admits is loaded by the workers of `core`. Nothing may be in flight."""
+
+    def __init__(
+        self, core: Core, account: UpdateAccount, source: BucketSource, *, block_size: int, max_sequence_length: int
+    ) -> None:
+        """`block_size`: tokens of one block of keys and values, the unit of the prefix cache."""
+        self.core = core
+        self._account = account
+        self._source = source
+        self._tied: set[str] = set()  # names that came in this update and own no tensor
+        # A prompt of one whole block and a token: its block is cached when it is drawn from. Where no prompt can have
+        # a whole block, nothing is ever cached.
+        fits = block_size + 1 <= max_sequence_length
+        self._sentinel: TokenIds | None = np.zeros(block_size + 1, dtype=np.int32) if fits else None
+        self.num_resident = 0  # of the last digests, those of tensors that the model uses
+        self.num_cache_proofs = 0
+
+    def begin(self, version: int) -> None:
+        self._account.begin(version)
+        if self._sentinel is not None and self._account.problem is None:
+            self.core.draw(self._sentinel)
+        self._tied = set()
+        self._account.mark_incomplete()  # vLLM takes its layers apart for the time of the update
+        self.core.ask_workers("atropos_begin")
+
+    def load(self, message: Message) -> None:
+        kinds = self._source.kinds(message)
+        for name, kind in kinds:
+            self._account.admit(name, kind)
+        tied = tuple(self._account.aliases)
+        self.core.ask_workers("atropos_load", self._source, message, tied)
+        for name, _ in kinds:
+            self._account.received(name)
+            if name in self._account.aliases:
+                self._tied.add(name)
+
+    def finish(self) -> None:
+        """Accept the update if every tensor has arrived and no old key or value can be read any more."""
+        try:
+            self._account.check_complete()
+            self._check_tied()
+            self.core.ask_workers("atropos_end")
+            self._forget_prefixes()
+        except Exception:
+            self.abort()
+            raise
+        self._account.finish()
+
+    def abort(self) -> None:
+        if self._account.is_open:
+            self._account.abort()
+        self.core.ask_workers("atropos_end")
+
+    def digests(self, *, on_device: bool) -> Mapping[str, str]:
+        """Of every expected tensor that has arrived."""
+        held = agreed(self.core.ask_workers("atropos_digests", on_device))
+        self.num_resident = sum(is_resident for name, (_, is_resident) in held.items() if name not in self._tied)
+        return {name: value for name, (value, _) in held.items() if name not in self._tied}
+
+    def _check_tied(self) -> None:
+        if not self._tied:
+            return
+        held = agreed(self.core.ask_workers("atropos_arrivals"))
+        for alias in self._tied:
+            owner = self._account.aliases[alias]
+            if held[alias] != held[owner]:
+                raise Refused(400, f"{alias} is tied to {owner}, but the two were sent with different values")
+
+    def _forget_prefixes(self) -> None:
+        """Empty the prefix cache, and see that it is: a prompt that was in it must not be found there."""
+        self.core.forget_prefixes()
+        if self._sentinel is None:
+            return
+        _, _, num_cached = self.core.draw(self._sentinel)
+        if num_cached:
+            raise Refused(
+                500,
+                f"the prefix cache still gives keys and values of the weights before this update: {num_cached} tokens "
+                "of a prompt were found in it after the reset",
+            )
+        self.num_cache_proofs += 1

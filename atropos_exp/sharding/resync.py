@@ -1,0 +1,114 @@
+"""An engine that is lost in the middle of a run: started anew, synced again, and asked once more."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, TypeVar
+
+from atropos_exp.types import Dropped, RolloutGroup, SyncStats
+from atropos_exp.wire import EngineError, EngineLost
+
+if TYPE_CHECKING:
+    from atropos_exp.interfaces import JSON, Engine, Evaluator, Publisher, RolloutSource
+    from atropos_exp.ranks import Ranks
+
+log = logging.getLogger(__name__)
+
+Value = TypeVar("Value")
+
+
+class Resync:
+    """A `Publisher` around another one, and the way to an engine that may be lost. Collective: every rank makes the
+    same calls; rank 0 alone has the engine.
+
+    A new server serves what its folder holds, so it refuses to sample until `publish` has been repeated: nobody gets
+    a token of other weights than those of the version.
+    """
+
+    def __init__(self, publisher: Publisher, engine: Engine | None, ranks: Ranks, *, max_restarts: int) -> None:
+        self._publisher = publisher
+        self._engine = engine
+        self._ranks = ranks
+        self._max_restarts = max_restarts
+        self._version: int | None = None  # published last
+        self.num_restarts = 0
+
+    @property
+    def num_syncs(self) -> int:
+        return self._publisher.num_syncs
+
+    @property
+    def num_verified(self) -> int:
+        return self._publisher.num_verified
+
+    def publish(self, version: int) -> SyncStats:
+        self._version = None  # what was published before is no longer wanted: only this
+        stats = self.through(lambda: self._publisher.publish(version))
+        self._version = version
+        return stats
+
+    def through(self, work: Callable[[], Value], *, undo: Callable[[], None] = lambda: None) -> Value:
+        """What `work` returns. If the engine is lost in it, `undo` comes before the repetition. `work` must fail on
+        every rank if it fails on one."""
+        while True:
+            try:
+                return work()
+            except Exception as error:  # raised again unless rank 0 lost its engine
+                if not self._ranks.any(isinstance(error, EngineLost)):
+                    raise
+                self._restart(error)
+            if self._version is not None:
+                self.publish(self._version)
+            undo()
+
+    def _restart(self, error: Exception) -> None:
+        if self.num_restarts >= self._max_restarts:
+            error.add_note(f"the engine was started anew {self.num_restarts} times (engine.max_restarts)")
+            raise error
+        self.num_restarts += 1
+        if self._ranks.is_zero:
+            log.warning("engine lost, restart %d of %d: %s", self.num_restarts, self._max_restarts, error)
+        self._ranks.on_zero(self._restart_engine)
+
+    def _restart_engine(self) -> None:
+        assert self._engine is not None, "rank 0 has the engine"
+        try:
+            self._engine.restart()
+        except EngineLost as error:  # a fresh server that is lost at once would be lost again
+            raise EngineError(f"the engine was lost, and its new server too: {error}") from error
+
+
+class ResyncedSource:
+    """A `RolloutSource` that samples a step again if the engine is lost in it."""
+
+    def __init__(self, inner: RolloutSource, resync: Resync) -> None:
+        self._inner = inner
+        self._resync = resync
+
+    def take(self, num_groups: int, *, step: int) -> tuple[list[RolloutGroup], Dropped]:
+        state = self._inner.state()
+        return self._resync.through(
+            lambda: self._inner.take(num_groups, step=step), undo=lambda: self._inner.restore(state)
+        )
+
+    def counters(self) -> Mapping[str, float]:
+        return {**self._inner.counters(), "engine/restarts": self._resync.num_restarts}
+
+    def state(self) -> JSON:
+        return self._inner.state()
+
+    def restore(self, state: JSON) -> None:
+        self._inner.restore(state)
+
+
+class ResyncedEvaluator:
+    """An `Evaluator` that asks again if the engine is lost. Every rank gets rank 0's metrics."""
+
+    def __init__(self, inner: Evaluator, resync: Resync, ranks: Ranks) -> None:
+        self._inner = inner
+        self._resync = resync
+        self._ranks = ranks
+
+    def __call__(self, policy_version: int) -> dict[str, float]:
+        return self._resync.through(lambda: self._ranks.on_zero(lambda: self._inner(policy_version)))
