@@ -11,12 +11,14 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from omegaconf import DictConfig
 
 from atropos_exp.config_cli import hydra_main
 from atropos_exp.doctor.line import counts, worst
+from atropos_exp.types import UserError
 
 
 def before(config: DictConfig) -> int:
@@ -44,10 +46,14 @@ def after(arguments: list[str]) -> int:
     return worst(lines)
 
 
+def refuse_sweep(overrides: Sequence[str], config_dir: str | None) -> int:
+    raise UserError("the doctor looks at one configuration; leave -m and +sweeps= away")
+
+
 def main() -> None:
     if len(sys.argv) > 1 and Path(sys.argv[1]).is_dir() and "=" not in sys.argv[1]:
         sys.exit(after(sys.argv[1:]))
-    hydra_main(before)()
+    hydra_main(before, refuse_sweep)()
 
 
 if __name__ == "__main__":

@@ -15,14 +15,11 @@ from atropos_exp.types import UserError
 
 def check_ports(checked: Checked) -> list[Line]:
     """Bind what the gateway will bind, and let go of it."""
-    from atropos_exp.gateway.ports import listen
-
     gateway, extra = checked.parts["gateway"], checked.parts["atropos"].extra_ports
     if not checked.parts["rollout"].uses_atropos:
         return [ok("ports", "none is needed: rollout=local starts no gateway")]
     try:
-        for socket in listen(gateway.host, gateway.port, extra):
-            socket.close()
+        gateway.listen(extra).close()
     except UserError as error:
         return [fail("ports", *split_remedy(str(error)))]
     wanted = [str(port) for port in ([gateway.port] if gateway.port else []) + list(extra)]
