@@ -18,13 +18,14 @@ from typing import TYPE_CHECKING
 from omegaconf import DictConfig
 
 from atropos_exp.config_check import Checked, validate
-from atropos_exp.config_cli import hydra_main, job_command
+from atropos_exp.config_cli import hydra_main
 from atropos_exp.config_save import config_hash, save_config
 from atropos_exp.config_sizes import describe
 from atropos_exp.provenance import git_commit, versions
 from atropos_exp.ranks import Ranks
 from atropos_exp.run_files import note_command, read_metrics, write_summary
 from atropos_exp.run_folder import RunFolder, open_run_folder
+from atropos_exp.submission import launch
 from atropos_exp.summary import summarize_run
 from atropos_exp.types import UserError
 
@@ -37,7 +38,7 @@ def run(config: DictConfig) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # trainer and engine take turns on the same cores
     checked = validate(config)
     _check_preparation(checked)
-    code: int | None = checked.parts["cluster"].launch(job_command())
+    code = launch(checked)
     if code is not None:
         return code
     ranks = Ranks.of_environment()

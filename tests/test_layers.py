@@ -17,7 +17,7 @@ from atropos_exp.config_origin import CONF_DIR
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("atropos_exp", "data_prep")
 PARTS = {*GROUPS, "report", "sharding"}
-TOP = {"run", "assembly", "export", "report.__main__"}  # they compose the parts
+TOP = {"run", "submission", "assembly", "export", "report.__main__"}  # they compose the parts
 LOOP = {"loop"}
 MAX_LINES = 300
 
@@ -47,10 +47,11 @@ OWNERS = {
     "sympy": ("reward/",),
     "hydra": ("config",),
     "omegaconf": ("config", "run.py", "assembly.py"),
+    "submitit": ("cluster/slurm",),
 }
 # Composing a configuration must import none of these, so a module that settings import may not at its top.
 HEAVY = {"torch", "verl", "transformers", "peft", "tensordict", "datasets", "ray", "wandb", "vllm", "sglang",
-         "reasoning_gym", "math_verify", "sympy", "pyarrow", "pandas", "starlette", "uvicorn"}  # fmt: skip
+         "reasoning_gym", "math_verify", "sympy", "pyarrow", "pandas", "starlette", "uvicorn", "submitit"}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 TOKEN_VARIABLE = "ATROPOS_EXP_ENGINE_TOKEN"  # in the child's environment: its bearer token
+DEVICES_VARIABLE = "ATROPOS_EXP_ENGINE_DEVICES"  # set by a launcher that keeps devices for engines alone
 TAIL_LINES = 12
 # What a launcher set up for the trainer's ranks, and secrets that a server of local weights has no use for.
 NOT_FOR_SERVERS = (
@@ -106,6 +107,8 @@ def child_environment(python: str | None) -> dict[str, str]:
         for name, value in os.environ.items()
         if name not in NOT_FOR_SERVERS and not name.startswith("TORCHELASTIC_")
     }
+    if (devices := environment.pop(DEVICES_VARIABLE, "")) != "":
+        environment["CUDA_VISIBLE_DEVICES"] = devices
     root = Path(__file__).resolve().parents[2]
     # A checkout is importable for any interpreter; another environment's site-packages must not shadow its own.
     if python is None or root.name not in ("site-packages", "dist-packages"):

@@ -1,0 +1,99 @@
+"""The batch script of a job, made by submitit from the settings."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from atropos_exp.cluster.slurm import Slurm
+
+# After the ranks: a job that they could not queue again from inside a container is queued again here.
+TEARDOWN = (
+    "code=$?",
+    "for marker in {markers}; do",
+    '  if [ -e "$marker" ]; then rm -f "$marker"; scontrol requeue "$SLURM_JOB_ID" && exit 0; fi',
+    "done",
+    'exit "$code"',
+)
+
+
+def parameters(settings: Slurm, *, name: str, run_folders: Sequence[Path]) -> dict[str, Any]:
+    """submitit's names for what the settings ask for."""
+    layout = settings.layout
+    extra: dict[str, Any] = {}
+    if settings.requeue:
+        extra["requeue"] = True
+    else:
+        extra["no-requeue"] = True
+    for option, value in settings.sbatch.items():
+        if value is not None and value is not False:
+            extra[option.lstrip("-").replace("_", "-")] = value
+    found: dict[str, Any] = {
+        "job_name": name,
+        "time": settings.time_minutes,
+        "nodes": settings.nodes,
+        "ntasks_per_node": layout.ranks_per_node,
+        "cpus_per_task": settings.cpus_per_task,
+        "signal_delay_s": settings.signal_seconds,
+        "stderr_to_stdout": True,
+        "array_parallelism": settings.array_parallelism,
+        "wckey": None,
+        "additional_parameters": extra,
+        "srun_args": srun_arguments(settings),
+        "setup": setup(settings),
+        "teardown": teardown(run_folders),
+    }
+    if settings.gpus_per_node:
+        found["gpus_per_node"] = settings.gpus_per_node
+    if settings.mem_gb is not None:
+        found["mem"] = f"{round(settings.mem_gb * 1024)}M"
+    for key in ("partition", "account", "qos", "constraint"):
+        if (value := getattr(settings, key)) is not None:
+            found[key] = value
+    return found
+
+
+def srun_arguments(settings: Slurm) -> list[str]:
+    found = [
+        f"--cpus-per-task={settings.cpus_per_task}",  # srun takes it from sbatch in some versions only
+        "--kill-on-bad-exit=0",  # the launchers see to the ends of each other, and note why
+    ]
+    if settings.container_image:
+        found.append(f"--container-image={settings.container_image}")
+        if settings.container_mounts:
+            found.append(f"--container-mounts={','.join(settings.container_mounts)}")
+    return [*found, *settings.srun]
+
+
+def setup(settings: Slurm) -> list[str]:
+    """Commands before srun. A checkout is importable from anywhere, as it was where the command was typed."""
+    root = Path(__file__).resolve().parents[2]
+    lines = []
+    if root.name not in ("site-packages", "dist-packages"):
+        lines.append(f'export PYTHONPATH={shlex.quote(str(root))}"${{PYTHONPATH:+:$PYTHONPATH}}"')
+    return [*lines, *settings.setup]
+
+
+def teardown(run_folders: Sequence[Path]) -> list[str]:
+    markers = " ".join(shlex.quote(f"{folder}/slurm/requeue_") + '"$SLURM_JOB_ID"' for folder in run_folders)
+    return [line.format(markers=markers) if "{markers}" in line else line for line in TEARDOWN]
+
+
+def python_of(settings: Slurm) -> str:
+    """How the nodes start Python: one word or several, as the shell reads them."""
+    return settings.python or shlex.quote(sys.executable)
+
+
+def script_text(settings: Slurm, *, name: str, folder: Path, run_folders: Sequence[Path]) -> str:
+    """What `sbatch` is given. `folder`: of submitit's own files. Several run folders make an array."""
+    from submitit.slurm import slurm
+
+    command = f"{python_of(settings)} -u -m submitit.core._submit {shlex.quote(str(folder))}"
+    options = parameters(settings, name=name, run_folders=run_folders)
+    if len(run_folders) > 1:
+        options["map_count"] = len(run_folders)
+    text: str = slurm._make_sbatch_string(command=command, folder=folder, **options)
+    return text
