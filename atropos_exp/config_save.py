@@ -36,12 +36,13 @@ def config_hash(config: DictConfig) -> str:
 
 
 def freeze_config(config: DictConfig, folder: Path, *, run_dir: Path) -> tuple[str, ...]:
-    """Write the whole configuration, resolved, to `folder`/config.yaml; what follows the interpreter to run just that.
+    """Write the whole configuration to `folder`/config.yaml; what follows the interpreter to run just that.
 
     Later edits of conf/ do not reach it. It runs in `run_dir`, and continues there however often it is started. Unlike
     the run's own config.yaml it keeps secrets, for the run needs them: only its owner may read it.
     """
-    plain: Any = OmegaConf.to_container(config, resolve=True)
+    # Interpolations stay: what they refer to is in the file too, and the hash depends on them.
+    plain: Any = OmegaConf.to_container(config, resolve=False)
     plain |= {"run_dir": str(run_dir.absolute()), "resume": "auto"}
     text = _FROZEN_HEAD + OmegaConf.to_yaml(OmegaConf.create(plain))
     path = folder.absolute() / "config.yaml"

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from atropos_exp.cluster.slurm_layout import Layout
 from atropos_exp.config_typed import Ranges, check_ranges
@@ -52,7 +52,7 @@ class Slurm:
     signal_seconds: int
     requeue: bool
     max_failures: int
-    sbatch: dict[str, Any]
+    sbatch: list[str]
     srun: list[str]
     setup: list[str]
     python: str | None
@@ -92,10 +92,12 @@ class Slurm:
                 f"engine_gpus: got {self.engine_gpus}, which leaves no device of gpus_per_node={self.gpus_per_node} "
                 "on the first node to rank 0"
             )
-        for name in self.sbatch:
-            option = name.lstrip("-").replace("_", "-")
-            if option in OWN_LINES:
-                problems.append(f"sbatch: {name} is {OWN_LINES[option]}; set it there")
+        for option in self.sbatch:
+            name = option.removeprefix("--").split("=", 1)[0]
+            if not option.startswith("--") or " " in name:
+                problems.append(f"sbatch: got {option!r}, expected --option or --option=value")
+            elif name in OWN_LINES:
+                problems.append(f"sbatch: --{name} is {OWN_LINES[name]}; set it there")
         if self.container_mounts and not self.container_image:
             problems.append("container_mounts: there is no container_image to mount into")
         if problems:

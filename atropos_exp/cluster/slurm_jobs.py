@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 import subprocess
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from atropos_exp.cluster.slurm import Slurm
@@ -24,7 +24,8 @@ class JobSpec:
 
     name: str
     arguments: tuple[str, ...]  # what follows the interpreter, such as ("-m", "atropos_exp.run", ...)
-    run_folder: Path
+    run_folder: Path  # has the logs; a run says in its summary.json whether it is finished
+    environment: Mapping[str, str] = field(default_factory=dict)  # on top of the submitting process's
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,7 +48,7 @@ def submit(jobs: Sequence[JobSpec], settings: Slurm, *, folder: Path, name: str 
     submitit's files go to `folder`; the output of each rank goes to log/ of its run folder. Raises UserError with
     Slurm's own words if it refuses.
     """
-    from submitit.core.utils import FailedSubmissionError
+    from submitit.core.utils import FailedJobError, FailedSubmissionError
     from submitit.slurm.slurm import SlurmExecutor
 
     assert jobs
@@ -61,7 +62,7 @@ def submit(jobs: Sequence[JobSpec], settings: Slurm, *, folder: Path, name: str 
             return [str(executor.submit(contents[0]).job_id)]
         with executor.batch():
             submitted = [executor.submit(content) for content in contents]
-    except (FailedSubmissionError, subprocess.CalledProcessError) as error:
+    except (FailedJobError, FailedSubmissionError) as error:
         words = [line for line in str(error).splitlines() if "error" in line.lower()]
         raise UserError(
             f"Slurm refused the job: {'; '.join(words) or str(error).strip()}. See the settings of cluster=slurm; "
@@ -74,6 +75,7 @@ def _content(job: JobSpec, settings: Slurm) -> RankJob:
     return RankJob(
         arguments=job.arguments,
         run_folder=str(job.run_folder.absolute()),
+        environment=tuple(job.environment.items()),
         layout=settings.layout,
         requeue=settings.requeue,
         max_failures=settings.max_failures,

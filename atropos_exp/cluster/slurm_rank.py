@@ -44,6 +44,7 @@ class RankJob:
 
     arguments: tuple[str, ...]  # of the interpreter, to run one rank
     run_folder: str
+    environment: tuple[tuple[str, str], ...]  # on top of the job's
     layout: Layout
     requeue: bool
     max_failures: int
@@ -114,6 +115,9 @@ class Launcher:
             return self._give_up(1, f"{reason}: out of memory, or failing nodes? Look at Slurm's own log of the job")
         if not self._lock_is_free():
             return self._fail(1, f"{self._folder} is still in use by a process of an earlier attempt", may_retry=True)
+        if self._status() == "finished":  # by that process
+            self._attempts.end("finished", code=0)
+            return self._leave(0, "finished", is_over=True)
         address = address_of(nodes[0]) if self._job.layout.nodes > 1 else "127.0.0.1"
         with socket.socket() as probe:
             probe.bind(("", 0))
@@ -128,17 +132,17 @@ class Launcher:
         if others or code:
             reason = "; ".join(([f"rank 0 {_how(code)}"] if code else []) + others)
             return self._fail(code or 1, reason, may_retry=code != WRONG_USE)
-        if self._status() != "finished":
+        if self._status() not in ("finished", ""):
             self._attempts.end("stopped", code=UNFINISHED, reason="stopped on request")
             return self._leave(UNFINISHED, "stopped on request, and saved")
         self._attempts.end("finished", code=0)
-        return self._leave(0, "finished")
+        return self._leave(0, "finished", is_over=True)
 
     def _interrupted(self) -> str:
         """Told to stop. The rank has saved, or was killed on the way, which costs no step either."""
         if self._status() == "finished":
             self._attempts.end("finished", code=0)
-            return self._leave(0, "finished")
+            return self._leave(0, "finished", is_over=True)
         state = job_state(self._job_id)
         if state == "CANCELLED" or not self._job.requeue:
             why = "cancelled" if state == "CANCELLED" else "cluster.requeue is false"
@@ -167,10 +171,10 @@ class Launcher:
         (self._folder / "slurm" / f"requeue_{self._job_id}").touch()
         return self._leave(UNFINISHED, f"{what}; the job's script is to queue it again")
 
-    def _leave(self, code: int, what: str) -> str:
+    def _leave(self, code: int, what: str, *, is_over: bool = False) -> str:
         self._say(what)
         self._board.decide(code)
-        if code:
+        if not is_over:  # so that submitit writes no result
             raise SystemExit(code)
         return what
 
@@ -192,7 +196,7 @@ class Launcher:
         with log.open("ab") as output:
             rank = subprocess.Popen(
                 [sys.executable, *self._job.arguments],
-                env={**self._environ, **own},
+                env={**self._environ, **dict(self._job.environment), **own},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -247,11 +251,11 @@ class Launcher:
         return True
 
     def _status(self) -> str:
-        """Of the run, as it says itself."""
+        """Of the run, as it says itself; "" for nothing, as of a program that is no run."""
         try:
             return str(json.loads((self._folder / "summary.json").read_text())["status"])
         except (OSError, ValueError, KeyError):
-            return "unknown"
+            return ""
 
     def _note_signal(self, number: int, _frame: FrameType | None) -> None:
         self._signals.append(signal.Signals(number))

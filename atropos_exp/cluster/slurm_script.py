@@ -23,14 +23,10 @@ TEARDOWN = (
 def parameters(settings: Slurm, *, name: str, run_folders: Sequence[Path]) -> dict[str, Any]:
     """submitit's names for what the settings ask for."""
     layout = settings.layout
-    extra: dict[str, Any] = {}
-    if settings.requeue:
-        extra["requeue"] = True
-    else:
-        extra["no-requeue"] = True
-    for option, value in settings.sbatch.items():
-        if value is not None and value is not False:
-            extra[option.lstrip("-").replace("_", "-")] = value
+    extra: dict[str, Any] = {"requeue" if settings.requeue else "no-requeue": True}
+    for option in settings.sbatch:
+        key, separator, value = option.removeprefix("--").partition("=")
+        extra[key] = value if separator else True
     found: dict[str, Any] = {
         "job_name": name,
         "time": settings.time_minutes,
