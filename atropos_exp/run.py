@@ -106,6 +106,8 @@ class Experiment:
         from atropos_exp.loop import train
 
         self._parts = parts = assemble(self._checked, self._folder, self._ranks, stack)
+        if self._ranks.any(self._stop_requested):  # while starting: nothing has been done that could be lost
+            return 0
         return train(
             parts.schedule,
             source=parts.source,

@@ -59,23 +59,23 @@ class Cluster:
         }
 
     def output(self, *command: str) -> str:
-        done = subprocess.run(
-            command, env=self.environment, capture_output=True, text=True, timeout=60, check=False
-        )
+        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=60, check=False)
         assert done.returncode == 0, (command, done.stdout, done.stderr)
         return done.stdout.strip()
 
-    def type(self, *overrides: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:
+    def type(
+        self, *overrides: str, flags: tuple[str, ...] = (), timeout: float = 60
+    ) -> subprocess.CompletedProcess[str]:
         """`python -m atropos_exp.run ...`, to its end."""
         return subprocess.run(
-            [sys.executable, "-m", "atropos_exp.run", *SMALL, *overrides],
+            [sys.executable, "-m", "atropos_exp.run", *flags, *SMALL, *overrides],
             env=self.environment, capture_output=True, text=True, timeout=timeout, cwd=ROOT, check=False,
         )  # fmt: skip
 
-    def submit(self, folder: Path, *overrides: str) -> str:
+    def submit(self, folder: Path, *overrides: str, flags: tuple[str, ...] = ()) -> str:
         """Queue a run in `folder`; its job."""
         done = self.type(
-            *ON_SLURM, f"output_dir={folder.parent}", f"run_dir={folder}", "cluster.wait=false", *overrides
+            *ON_SLURM, f"output_dir={folder.parent}", f"run_dir={folder}", "cluster.wait=false", *overrides, flags=flags
         )
         assert done.returncode == 0, done.stdout + done.stderr
         return str(json.loads((folder / "slurm" / "job.json").read_text())["job_id"])
@@ -101,9 +101,11 @@ class Cluster:
     def preempt(self, job_id: str) -> None:
         """Let a job of partition `main` take all nodes for a moment; returns when `job_id` has given way."""
         restarts = self.restarts(job_id)
-        other = self.output("sbatch", "--parsable", "-p", "main", "-N4", "--exclusive", "-o", "/dev/null", "--wrap=true")
+        other = self.output(
+            "sbatch", "--parsable", "-p", "main", "-N4", "--exclusive", "-o", "/dev/null", "--wrap=true"
+        )
         try:
-            self.wait_until(lambda: self.restarts(job_id) > restarts, 90)
+            self.wait_until(lambda: self.restarts(job_id) > restarts, 150)
         finally:
             self.output("scancel", other)
 
@@ -125,7 +127,7 @@ class Cluster:
             except OSError:
                 continue
             is_step = f"SLURMD_NODENAME={name}".encode() in words and str(self.root).encode() in b" ".join(words)
-            if is_step or command.startswith(b"slurmstepd: [") and self._spool(entry, name):
+            if is_step or (command.startswith(b"slurmstepd: [") and self._spool(entry, name)):
                 pids.append(int(entry.name))
         pids.insert(0, int((self.root / "run" / f"slurmd.{name}.pid").read_text()))
         for pid in pids:

@@ -110,7 +110,7 @@ SlurmdTimeout=10
 KillWait=5
 NodeName=node[1-$N] NodeHostname=$HOST NodeAddr=127.0.0.1 Port=$((PORT + 11))-$((PORT + 10 + N)) CPUs=$CPUS CoresPerSocket=$CPUS RealMemory=16000 Gres=gpu:$GPUS Feature=stand_in
 PartitionName=main Nodes=ALL Default=YES DefaultTime=30 DefMemPerCPU=100 PriorityTier=10 PreemptMode=OFF
-PartitionName=low Nodes=ALL DefaultTime=30 DefMemPerCPU=100 PriorityTier=1 PreemptMode=REQUEUE GraceTime=60
+PartitionName=low Nodes=ALL DefaultTime=30 DefMemPerCPU=100 PriorityTier=1 PreemptMode=REQUEUE GraceTime=120
 END
 for i in $(seq 0 $((GPUS - 1))); do
   [ -c "$ROOT/dev/gpu$i" ] || mknod "$ROOT/dev/gpu$i" c 1 3

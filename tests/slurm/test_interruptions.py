@@ -58,11 +58,11 @@ def ends(folder: Path) -> list[str | None]:
 
 def test_ten_preemptions_change_nothing(cluster: Cluster, tmp_path: Path, undisturbed: Path) -> None:
     folder = tmp_path / "out" / "run"
-    job = cluster.submit(folder, "cluster.partition=low", "cluster.signal_seconds=60", *RUN)
+    job = cluster.submit(folder, "cluster.partition=low", "cluster.signal_seconds=150", *RUN)
     moments = random.Random(3)
     for number in range(NUM_PREEMPTIONS):
         begun = number + 1
-        cluster.wait_until(lambda begun=begun: len(read_attempts(folder)) == begun, 120)
+        cluster.wait_until(lambda begun=begun: len(read_attempts(folder)) == begun, 180)
         reached = last_step(folder)
         if number % 3:  # while it trains; otherwise at some moment of its start
             goal = reached + moments.choice((1, 2, 5))
@@ -83,7 +83,7 @@ def test_ten_preemptions_change_nothing(cluster: Cluster, tmp_path: Path, undist
 
 def test_a_cluster_that_only_terminates(terminating: Cluster, tmp_path: Path, undisturbed: Path) -> None:
     folder = tmp_path / "out" / "run"
-    job = terminating.submit(folder, "cluster.partition=low", "cluster.signal_seconds=60", *RUN)
+    job = terminating.submit(folder, "cluster.partition=low", "cluster.signal_seconds=150", *RUN)
     for goal in (4, 9):
         terminating.wait_until(lambda goal=goal: last_step(folder) >= goal, 180)
         terminating.preempt(job)

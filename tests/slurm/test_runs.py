@@ -55,7 +55,12 @@ def test_a_dry_run_prints_what_sbatch_accepts(cluster: Cluster, tmp_path: Path, 
         assert "node 1 task 1: rank 3, GPU 1 of 2, log/rank_3.log" in done.stdout
     elif overrides:
         for line in (
-            *("#SBATCH --mem=2560M", "#SBATCH --constraint=stand_in", "#SBATCH --comment='two words'", "#SBATCH --no-req"),
+            *(
+                "#SBATCH --mem=2560M",
+                "#SBATCH --constraint=stand_in",
+                "#SBATCH --comment='two words'",
+                "#SBATCH --no-req",
+            ),
             *("#SBATCH --exclusive", "--cpu-bind=none", "ulimit -c 0", "--container-mounts=/a:/b,/c:/c"),
             *("node 0 task 3: waits; its device is the engine's", "engine, started by rank 0, GPU(s) 3 to 3 of 4"),
         ):
