@@ -15,13 +15,17 @@ STAMP := $(VENV)/.installed
 INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile -c constraints.txt
 ARGS ?=
 
-.PHONY: demo test check format clean
+.PHONY: demo test test-slurm check format clean
 
 demo: $(STAMP)
 	$(BIN)/python -m atropos_exp.run experiment=demo $(ARGS)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest $(ARGS)
+
+test-slurm: $(STAMP) # a real Slurm on this machine; installs it, which needs root
+	tests/slurm/slurm_up.sh install
+	$(BIN)/python -m pytest -m slurm tests/slurm $(ARGS)
 
 check: $(STAMP)
 	$(BIN)/python -m ruff check .

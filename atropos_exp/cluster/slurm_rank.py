@@ -35,6 +35,7 @@ AFTER_VERDICT_SECONDS = 60.0  # likewise after rank 0 has ended
 SILENT_SECONDS = 600.0  # without a sign of life of rank 0's launcher: it is gone, and its decision will not come
 WRONG_USE = 2  # exit code of a run that its user must change: trying again would not help
 UNFINISHED = 75  # exit code of a job that has saved and does not continue by itself (EX_TEMPFAIL)
+EARLY_SECONDS = 60.0  # by which Slurm may send its signal too early
 PR_SET_PDEATHSIG = 1
 
 
@@ -46,6 +47,7 @@ class RankJob:
     run_folder: str
     environment: tuple[tuple[str, str], ...]  # on top of the job's
     layout: Layout
+    time_seconds: int  # limit of one attempt
     requeue: bool
     max_failures: int
     signal_seconds: int
@@ -70,6 +72,8 @@ class Launcher:
         self._is_head = self._place.rank == 0
         self._task = int(environ["SLURM_PROCID"])
         self._signals: list[signal.Signals] = []
+        self._started_at = time.monotonic()
+        self._first_step = -1  # the last one recorded when this attempt began
 
     def run(self) -> str:
         for number in STOP_SIGNALS:
@@ -109,6 +113,7 @@ class Launcher:
         before = self._attempts.failures_without_progress()
         first = run_scontrol("show", "hostnames", self._environ["SLURM_JOB_NODELIST"])
         nodes = (first or self._environ.get("SLURMD_NODENAME", socket.gethostname())).split()
+        self._first_step = self._attempts.last_step()
         self._attempts.start(nodes=nodes)
         if before >= self._job.max_failures:
             reason = f"{before} attempts in a row were killed without a warning at step {self._attempts.last_step()}"
@@ -148,6 +153,10 @@ class Launcher:
             why = "cancelled" if state == "CANCELLED" else "cluster.requeue is false"
             self._attempts.end("stopped", code=UNFINISHED, reason=why)
             return self._leave(UNFINISHED, f"stopped and saved ({why}); the same command continues it")
+        left = self._job.time_seconds - (time.monotonic() - self._started_at)
+        at_limit = left < self._job.signal_seconds + EARLY_SECONDS
+        if at_limit and self._attempts.last_step() <= self._first_step:  # as it would be again and again
+            return self._fail(UNFINISHED, "the time limit came before a new step; raise time_minutes", may_retry=True)
         self._attempts.end("requeued", code=0, reason=", ".join(number.name for number in dict.fromkeys(self._signals)))
         return self._queue_again("stopped and saved")
 

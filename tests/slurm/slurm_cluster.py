@@ -33,12 +33,19 @@ class Cluster:
     def __init__(self, root: Path, **settings: str) -> None:
         self.root = root
         self._settings = {"SLURM_ROOT": str(root), "SLURM_PORT": str(_free_ports()), **settings}
-        self.up()
+        try:
+            self.up()
+        except BaseException:
+            self._run("wipe")
+            raise
 
     def up(self) -> None:
         """Start it, or bring back what was killed."""
+        self._run("up")
+
+    def _run(self, what: str) -> None:
         done = subprocess.run(
-            [str(SCRIPT), "up"], env={**os.environ, **self._settings}, capture_output=True, text=True, timeout=120
+            [str(SCRIPT), what], env={**os.environ, **self._settings}, capture_output=True, text=True, timeout=400
         )
         assert done.returncode == 0, done.stdout + done.stderr
 
@@ -47,7 +54,7 @@ class Cluster:
         deadline = time.monotonic() + 30
         while self.output("squeue", "-h") and time.monotonic() < deadline:
             time.sleep(0.5)
-        subprocess.run([str(SCRIPT), "wipe"], env={**os.environ, **self._settings}, timeout=120, check=True)
+        self._run("wipe")
 
     @property
     def environment(self) -> dict[str, str]:

@@ -14,7 +14,7 @@ PACKAGES="slurm-wlm slurmdbd munge mariadb-server"
 
 alive() { readlink -e "/proc/$(cat "$1" 2>/dev/null || echo none)/exe" >/dev/null; } # a zombie has no exe
 wait_for() {
-  for _ in $(seq 150); do "$@" >/dev/null 2>&1 && return 0; sleep 0.2; done
+  for _ in $(seq 600); do "$@" >/dev/null 2>&1 && return 0; sleep 0.2; done
   echo "timed out: $*" >&2
   return 1
 }
