@@ -12,6 +12,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from experiments import final_state, metrics
+
+from atropos_exp.cluster.slurm_attempts import read_attempts
+
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = Path(__file__).with_name("slurm_up.sh")
 SMALL = (
@@ -158,6 +162,28 @@ def output(folder: Path) -> str:
     """What the launchers and rank 0 said, for a failed assertion."""
     files = [*(folder / "slurm").glob("*.out"), *(folder / "log").glob("rank_*.log")]
     return "\n".join(f"--- {path.name}\n{path.read_text(errors='replace')[-3000:]}" for path in sorted(files))
+
+
+def last_step(folder: Path) -> int:
+    """Of a run; -1 for none."""
+    try:
+        return int(json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["step"])
+    except (OSError, ValueError, IndexError):
+        return -1
+
+
+def ends(folder: Path) -> list[str | None]:
+    """How the attempts of a run ended."""
+    return [attempt.how for attempt in read_attempts(folder)]
+
+
+def assert_same(folder: Path, undisturbed: Path) -> None:
+    """No step lost, none twice, and the same bits at the end."""
+    ours, theirs = metrics(folder), metrics(undisturbed)
+    assert [row["step"] for row in ours] == list(range(len(theirs)))
+    assert final_state(folder) == final_state(undisturbed)
+    for name in ("reward/mean", "loss/policy", "grad/norm"):
+        assert [row.get(name) for row in ours] == [row.get(name) for row in theirs]
 
 
 def _free_ports() -> int:
