@@ -24,18 +24,25 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_time_limit(cluster: Cluster, tmp_path: Path, undisturbed: Path) -> None:
-    """The signal comes 75 to 105 s after the start; the run is to take longer, on whatever machine this is."""
-    seconds = [row["time/step_s"] for row in metrics(undisturbed) if row["step"] > 1]
-    num_steps = min(600, max(60, int(110 / (sum(seconds) / len(seconds)))))
-    folder = tmp_path / "out" / "run"
-    limit = ("cluster.time_minutes=2", "cluster.signal_seconds=15", f"trainer.max_steps={num_steps}")
-    job = cluster.submit(folder, *RUN[1:], *limit)
-    assert cluster.wait_for_end(job, seconds=800) == ["COMPLETED"], output(folder)
-    assert len(ends(folder)) >= 2 and ends(folder)[:-1] == ["requeued"] * (len(ends(folder)) - 1), output(folder)
-    assert {attempt.signals for attempt in read_attempts(folder)[:-1]} == {("SIGUSR2",)}
-    assert summary(folder)["status"] == "finished"
-    assert [row["step"] for row in metrics(folder)] == list(range(num_steps + 1))
+def test_a_time_limit(cluster: Cluster, tmp_path: Path) -> None:
+    """Slurm's own signal, 75 to 105 s after the start of an attempt of 2 minutes. The run would take much longer."""
+    folder, hopeless = (tmp_path / name / "run" for name in ("long", "hopeless"))
+    endless = ("trainer.max_steps=5000", *RUN[1:])
+    job = cluster.submit(folder, "cluster.time_minutes=2", "cluster.signal_seconds=15", *endless)
+    short = cluster.submit(
+        hopeless, "cluster.time_minutes=1", "cluster.signal_seconds=50", "cluster.max_failures=1", *RUN
+    )
+    cluster.wait_until(lambda: ends(hopeless), 60)
+    cluster.output("scancel", "--signal=USR2", short)  # it comes before the first step
+    cluster.wait_until(lambda: len(ends(folder)) == 2, 200)
+    first = read_attempts(folder)[0]
+    assert (first.how, first.signals) == ("requeued", ("SIGUSR2",)), output(folder)
+    assert summary(folder)["status"] == "stopped"
+    cluster.wait_until(lambda: last_step(folder) > (first.end_step or 0), 180)
+    assert [row["step"] for row in metrics(folder)] == list(range(last_step(folder) + 1))
+    cluster.output("scancel", job)
+    assert cluster.wait_for_end(short, job) == ["FAILED", "CANCELLED"], output(hopeless)
+    assert read_attempts(hopeless)[-1].reason == "the time limit came before a new step; raise time_minutes"
 
 
 def test_node_failure_and_a_killed_rank(cluster: Cluster, tmp_path: Path, undisturbed: Path) -> None:
