@@ -76,6 +76,7 @@ def check(config: DictConfig) -> tuple[Checked | None, list[Mistake]]:
         values: Any = OmegaConf.to_container(config, resolve=True)
     except OmegaConfBaseException as error:
         return None, [Mistake(path=error.full_key or "", message=str(error.msg or error).splitlines()[0])]
+    values.pop("sweep", None)  # of the command that starts many runs; no run has it
     for path in _missing(values):
         mistakes.append(Mistake(path=path, message="missing: it needs a value"))
     if mistakes:

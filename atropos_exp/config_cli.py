@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import hydra
 from hydra._internal.utils import get_args_parser
@@ -20,17 +20,25 @@ from atropos_exp.config_origin import CONF_DIR
 from atropos_exp.types import UserError
 
 Task = Callable[[DictConfig], int | None]
+Sweep = Callable[[Sequence[str], str | None], int]
+FROZEN = "--frozen"
 
 
-def hydra_main(task: Task) -> Callable[[], None]:
+def hydra_main(task: Task, sweep: Sweep) -> Callable[[], None]:
     """Make `task(config) -> exit code` a program with Hydra's command line over the shipped conf/.
 
     It works from any directory, from a checkout and from a wheel, with `-m`, `--cfg job`, `--help` and
     `--config-dir DIR`. A UserError of the task and everything that Hydra cannot compose are printed without a
-    traceback and exit with 2. With `-m` all jobs run, and the largest exit code of them is the program's.
+    traceback and exit with 2. `-m` and `+sweeps=NAME` make it `sweep(overrides, config_dir)`; `--frozen FILE` alone
+    runs the task on a configuration that a sweep has resolved.
     """
 
     def main() -> None:
+        if sys.argv[1:2] == [FROZEN]:
+            sys.exit(_told(lambda: task(_frozen(sys.argv[2:])) or 0))
+        arguments = get_args_parser().parse_args()
+        if _is_sweep(arguments):
+            sys.exit(_told(lambda: _start(sweep, arguments)))
         codes = [0]
         composed = False
 
@@ -38,12 +46,12 @@ def hydra_main(task: Task) -> Callable[[], None]:
             nonlocal composed
             composed = True
             if HydraConfig.get().mode == RunMode.MULTIRUN:
-                _announce(config)
-            try:
-                codes.append(task(config) or 0)
-            except UserError as error:
-                _complain(str(error))
+                _complain("hydra.mode: a file sets MULTIRUN; start it with -m, or as +sweeps=NAME")
                 codes.append(2)
+                return
+            with open_dict(config):
+                config.pop("sweep", None)  # no part of a single run
+            codes.append(_told(lambda: task(config) or 0))
 
         run = hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="config")(job)
         try:
@@ -52,7 +60,6 @@ def hydra_main(task: Task) -> Callable[[], None]:
         except (*COMPOSE_ERRORS, ValueError) as error:
             if composed:
                 raise  # of the task itself: a defect, to be seen whole
-            arguments = get_args_parser().parse_args()
             _complain(diagnose(error, arguments.overrides, arguments.config_dir))
             codes.append(2)
         sys.exit(max(codes))
@@ -61,30 +68,39 @@ def hydra_main(task: Task) -> Callable[[], None]:
 
 
 def job_command() -> list[str]:
-    """What starts this very job again: the command line, or of a sweep the part that this job is."""
-    arguments = sys.argv[1:]
-    if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
-        hydra_config = HydraConfig.get()
-        overrides: Any = OmegaConf.to_container(hydra_config.overrides.task, resolve=False)
-        if not any(override.startswith("run_dir=") for override in overrides):
-            overrides.append(f"run_dir={_job_folder()}")
-        folder = get_args_parser().parse_args().config_dir
-        arguments = [*(["--config-dir", folder] if folder else []), *overrides, "hydra.mode=RUN"]
-    return [sys.executable, "-m", "atropos_exp.run", *arguments]
+    """What starts this very job again, as one of several ranks."""
+    return [sys.executable, "-m", "atropos_exp.run", *sys.argv[1:]]
 
 
-def _job_folder() -> Path:
-    hydra_config = HydraConfig.get()
-    return Path(hydra_config.sweep.dir) / str(hydra_config.sweep.subdir)
+def _is_sweep(arguments: Namespace) -> bool:
+    """Only looking (--cfg, --info, --help) is Hydra's business, also at a sweep."""
+    looks = arguments.cfg or arguments.info or arguments.help or arguments.hydra_help or arguments.shell_completion
+    named = any(text.startswith(("+sweeps=", "hydra.mode=MULTIRUN")) for text in arguments.overrides)
+    return not looks and bool(arguments.multirun or named)
 
 
-def _announce(config: DictConfig) -> None:
-    """Name a job of a sweep, and give it the folder that Hydra made for it."""
-    hydra_config = HydraConfig.get()
-    if config.run_dir is None:
-        with open_dict(config):
-            config.run_dir = str(_job_folder())
-    print(f"Job {hydra_config.job.num}: {' '.join(hydra_config.overrides.task)} -> {config.run_dir}", flush=True)
+def _start(sweep: Sweep, arguments: Namespace) -> int:
+    try:
+        return sweep(arguments.overrides, arguments.config_dir)
+    except COMPOSE_ERRORS as error:
+        raise UserError(diagnose(error, arguments.overrides, arguments.config_dir)) from error
+
+
+def _frozen(arguments: Sequence[str]) -> DictConfig:
+    if len(arguments) != 1 or not Path(arguments[0]).is_file():
+        raise UserError(f"{FROZEN}: got {' '.join(arguments) or 'nothing'}, expected one file of a sweep's configs/")
+    config = OmegaConf.load(arguments[0])
+    assert isinstance(config, DictConfig)
+    return config
+
+
+def _told(work: Callable[[], int]) -> int:
+    """Its exit code; a UserError becomes a message and 2."""
+    try:
+        return work()
+    except UserError as error:
+        _complain(str(error))
+        return 2
 
 
 def _complain(message: str) -> None:

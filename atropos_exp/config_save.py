@@ -29,6 +29,7 @@ def config_hash(config: DictConfig) -> str:
     """SHA-256, in hex, of everything in the resolved configuration that can change a result."""
     same = copy.deepcopy(config)
     with read_write(same), open_dict(same):
+        same.pop("sweep", None)  # no part of a run
         same.update(dict.fromkeys(NOT_HASHED))  # before resolving: other keys may refer to these
     plain = _canonical(OmegaConf.to_container(same, resolve=True))
     text = json.dumps(plain, sort_keys=True, separators=(",", ":"), default=str)

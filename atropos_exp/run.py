@@ -27,6 +27,7 @@ from atropos_exp.run_files import note_command, read_metrics, write_summary
 from atropos_exp.run_folder import RunFolder, open_run_folder
 from atropos_exp.submission import launch
 from atropos_exp.summary import summarize_run
+from atropos_exp.sweep_start import start_sweep
 from atropos_exp.types import UserError
 
 if TYPE_CHECKING:
@@ -186,7 +187,7 @@ def _open_folder(checked: Checked, ranks: Ranks) -> RunFolder:
     return opened or RunFolder(path=Path(path), resumed=resumed, lock=None)
 
 
-main = hydra_main(run)
+main = hydra_main(run, start_sweep)
 
 if __name__ == "__main__":
     main()

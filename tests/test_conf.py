@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import yaml
 from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 
 from atropos_exp.config import GROUPS, RunConfig, build, find_class
 from atropos_exp.config_check import check, validate
@@ -19,6 +18,7 @@ from atropos_exp.config_origin import CONF_DIR, Origin
 from atropos_exp.config_save import config_hash
 
 OPTIONS = sorted((path.parent.name, path.stem) for path in CONF_DIR.glob("*/*.yaml") if path.parent.name in GROUPS)
+SWEEPS = sorted(("sweep", path.stem) for path in CONF_DIR.glob("sweep/*.yaml"))  # no part of a run, so no group of one
 EXPERIMENTS = sorted(path.stem for path in CONF_DIR.glob("experiment/*.yaml"))
 
 
@@ -31,7 +31,7 @@ def test_every_group_has_options() -> None:
     assert {group for group, _ in OPTIONS} == set(GROUPS)
 
 
-@pytest.mark.parametrize(("group", "option"), OPTIONS)
+@pytest.mark.parametrize(("group", "option"), [*OPTIONS, *SWEEPS])
 def test_option_builds_and_sets_every_field(group: str, option: str) -> None:
     node = composed(f"{group}={option}")[group]
     settings = find_class(node["_target_"], group)
@@ -45,7 +45,7 @@ def test_option_builds_and_sets_every_field(group: str, option: str) -> None:
     assert settings.__dataclass_params__.frozen, f"{settings.__name__} must be frozen"  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize(("group", "option"), OPTIONS)
+@pytest.mark.parametrize(("group", "option"), [*OPTIONS, *SWEEPS])
 def test_option_explains_every_key(group: str, option: str) -> None:
     text = (CONF_DIR / group / f"{option}.yaml").read_text()
     assert_explained(text, f"{group}/{option}.yaml")
@@ -107,12 +107,9 @@ print(sorted({{name.split(".")[0] for name in sys.modules}} & {heavy!r}))
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
 
 
-def test_sweeps_are_multiruns_over_options_that_exist() -> None:
+def test_sweep_files_are_options_of_the_group_sweeps() -> None:
     files = sorted((Path(__file__).parent.parent / "sweeps").glob("*.yaml"))
     assert files
     for file in files:
-        hydra = yaml.safe_load(file.read_text())["hydra"]
-        assert hydra["mode"] == "MULTIRUN"
-        for key, values in hydra["sweeper"]["params"].items():
-            for value in str(values).split(","):
-                assert OmegaConf.select(composed(f"{key}={value.strip()}"), key) is not None
+        assert file.read_text().startswith("# @package _global_\n# "), f"{file.name}: the first lines say what it asks"
+        assert composed(f"+sweeps={file.stem}").sweep != composed().sweep

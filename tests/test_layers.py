@@ -16,8 +16,16 @@ from atropos_exp.config_origin import CONF_DIR
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("atropos_exp", "data_prep")
-PARTS = {*GROUPS, "report", "sharding"}
-TOP = {"run", "submission", "assembly", "export", "report.__main__"}  # they compose the parts
+PARTS = {*GROUPS, "report", "sharding", "sweep"}
+TOP = {
+    "run",
+    "submission",
+    "assembly",
+    "export",
+    "report.__main__",
+    "sweep_start",
+    "sweep.__main__",
+}  # they compose the parts
 LOOP = {"loop"}
 MAX_LINES = 300
 
@@ -36,7 +44,8 @@ OWNERS = {
     "pandas": (),
     "ray": (),
     "wandb": ("logger/wandb",),
-    "rich": ("logger/",),
+    "rich": ("logger/", "sweep/table.py"),
+    "optuna": ("sweep/search.py", "sweep/worker.py"),
     "starlette": ("engine/",),
     "uvicorn": ("engine/",),
     "httpx": ("engine/", "model/hub.py"),
@@ -45,12 +54,12 @@ OWNERS = {
     "reasoning_gym": ("reward/", "data_prep/"),
     "math_verify": ("reward/",),
     "sympy": ("reward/",),
-    "hydra": ("config",),
-    "omegaconf": ("config", "run.py", "assembly.py"),
+    "hydra": ("config", "sweep/axes.py", "sweep/plan.py"),
+    "omegaconf": ("config", "run.py", "assembly.py", "sweep/"),
     "submitit": ("cluster/slurm",),
 }
 # Composing a configuration must import none of these, so a module that settings import may not at its top.
-HEAVY = {"torch", "verl", "transformers", "peft", "tensordict", "datasets", "ray", "wandb", "vllm", "sglang",
+HEAVY = {"torch", "verl", "transformers", "peft", "tensordict", "datasets", "ray", "wandb", "vllm", "sglang", "optuna",
          "reasoning_gym", "math_verify", "sympy", "pyarrow", "pandas", "starlette", "uvicorn", "submitit"}  # fmt: skip
 
 

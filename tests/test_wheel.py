@@ -75,6 +75,10 @@ def test_it_composes_from_another_directory(installed: Path, tmp_path: Path) -> 
     assert done.returncode == 0, done.stderr
     assert "\ngroup_size: 4\n" in done.stdout
 
+    done = run(str(installed / "atropos-exp"), "+sweeps=advantage_by_lr", "--cfg", "job", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "trainer.learning_rate:" in done.stdout
+
     done = run(str(installed / "atropos-exp"), "sede=7", "device=tpu", cwd=tmp_path)
     assert done.returncode == 2
     assert "sede: unknown key. Did you mean 'seed'? [override 'sede=7']" in done.stderr

@@ -7,11 +7,15 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from atropos_exp.cluster.slurm_layout import Layout
 from atropos_exp.config_typed import Ranges, check_ranges
 from atropos_exp.types import UserError
+
+if TYPE_CHECKING:
+    from atropos_exp.cluster.slurm_sweep import SlurmBackend
+    from atropos_exp.sweep_folder import SweepFolder
 
 # `sbatch` lines that follow from other settings: a second value would contradict the layout, or lose the signal.
 OWN_LINES = {
@@ -149,3 +153,9 @@ class Slurm:
         from atropos_exp.cluster.slurm_single import submit_single
 
         return submit_single(JobSpec(name=name, arguments=tuple(arguments), run_folder=run_folder), self)
+
+    def sweep_backend(self, sweep: SweepFolder, settings: object) -> SlurmBackend:
+        """Executes the runs of a sweep as job arrays; `settings` of the sweep say nothing that Slurm needs."""
+        from atropos_exp.cluster.slurm_sweep import SlurmBackend
+
+        return SlurmBackend(sweep, self)

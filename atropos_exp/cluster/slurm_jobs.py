@@ -42,11 +42,13 @@ class JobState:
         return self.state in ACTIVE or self.state in REQUEUED
 
 
-def submit(jobs: Sequence[JobSpec], settings: Slurm, *, folder: Path, name: str | None = None) -> list[str]:
+def submit(
+    jobs: Sequence[JobSpec], settings: Slurm, *, folder: Path, name: str | None = None, cwd: Path | None = None
+) -> list[str]:
     """Queue `jobs` as one array, or as a plain job if there is one; their ids in order. Returns at once.
 
-    submitit's files go to `folder`; the output of each rank goes to log/ of its run folder. Raises UserError with
-    Slurm's own words if it refuses.
+    `cwd`: where they start; by default where this process is. submitit's files go to `folder`; the output of each
+    rank goes to log/ of its run folder. Raises UserError with Slurm's own words if it refuses.
     """
     from submitit.core.utils import FailedJobError, FailedSubmissionError
     from submitit.slurm.slurm import SlurmExecutor
@@ -55,7 +57,10 @@ def submit(jobs: Sequence[JobSpec], settings: Slurm, *, folder: Path, name: str 
     folder.mkdir(parents=True, exist_ok=True)
     executor = SlurmExecutor(folder, python=python_of(settings))
     folders = [job.run_folder for job in jobs]
-    executor.update_parameters(**parameters(settings, name=name or jobs[0].name, run_folders=folders))
+    asked = parameters(settings, name=name or jobs[0].name, run_folders=folders)
+    if cwd is not None:
+        asked["additional_parameters"]["chdir"] = str(cwd)
+    executor.update_parameters(**asked)
     contents = [_content(job, settings) for job in jobs]
     try:
         if len(contents) == 1:

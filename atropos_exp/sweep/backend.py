@@ -1,0 +1,49 @@
+"""Where the runs of a sweep are executed: on this machine (`local.py`), or by a scheduler."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from atropos_exp.sweep_folder import RunState
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """One command to execute: a run of a grid, or a worker of a search.
+
+    The same command may be given again after it ended early: it continues where it was. SIGTERM makes it finish its
+    step, save and exit.
+    """
+
+    number: int  # unique in the sweep; jobs of a search number its workers
+    name: str  # for people and log files
+    command: list[str]
+    cwd: Path
+    log: Path  # its stdout and stderr are appended here
+    run_folder: Path  # holds summary.json when it ends; of a worker, a folder that never has one
+    num_devices: int = 1
+    environment: dict[str, str] = field(default_factory=dict)  # on top of the submitting process's
+
+
+class Backend(Protocol):
+    """Executes jobs that outlive the process which submits them. Numbers are those of `Job.number`."""
+
+    def submit(self, jobs: Sequence[Job], *, attached: bool) -> None:
+        """Queue jobs and return. `attached`: the submitter stays and waits; where it dies, its jobs are stopped, if
+        the backend can. Raises UserError if they cannot be taken, such as while earlier ones still run."""
+        ...
+
+    def states(self) -> Mapping[int, RunState]:
+        """Of every job ever submitted for this sweep, the last attempt."""
+        ...
+
+    def cancel(self, numbers: Sequence[int] | None = None) -> None:
+        """Ask jobs (None: all) to finish their step, save and end; return at once. Ended ones are left alone."""
+        ...
+
+    def kill(self) -> None:
+        """End all jobs now, without waiting for anything."""
+        ...

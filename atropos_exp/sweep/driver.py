@@ -1,0 +1,252 @@
+"""A sweep from its plan to its last run: make or find the folder, submit what is left, watch, stop."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from atropos_exp.config import build
+from atropos_exp.redaction import redact
+from atropos_exp.sweep.backend import Backend, Job
+from atropos_exp.sweep.commands import run_command, worker_command
+from atropos_exp.sweep.frozen import freeze
+from atropos_exp.sweep.local import LocalBackend
+from atropos_exp.sweep.plan import Plan
+from atropos_exp.sweep.search import prepare_study, trial_is_claimed
+from atropos_exp.sweep.settings import OptunaSweep
+from atropos_exp.sweep_folder import Phase, Request, RunRecord, RunState, SweepFolder, describe_point, read_trial_end
+from atropos_exp.types import UserError
+
+POLL_SECONDS = 0.5
+Watcher = Callable[["Sweep"], None]  # shows how the sweep stands; called until it ends
+
+
+class Sweep:
+    """A sweep that exists on disk, and the backend that executes it."""
+
+    def __init__(self, folder: SweepFolder) -> None:
+        self.folder = folder
+        self.request = folder.request()
+        self.settings = build(self.request.settings, "sweep")
+        self.backend = _backend(folder, self.request, self.settings)
+
+    @property
+    def is_search(self) -> bool:
+        return isinstance(self.settings, OptunaSweep)
+
+    def states(self) -> dict[int, RunState]:
+        """Of every run (of a search: trial) that the manifest lists."""
+        if not self.is_search:
+            return self.folder.states(self.backend.states())
+        return {record.number: self._trial_state(record) for record in self.folder.records()}
+
+    def is_active(self) -> bool:
+        """Whether a job waits or runs."""
+        return any(state.phase.is_open for state in self.backend.states().values())
+
+    def is_complete(self) -> bool:
+        """Nothing is left to do."""
+        states = self.states()
+        if self.is_search:
+            return sum(state.phase.is_done for state in states.values()) >= int(self.settings.trials)
+        return all(state.phase.is_done for state in states.values())
+
+    def submit(self, *, attached: bool) -> int:
+        """Start whatever is unfinished or failed; returns the number of jobs. Finished runs are left as they are."""
+        jobs = self._worker_jobs() if self.is_search else self._run_jobs()
+        if jobs:
+            self.backend.submit(jobs, attached=attached)
+        return len(jobs)
+
+    def wait(self, watch: Watcher, *, timeout_s: float | None = None) -> bool:
+        """Until no job runs any more, or `timeout_s` is over; False in that case."""
+        deadline = time.monotonic() + (timeout_s if timeout_s is not None else float("inf"))
+        while self.is_active():
+            watch(self)
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(POLL_SECONDS)
+        watch(self)
+        return True
+
+    def _run_jobs(self) -> list[Job]:
+        states = self.states()
+        left = [record for record in self.folder.records() if not states[record.number].phase.is_done]
+        return [
+            Job(
+                number=record.number, name=f"{self.request.name} {record.folder}",
+                command=run_command(self.folder, record.number), cwd=Path(self.request.cwd),
+                log=self.folder.log_path(record.folder), run_folder=self.folder.run_folder(record.number),
+                num_devices=record.num_devices,
+            )
+            for record in left
+        ]  # fmt: skip
+
+    def _worker_jobs(self) -> list[Job]:
+        left = self.settings.trials - sum(state.phase.is_done for state in self.states().values())
+        return [
+            Job(
+                number=number, name=f"{self.request.name} worker {number}",
+                command=worker_command(self.folder, number), cwd=Path(self.request.cwd),
+                log=self.folder.log_path(f"worker_{number}"), run_folder=self.folder.path / f"worker_{number}",
+            )
+            for number in range(min(self.settings.parallel, left))
+        ]  # fmt: skip
+
+    def _trial_state(self, record: RunRecord) -> RunState:
+        mine = [event for event in self.folder.events() if event["number"] == record.number]
+        started = [event["time"] for event in mine if event["event"] == "trial started"]
+        times: dict[str, Any] = {"started": started[-1] if started else None}
+        end = read_trial_end(self.folder.run_folder(record.number))
+        if end is not None:
+            ended = [event["time"] for event in mine if event["event"] == "trial ended"]
+            return RunState(phase=end.phase, reason=end.reason, ended=ended[-1] if ended else None, **times)
+        if trial_is_claimed(self.folder, record.number):
+            return RunState(phase=Phase.RUNNING, **times)
+        return RunState(phase=Phase.STOPPED, reason="its worker ended first; resuming the sweep continues it", **times)
+
+
+def open_or_create(plan: Plan, command: Sequence[str], cwd: Path) -> SweepFolder:
+    """The folder of the newest sweep with these very runs, else a new one with everything frozen in it."""
+    own_request = Request(
+        kind="optuna" if plan.search is not None else "grid", identity=plan.identity, name=plan.name,
+        created=datetime.now().isoformat(timespec="seconds"), command=[redact(word) for word in command],
+        cwd=str(cwd), axes=[axis.lstrip("+") for axis in plan.axes], baseline=plan.baseline,
+        settings=plan.settings_node, cluster=plan.cluster_node,
+    )  # fmt: skip
+    found = _find(plan)
+    if found is not None:
+        found.write_request(replace(own_request, created=found.request().created))
+        _freeze(found, plan)  # what an interrupted start left out
+        return found
+    sweep = SweepFolder(_new_folder(plan))
+    sweep.write_request(own_request)
+    _freeze(sweep, plan)
+    return sweep
+
+
+def run_sweep(plan: Plan, command: Sequence[str], watch: Watcher, finish: Callable[[Sweep], None]) -> int:
+    """Do the plan, or what is left of it. Exit code 0 when nothing is left (or `wait` is false), else 1."""
+    folder = open_or_create(plan, command, Path.cwd())
+    sweep = Sweep(folder)
+    num_jobs = sweep.submit(attached=plan.settings.wait)
+    print(f"Sweep: {folder.path}", flush=True)
+    if not num_jobs:
+        print("Nothing is left to do: all its runs are finished (resume=never starts them afresh)", flush=True)
+    elif not plan.settings.wait:
+        print(f"{num_jobs} {'workers' if sweep.is_search else 'runs'} queued. "
+              f"python -m atropos_exp.sweep status|wait|cancel {folder.path}", flush=True)  # fmt: skip
+        return 0
+    return attend(sweep, watch, finish)
+
+
+def attend(sweep: Sweep, watch: Watcher, finish: Callable[[Sweep], None]) -> int:
+    """Wait for all jobs; Ctrl-C stops them (again: kills them). Then `finish`; 0 if nothing is left to do, else 1."""
+    interrupted = False
+    while True:
+        try:
+            sweep.wait(watch)
+            break
+        except KeyboardInterrupt:
+            if interrupted:
+                sweep.backend.kill()
+                break
+            interrupted = True
+            print("\nRuns finish their step and save (Ctrl-C again: kill them)", file=sys.stderr, flush=True)
+            sweep.backend.cancel()
+    finish(sweep)
+    if interrupted:
+        return 130
+    return 0 if sweep.is_complete() else 1
+
+
+def _backend(folder: SweepFolder, request: Request, settings: Any) -> Backend:
+    """The cluster's own, if its settings have a `sweep_backend(folder, settings)`; else this machine."""
+    make = getattr(build(request.cluster, "cluster"), "sweep_backend", None)
+    if make is not None:
+        backend: Backend = make(folder, settings)
+        return backend
+    timeout_minutes = None if isinstance(settings, OptunaSweep) else settings.timeout_minutes  # workers see to theirs
+    return LocalBackend(
+        folder, num_slots=settings.parallel, devices=settings.devices,
+        timeout_s=timeout_minutes * 60 if timeout_minutes is not None else None,
+        # a worker needs its own grace to wait for its run
+        grace_s=settings.stop_grace_s + (30.0 if isinstance(settings, OptunaSweep) else 0.0),
+    )  # fmt: skip
+
+
+def _find(plan: Plan) -> SweepFolder | None:
+    if plan.resume == "never":
+        return None
+    if plan.resume != "auto":
+        found = SweepFolder.open(Path(plan.resume).expanduser())
+        if found.request().identity != plan.identity:
+            raise UserError(f"resume: {found.path} is a sweep over other runs; python -m atropos_exp.sweep resume "
+                            f"{found.path} continues it as it was")  # fmt: skip
+        return found
+    if plan.settings.dir is not None:
+        candidates = [Path(plan.settings.dir).expanduser()]
+    else:
+        base = Path(plan.output_dir).expanduser() / "sweeps" / plan.name
+        candidates = sorted((file.parent for file in base.glob("*/*/sweep.json")), reverse=True)
+    for path in candidates:
+        if (path / "sweep.json").is_file() and SweepFolder.open(path).request().identity == plan.identity:
+            return SweepFolder.open(path)
+    return None
+
+
+def _new_folder(plan: Plan) -> Path:
+    if plan.settings.dir is not None:
+        path = Path(plan.settings.dir).expanduser()
+        if path.exists() and any(path.iterdir()):
+            raise UserError(f"sweep.dir: {path} is not empty, and holds no sweep over these runs; choose another")
+        path.mkdir(parents=True, exist_ok=True)
+        return path.absolute()
+    now = datetime.now()
+    stem = (
+        Path(plan.output_dir).expanduser() / "sweeps" / plan.name / now.strftime("%Y-%m-%d") / now.strftime("%H-%M-%S")
+    )
+    for suffix in ("", *(f"-{number}" for number in range(2, 100))):
+        path = stem.with_name(stem.name + suffix)
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return path.absolute()
+    raise UserError(f"{stem}: 99 sweeps started in the same second; set sweep.dir")
+
+
+def _freeze(sweep: SweepFolder, plan: Plan) -> None:
+    if plan.search is not None:
+        assert isinstance(plan.settings, OptunaSweep)
+        prepare_study(sweep, plan.search, plan.settings)
+        return
+    known = {record.number for record in sweep.records()}
+    for number, run in enumerate(plan.runs):
+        if number in known:
+            continue
+        text, frozen_hash = freeze(run.config, sweep.run_folder(number))
+        sweep.write_config(number, text)
+        sweep.add_record(
+            RunRecord(
+                number=number, point=run.point, values=dict(run.values), seed=run.seed,
+                config_hash=frozen_hash, max_steps=run.checked.parts["trainer"].max_steps,
+                num_devices=run.checked.sizes.world_size,
+            )
+        )  # fmt: skip
+
+
+def unfinished(sweep: Sweep) -> Mapping[str, str]:
+    """Label -> reason, of the runs that are not done and will not get there by themselves."""
+    states = sweep.states()
+    return {
+        f"{record.folder} {describe_point(record.values)}, seed={record.seed}": f"{states[record.number].phase}: "
+        f"{states[record.number].reason or 'no reason is known'}"
+        for record in sweep.folder.records()
+        if not states[record.number].phase.is_done and not states[record.number].phase.is_open
+    }

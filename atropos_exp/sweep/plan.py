@@ -1,0 +1,258 @@
+"""From a command line to everything that a sweep will run, composed and checked before anything is started."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import DictConfig, OmegaConf
+
+from atropos_exp.config import build
+from atropos_exp.config_check import Checked, check, report
+from atropos_exp.config_diagnose import COMPOSE_ERRORS, diagnose
+from atropos_exp.config_origin import CONF_DIR, Origin
+from atropos_exp.config_save import config_hash
+from atropos_exp.sweep.axes import (
+    SEED,
+    Axis,
+    CommandLine,
+    combinations,
+    override_text,
+    parse_command_line,
+    parse_space,
+    plain_value,
+)
+from atropos_exp.sweep.frozen import without_sweep
+from atropos_exp.sweep.search_space import SearchPlan, plan_search
+from atropos_exp.sweep.settings import GridSweep, OptunaSweep
+from atropos_exp.sweep_folder import describe_point
+from atropos_exp.types import UserError
+
+MOST_RUNS = 10_000  # a typo in a range must not fill a disk
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlannedRun:
+    """One run of a grid, checked."""
+
+    point: int
+    values: Mapping[str, Any]
+    seed: int
+    checked: Checked  # of the point, under the first seed
+
+    @property
+    def config(self) -> DictConfig:
+        return _seeded(self.checked.config, self.seed)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """A whole sweep."""
+
+    settings: GridSweep | OptunaSweep
+    settings_node: dict[str, Any]
+    identity: str
+    name: str
+    output_dir: str
+    resume: str
+    axes: list[str]
+    baseline: int | None
+    runs: list[PlannedRun]  # [] of a search
+    search: SearchPlan | None
+    cluster_node: dict[str, Any]
+
+
+def plan_sweep(overrides: Sequence[str], config_dir: str | None) -> Plan:
+    """Raises UserError with every mistake of every run, or what Hydra raises if the base cannot be composed."""
+    folders = [Path(config_dir).resolve()] if config_dir else []
+    search_path = [f"hydra.searchpath=[{folder.as_uri()}]" for folder in folders]
+    failed: list[tuple[str, ...]] = []  # overrides of runs that Hydra cannot compose
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF_DIR)):
+        loader = GlobalHydra.instance().config_loader()
+        line = parse_command_line(overrides, loader)
+        base = compose("config", overrides=[*search_path, *line.fixed], return_hydra_config=True)
+        line = _with_params(line, base)
+        settings: GridSweep | OptunaSweep = _settings(base, line)
+        composer = _Composer(search_path, line.fixed, folders, failed)
+        if isinstance(settings, OptunaSweep):
+            plan = _plan_search(settings, line, base, composer, loader)
+        else:
+            plan = _plan_grid(settings, line, base, composer)
+    if failed:
+        messages = dict.fromkeys(diagnose(UserError(""), overrides, config_dir) for overrides in failed)
+        raise UserError("\n".join(messages))
+    assert plan is not None
+    return plan
+
+
+class _Composer:
+    """Composes runs over one command line; those that cannot be composed are kept in `failed`."""
+
+    def __init__(
+        self, search_path: list[str], fixed: tuple[str, ...], folders: list[Path], failed: list[tuple[str, ...]]
+    ) -> None:
+        self._search_path = search_path
+        self._fixed = fixed
+        self._folders = folders
+        self._failed = failed
+
+    def __call__(self, point: Mapping[str, str]) -> tuple[DictConfig, Origin] | None:
+        """The configuration of a point, less hydra's and the sweep's own nodes, and where its values come from."""
+        own = tuple(f"{key}={text}" for key, text in point.items())
+        try:
+            config = compose("config", [*self._search_path, *self._fixed, *own], return_hydra_config=True)
+        except COMPOSE_ERRORS:
+            self._failed.append((*self._fixed, *own))
+            return None
+        choices = {group: option for group, option in config.hydra.runtime.choices.items() if option}
+        origin = Origin(overrides=(*self._fixed, *own), choices=choices, folders=(*self._folders, CONF_DIR))
+        return without_sweep(config), origin
+
+
+def _with_params(line: CommandLine, base: DictConfig) -> CommandLine:
+    """`hydra.sweeper.params` of a file, below what the command line sweeps."""
+    params: Any = OmegaConf.to_container(base.hydra.sweeper.params or OmegaConf.create({}))
+    given = {text.split("=", 1)[0].lstrip("+") for text in line.fixed}
+    swept, fixed = {}, []
+    for key, value in params.items():
+        if key in given:
+            continue
+        if isinstance(value, str) and ("," in value or "(" in value):
+            swept[key] = parse_space(key, value)
+        else:
+            fixed.append(f"{key}={value}")
+    return CommandLine(fixed=(*fixed, *line.fixed), swept={**swept, **line.swept})
+
+
+def _settings(base: DictConfig, line: CommandLine) -> Any:
+    try:
+        settings = build(base.sweep, "sweep")
+    except UserError as error:
+        raise UserError(f"Wrong configuration: {error}") from error
+    own = settings.space if isinstance(settings, OptunaSweep) else {**settings.grid, **settings.zip}
+    mistakes = []
+    for text in line.fixed:
+        key = text.split("=", 1)[0].lstrip("+")
+        if key in own:
+            mistakes.append(f"{key}: got '{text}', but the sweep varies it; give a list, or take it out of the sweep")
+    if SEED in own:
+        mistakes.append("seed: got it among the values to vary; seeds repeat a point, they go to sweep.seeds")
+    if isinstance(settings, GridSweep):
+        twice = [key for key in settings.zip if key in settings.grid or key in line.swept]
+        mistakes += [f"{key}: got it in sweep.zip and again elsewhere; it can vary in one way" for key in twice]
+        if settings.seeds and any(text.startswith("seed=") for text in line.fixed):
+            mistakes.append("seed: got one, but sweep.seeds lists the seeds; use sweep.seeds=[...] or seed=0,1,2")
+    if mistakes:
+        raise UserError("\n  ".join(["Wrong configuration:", *mistakes]))
+    return settings
+
+
+def _plan_grid(settings: GridSweep, line: CommandLine, base: DictConfig, composer: _Composer) -> Plan | None:
+    swept: dict[str, tuple[str, ...]] = {}
+    for key, texts in {**{key: parse_space(key, item) for key, item in settings.grid.items()}, **line.swept}.items():
+        if not isinstance(texts, tuple):
+            raise UserError(f"{key}: got an interval, which a grid cannot list; use values, range(...) or sweep=optuna")
+        swept[key] = texts
+    seed_texts = swept.pop(SEED, ())
+    num_seeds = len(seed_texts) or len(settings.seeds) or 1
+    axes = [Axis(settings=tuple({key: text} for text in texts)) for key, texts in swept.items()]
+    if settings.zip:
+        rows = zip(*settings.zip.values(), strict=True)
+        names = list(settings.zip)
+        axes.append(Axis(settings=tuple(dict(zip(names, map(override_text, row), strict=True)) for row in rows)))
+    num_points = math.prod(len(axis.settings) for axis in axes)
+    if num_points * num_seeds > MOST_RUNS:
+        raise UserError(f"sweep: {num_points} points x {num_seeds} seeds are more than {MOST_RUNS} runs")
+    points = list(combinations(axes))
+    seeds = [plain_value(text) for text in seed_texts] or settings.seeds or [base.seed]
+    values = [{key.lstrip("+"): plain_value(text) for key, text in point.items()} for point in points]
+    runs: list[PlannedRun] = []
+    messages: list[str] = []
+    for number, point in enumerate(points):
+        composed = composer(point)
+        if composed is None:
+            continue
+        config, origin = composed
+        # What is wrong with a seed is wrong at every point, and the other way round.
+        found = [(seed, *check(_seeded(config, seed))) for seed in (seeds if not runs else seeds[:1])]
+        for seed, _, mistakes in found:
+            if mistakes:
+                messages.append(report(mistakes, replace(origin, overrides=(*origin.overrides, f"seed={seed}"))))
+        checked = found[0][1]
+        if checked is not None:
+            runs += [PlannedRun(point=number, values=values[number], seed=seed, checked=checked) for seed in seeds]
+    if messages:
+        raise UserError("\n".join(dict.fromkeys(messages)))
+    if len(runs) < len(points) * len(seeds):
+        return None  # the composer kept what it could not compose
+    parts = [[sorted((key, repr(item)) for key, item in run.values.items()), seeds, config_hash(run.checked.config)]
+             for run in runs[:: len(seeds)]]  # fmt: skip
+    return _plan(
+        settings, base, axes=[key.lstrip("+") for axis in axes for key in axis.settings[0]], runs=runs, search=None,
+        baseline=_baseline(settings, values), identity=parts, checked=runs[0].checked,
+    )  # fmt: skip
+
+
+def _plan_search(
+    settings: OptunaSweep, line: CommandLine, base: DictConfig, composer: _Composer, loader: Any
+) -> Plan | None:
+    space = {key: parse_space(key, item) for key, item in settings.space.items()} | dict(line.swept)
+    if SEED in space:
+        raise UserError("seed: a search cannot vary it: the luckiest seed would win; compare its best points in a grid")
+    if not space:
+        raise UserError("sweep.space: nothing to search; give a key such as trainer.learning_rate an interval")
+    groups = [key for key in space if loader.get_group_options(key)]
+    found = plan_search(space, groups, composer)
+    if found is None:
+        return None
+    search, checked = found
+    identity = [search.to_json(), settings.sampler_seed]
+    return _plan(
+        settings, base, axes=list(search.space), runs=[], search=search, baseline=None, identity=identity,
+        checked=checked,
+    )  # fmt: skip
+
+
+def _plan(
+    settings: GridSweep | OptunaSweep, base: DictConfig, *, axes: list[str], runs: list[PlannedRun],
+    search: SearchPlan | None, baseline: int | None, identity: Any, checked: Checked,
+) -> Plan:  # fmt: skip
+    node: Any = OmegaConf.to_container(base.sweep, resolve=True)
+    return Plan(
+        settings=settings, settings_node=node, axes=axes, runs=runs, search=search, baseline=baseline,
+        identity=hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest(),
+        name=checked.run.name, output_dir=checked.run.output_dir, resume=checked.run.resume,
+        cluster_node=OmegaConf.to_container(checked.config.cluster, resolve=True),  # type: ignore[arg-type]
+    )  # fmt: skip
+
+
+def _seeded(config: DictConfig, seed: Any) -> DictConfig:
+    own = OmegaConf.create(OmegaConf.to_container(config, resolve=False))
+    assert isinstance(own, DictConfig)
+    own.seed = seed
+    return own
+
+
+def _baseline(settings: GridSweep, points: Sequence[Mapping[str, Any]]) -> int:
+    if settings.baseline is None:
+        return 0
+    wanted = settings.baseline
+    found = [at for at, point in enumerate(points) if all(point.get(key) == wanted[key] for key in wanted)]
+    if len(found) == 1:
+        return found[0]
+    listed = "; ".join(_few(describe_point(point) for point in points))
+    raise UserError(
+        f"sweep.baseline: {describe_point(wanted)} is {len(found)} of the points, expected one of: {listed}"
+    )
+
+
+def _few(texts: Iterator[str]) -> list[str]:
+    listed = list(texts)
+    return listed if len(listed) <= 12 else [*listed[:12], f"... {len(listed) - 12} more"]

@@ -1,0 +1,159 @@
+"""The Optuna study of a search: a journal file that all workers share, and who may take which trial."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from atropos_exp.seeds import derive_seed
+from atropos_exp.sweep.axes import Interval
+from atropos_exp.sweep.search_space import SearchPlan
+from atropos_exp.sweep.settings import OptunaSweep
+from atropos_exp.sweep_folder import SweepFolder
+from atropos_exp.types import UserError
+
+if TYPE_CHECKING:
+    import optuna
+
+JOURNAL = "optuna.journal"
+SPACE = "search.json"
+STUDY = "sweep"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """A trial that this process alone may run, until it closes `lock` or dies."""
+
+    trial: optuna.Trial
+    values: Mapping[str, Any]
+    lock: IO[str]
+
+
+class Search:
+    """One process's view of the study."""
+
+    def __init__(self, sweep: SweepFolder, settings: OptunaSweep) -> None:
+        self._sweep = sweep
+        self._settings = settings
+        self.space = SearchPlan.from_json(json.loads((sweep.path / SPACE).read_text()))
+        self.study = _open_study(sweep.path, settings, seed=0)
+        self._num_failed_before = self._num_failed()  # by earlier starts: somebody has looked at those
+
+    def claim(self) -> Claim | None:
+        """The next trial: one that a dead worker left, else a new one; None when the total is reached.
+
+        Raises UserError when too many trials have failed. Only one process at a time decides, so that the total is
+        exact however many there are.
+        """
+        import optuna
+
+        state = optuna.trial.TrialState
+        with self._deciding():
+            trials = self.study.get_trials(deepcopy=False)
+            for trial in trials:
+                if trial.state is state.RUNNING and (lock := self._try_lock(trial.number)) is not None:
+                    return self._claimed(optuna.Trial(self.study, trial._trial_id), lock)
+            num_failed = self._num_failed()
+            num_new = num_failed - self._num_failed_before
+            if num_new > self._settings.max_failed_trials:
+                raise UserError(f"{num_new} trials failed, more than sweep.max_failed_trials="
+                                f"{self._settings.max_failed_trials}: the search ends")  # fmt: skip
+            if len(trials) - num_failed >= self._settings.trials:
+                return None
+            # A sampler of its own for each trial: workers and later starts must not draw the same numbers.
+            seed = derive_seed(self._settings.sampler_seed, "trial", len(trials))
+            self.study.sampler = _sampler(self._settings, seed)
+            asked = self.study.ask()
+            new_lock = self._try_lock(asked.number)
+            assert new_lock is not None, "nobody else knows of this trial"
+            return self._claimed(asked, new_lock)
+
+    def _num_failed(self) -> int:
+        return sum(trial.state.name == "FAIL" for trial in self.study.get_trials(deepcopy=False))
+
+    @contextmanager
+    def _deciding(self) -> Iterator[None]:
+        """For a moment only, so waiting for it needs no deadline: the kernel frees it when its holder dies."""
+        with open(self._sweep.path / "optuna.lock", "a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+    def _try_lock(self, number: int) -> IO[str] | None:
+        return try_lock(self._sweep.path / "trials" / f"{number:03d}.lock")
+
+    def _claimed(self, trial: optuna.Trial, lock: IO[str]) -> Claim:
+        values = {key: _suggest(trial, key, item) for key, item in self.space.space.items()}
+        return Claim(trial=trial, values=values, lock=lock)
+
+
+def prepare_study(sweep: SweepFolder, plan: SearchPlan, settings: OptunaSweep) -> None:
+    """Once, before there are workers."""
+    path = sweep.path / SPACE
+    if not path.exists():
+        path.write_text(json.dumps(plan.to_json()))
+        path.chmod(0o600)  # configurations, whatever they hold
+    _open_study(sweep.path, settings, seed=0)
+
+
+def trial_is_claimed(sweep: SweepFolder, number: int) -> bool:
+    """Whether a living worker has this trial."""
+    lock = try_lock(sweep.path / "trials" / f"{number:03d}.lock")
+    if lock is not None:
+        lock.close()
+    return lock is None
+
+
+def try_lock(path: Path) -> IO[str] | None:
+    path.parent.mkdir(exist_ok=True)
+    lock = open(path, "a")  # noqa: SIM115 - its holder keeps it open
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        return None
+    return lock
+
+
+def _open_study(folder: Path, settings: OptunaSweep, *, seed: int) -> optuna.Study:
+    import optuna
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+
+    optuna.logging.set_verbosity(logging.WARNING)
+    path = str(folder / JOURNAL)
+    pruner: Any = optuna.pruners.NopPruner()
+    if settings.prune:
+        pruner = optuna.pruners.SuccessiveHalvingPruner(
+            min_resource=settings.min_steps, reduction_factor=settings.reduction_factor
+        )
+    return optuna.create_study(
+        study_name=STUDY, direction="maximize", load_if_exists=True, sampler=_sampler(settings, seed), pruner=pruner,
+        storage=JournalStorage(JournalFileBackend(path, lock_obj=JournalFileOpenLock(path))),
+    )  # fmt: skip
+
+
+def _sampler(settings: OptunaSweep, seed: int) -> optuna.samplers.BaseSampler:
+    import optuna
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # multivariate and constant_liar are "experimental" since 2020
+        return optuna.samplers.TPESampler(
+            seed=seed % 2**32, n_startup_trials=settings.startup_trials, multivariate=True, constant_liar=True
+        )
+
+
+def _suggest(trial: optuna.Trial, key: str, item: list[Any] | Interval) -> Any:
+    """The same value again for a trial that has one. Choices go by their JSON, as Optuna takes no lists."""
+    if not isinstance(item, Interval):
+        labels = {json.dumps(choice): choice for choice in item}
+        return labels[trial.suggest_categorical(key, list(labels))]
+    if item.integer:
+        return trial.suggest_int(key, int(item.low), int(item.high), log=item.log)
+    return trial.suggest_float(key, item.low, item.high, log=item.log)

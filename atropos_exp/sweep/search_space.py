@@ -1,0 +1,119 @@
+"""The space of a search, frozen: every choice of groups composed beforehand, so that trials need no YAML file."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from atropos_exp.config_check import Checked, check, report
+from atropos_exp.config_origin import Origin
+from atropos_exp.config_typed import Mistake
+from atropos_exp.sweep.axes import Interval, plain_value
+from atropos_exp.types import UserError
+
+MOST_BASES = 256  # combinations of group options
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SearchPlan:
+    """What trials choose from. `bases`: a configuration, interpolations kept, for each combination of `groups`."""
+
+    space: dict[str, list[Any] | Interval]
+    groups: list[str]
+    bases: list[dict[str, Any]]  # in the order of itertools.product over the groups' choices
+
+    def to_json(self) -> dict[str, Any]:
+        space = {key: asdict(item) if isinstance(item, Interval) else item for key, item in self.space.items()}
+        return {"space": space, "groups": self.groups, "bases": self.bases}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> SearchPlan:
+        space = {key: Interval(**item) if isinstance(item, dict) else item for key, item in content["space"].items()}
+        return cls(space=space, groups=content["groups"], bases=content["bases"])
+
+    def config(self, values: Mapping[str, Any]) -> DictConfig:
+        """The configuration of one choice. Raises UserError for a key that the chosen groups do not have."""
+        choices = [_choices(self.space[group]) for group in self.groups]
+        chosen = tuple(values[group] for group in self.groups)
+        at = next(at for at, combination in enumerate(itertools.product(*choices)) if combination == chosen)
+        config = OmegaConf.create(self.bases[at])
+        assert isinstance(config, DictConfig)
+        OmegaConf.set_struct(config, True)
+        for key, value in values.items():
+            if key in self.groups:
+                continue
+            try:
+                OmegaConf.update(config, key.lstrip("+"), value, force_add=key.startswith("+"))
+            except OmegaConfBaseException as error:
+                message = str(error.msg or error).splitlines()[0]
+                raise UserError(
+                    f"{key}: {message} (with {', '.join(map(str, chosen)) or 'this configuration'})"
+                ) from error
+        OmegaConf.set_struct(config, False)
+        return config
+
+
+def plan_search(
+    space: Mapping[str, tuple[str, ...] | Interval],
+    groups: Sequence[str],
+    composer: Callable[[Mapping[str, str]], tuple[DictConfig, Origin] | None],
+) -> tuple[SearchPlan, Checked] | None:
+    """Compose all bases and check the corners of the space. None: the composer could not compose one.
+
+    Raises UserError with what is wrong at a corner: both ends of every interval, and each choice of every key.
+    """
+    options = []
+    for group in groups:
+        texts = space[group]
+        if not isinstance(texts, tuple):
+            raise UserError(f"{group}: got an interval, expected options to choose from")
+        options.append(texts)
+    if math.prod(map(len, options)) > MOST_BASES:
+        raise UserError(f"sweep.space: more than {MOST_BASES} combinations of {', '.join(groups)}")
+    composed = [composer(dict(zip(groups, texts, strict=True))) for texts in itertools.product(*options)]
+    if any(one is None for one in composed):
+        return None
+    bases: list[dict[str, Any]] = []
+    for one in composed:
+        assert one is not None
+        bases.append(OmegaConf.to_container(one[0], resolve=False))  # type: ignore[arg-type]
+    plain = {key: item if isinstance(item, Interval) else [plain_value(text) for text in item]
+             for key, item in space.items()}  # fmt: skip
+    plan = SearchPlan(space=plain, groups=list(groups), bases=bases)
+    messages: dict[str, None] = {}
+    checked: Checked | None = None
+    for at, chosen in enumerate(itertools.product(*(_choices(plain[group]) for group in groups))):
+        origin = composed[at][1]  # type: ignore[index]
+        for corner in _corners(plain, groups):
+            mistakes: list[Mistake]
+            try:
+                checked, mistakes = check(plan.config({**dict(zip(groups, chosen, strict=True)), **corner}))
+            except UserError as error:
+                mistakes = [Mistake(path="", message=str(error))]
+            if mistakes:
+                messages[report(mistakes, origin)] = None
+    if messages:
+        raise UserError("\n".join(messages))
+    assert checked is not None
+    return plan, checked
+
+
+def _corners(space: Mapping[str, list[Any] | Interval], groups: Sequence[str]) -> list[dict[str, Any]]:
+    """All keys at their first value; all at their last; and each in between, alone."""
+    values = {key: _choices(item) for key, item in space.items() if key not in groups}
+    first = {key: items[0] for key, items in values.items()}
+    corners = [first, {key: items[-1] for key, items in values.items()}]
+    corners += [{**first, key: item} for key, items in values.items() for item in items[1:]]
+    return corners
+
+
+def _choices(item: list[Any] | Interval) -> list[Any]:
+    if isinstance(item, Interval):
+        return [int(item.low), int(item.high)] if item.integer else [float(item.low), float(item.high)]
+    return item

@@ -1,0 +1,31 @@
+"""Starts a sweep from a command line, and closes it with its report. The part `sweep` meets the others here."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from atropos_exp.sweep.driver import Sweep, run_sweep, unfinished
+from atropos_exp.sweep.plan import plan_sweep
+from atropos_exp.sweep.table import LiveTable, counts
+
+
+def start_sweep(overrides: Sequence[str], config_dir: str | None) -> int:
+    """Plan, freeze and run. Exit code: 0, 1 if runs are left undone. Raises UserError before anything is started."""
+    plan = plan_sweep(overrides, config_dir)
+    command = ["python", "-m", "atropos_exp.run", *sys.argv[1:]]
+    with LiveTable() as watch:
+        return run_sweep(plan, command, watch, finish)
+
+
+def finish(sweep: Sweep) -> None:
+    """Say how it ended, write the report and name it."""
+    from atropos_exp.report.sweep_page import write_sweep_report
+
+    states = sweep.states()
+    print(f"{counts(states)}", flush=True)
+    for label, reason in unfinished(sweep).items():
+        print(f"  {label}: {reason}", flush=True)
+    if not sweep.is_complete():
+        print(f"To continue: python -m atropos_exp.sweep resume {sweep.folder.path}", flush=True)
+    print(f"Report: {write_sweep_report(sweep.folder, states)}", flush=True)
