@@ -77,6 +77,7 @@ chmod 600 "$ROOT/etc/slurmdbd.conf"
 # cred_expire is also the wait before a requeued job may start (default 120 s, at least 5).
 # Without AccountingStoragePass the clients look for munge's default socket.
 # SLURM_CTLD_PARAMS= (empty) makes a cluster that preempts with SIGTERM only.
+CTLD_PARAMS=${SLURM_CTLD_PARAMS-preempt_send_user_signal}
 cat >"$ROOT/etc/slurm.conf" <<END
 ClusterName=sim
 SlurmctldHost=$HOST(127.0.0.1)
@@ -101,7 +102,7 @@ SelectTypeParameters=CR_Core_Memory
 SchedulerParameters=bf_interval=2,sched_interval=2,batch_sched_delay=0
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
-SlurmctldParameters=${SLURM_CTLD_PARAMS-preempt_send_user_signal}
+${CTLD_PARAMS:+SlurmctldParameters=$CTLD_PARAMS}
 SlurmdParameters=config_overrides
 ReturnToService=2
 GresTypes=gpu
