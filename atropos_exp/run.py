@@ -130,8 +130,8 @@ class Experiment:
     def _request_stop(self, number: int, frame: FrameType | None) -> None:
         if self._stop_requested and number == signal.SIGINT:
             raise KeyboardInterrupt  # the second Ctrl-C: now
-        self._stop_requested = True
-        if self._ranks.is_zero:
+        is_first, self._stop_requested = not self._stop_requested, True
+        if is_first and self._ranks.is_zero:
             name = signal.Signals(number).name
             os.write(2, f"\n{name}: finishing this step, then saving (Ctrl-C again: stop now)\n".encode())
 

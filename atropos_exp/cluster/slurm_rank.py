@@ -120,6 +120,10 @@ class Launcher:
             return self._give_up(1, f"{reason}: out of memory, or failing nodes? Look at Slurm's own log of the job")
         if not self._lock_is_free():
             return self._fail(1, f"{self._folder} is still in use by a process of an earlier attempt", may_retry=True)
+        if self._signals:  # nothing has been started; the others may have given up already
+            for name in dict.fromkeys(number.name for number in self._signals):
+                self._attempts.signal(name)
+            return self._interrupted()
         if self._status() == "finished":  # by that process
             self._attempts.end("finished", code=0)
             return self._leave(0, "finished", is_over=True)
