@@ -55,7 +55,7 @@ def submit(jobs: Sequence[JobSpec], settings: Slurm, *, folder: Path, name: str 
     folder.mkdir(parents=True, exist_ok=True)
     executor = SlurmExecutor(folder, python=python_of(settings))
     folders = [job.run_folder for job in jobs]
-    executor.update_parameters(**parameters(settings, name=name or jobs[0].name, run_folders=folders))
+    executor.update_parameters(**parameters(settings, name=name or jobs[0].name, folder=folder, run_folders=folders))
     contents = [_content(job, settings) for job in jobs]
     try:
         if len(contents) == 1:
