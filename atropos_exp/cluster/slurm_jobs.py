@@ -57,7 +57,7 @@ def submit(
     folder.mkdir(parents=True, exist_ok=True)
     executor = SlurmExecutor(folder, python=python_of(settings))
     folders = [job.run_folder for job in jobs]
-    asked = parameters(settings, name=name or jobs[0].name, run_folders=folders)
+    asked = parameters(settings, name=name or jobs[0].name, folder=folder, run_folders=folders)
     if cwd is not None:
         asked["additional_parameters"]["chdir"] = str(cwd)
     executor.update_parameters(**asked)

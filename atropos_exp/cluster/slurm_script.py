@@ -10,17 +10,29 @@ from typing import Any
 
 from atropos_exp.cluster.slurm import Slurm
 
-# After the ranks: a job that they could not queue again from inside a container is queued again here.
-TEARDOWN = (
-    "code=$?",
-    "for marker in {markers}; do",
-    '  if [ -e "$marker" ]; then rm -f "$marker"; scontrol requeue "$SLURM_JOB_ID" && exit 0; fi',
-    "done",
-    'exit "$code"',
-)
+# After the ranks. A job that they could not queue again from inside a container is queued again here, and so is one
+# whose ranks srun could not even start, as on a node that has just died: then there is no folder of this attempt.
+# A cancelled job is left alone.
+TEARDOWN = """\
+code=$?
+again() {
+  scontrol show job -o "$SLURM_JOB_ID" | grep -q JobState=RUNNING && scontrol requeue "$SLURM_JOB_ID" && exit 0
+}
+begun=
+for folder in {folders}; do
+  marker="$folder/slurm/requeue_$SLURM_JOB_ID"
+  if [ -e "$marker" ]; then rm -f "$marker"; again; fi
+  if [ -e "$folder/slurm/attempt_$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}" ]; then begun=yes; fi
+done
+if [ "$code" != 0 ] && [ -z "$begun" ]; then
+  echo "the ranks could not be started" >> {count}
+  if [ "$(wc -l < {count})" -lt {limit} ]; then again; fi
+fi
+exit "$code"
+"""
 
 
-def parameters(settings: Slurm, *, name: str, run_folders: Sequence[Path]) -> dict[str, Any]:
+def parameters(settings: Slurm, *, name: str, folder: Path, run_folders: Sequence[Path]) -> dict[str, Any]:
     """submitit's names for what the settings ask for."""
     layout = settings.layout
     extra: dict[str, Any] = {"requeue" if settings.requeue else "no-requeue": True}
@@ -40,7 +52,7 @@ def parameters(settings: Slurm, *, name: str, run_folders: Sequence[Path]) -> di
         "additional_parameters": extra,
         "srun_args": srun_arguments(settings),
         "setup": setup(settings),
-        "teardown": teardown(run_folders),
+        "teardown": teardown(settings, folder=folder, run_folders=run_folders),
     }
     if settings.gpus_per_node:
         found["gpus_per_node"] = settings.gpus_per_node
@@ -73,9 +85,17 @@ def setup(settings: Slurm) -> list[str]:
     return [*lines, *settings.setup]
 
 
-def teardown(run_folders: Sequence[Path]) -> list[str]:
-    markers = " ".join(shlex.quote(f"{folder}/slurm/requeue_") + '"$SLURM_JOB_ID"' for folder in run_folders)
-    return [line.format(markers=markers) if "{markers}" in line else line for line in TEARDOWN]
+def teardown(settings: Slurm, *, folder: Path, run_folders: Sequence[Path]) -> list[str]:
+    """Commands after srun; the exit code of the script is srun's."""
+    words = {
+        "{folders}": " ".join(shlex.quote(str(path)) for path in run_folders),
+        "{count}": shlex.quote(f"{folder}/not_started_") + '"$SLURM_JOB_ID"',
+        "{limit}": str(settings.max_failures if settings.requeue else 1),
+    }
+    text = TEARDOWN
+    for word, value in words.items():
+        text = text.replace(word, value)
+    return text.splitlines()
 
 
 def python_of(settings: Slurm) -> str:
@@ -88,7 +108,7 @@ def script_text(settings: Slurm, *, name: str, folder: Path, run_folders: Sequen
     from submitit.slurm import slurm
 
     command = f"{python_of(settings)} -u -m submitit.core._submit {shlex.quote(str(folder))}"
-    options = parameters(settings, name=name, run_folders=run_folders)
+    options = parameters(settings, name=name, folder=folder, run_folders=run_folders)
     if len(run_folders) > 1:
         options["map_count"] = len(run_folders)
     text: str = slurm._make_sbatch_string(command=command, folder=folder, **options)

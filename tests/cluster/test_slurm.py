@@ -113,18 +113,29 @@ def test_the_end_of_the_script_queues_again_what_the_ranks_could_not(tmp_path: P
     end = text.partition("# teardown\n")[2]
     (tmp_path / "bin").mkdir()
     tool = tmp_path / "bin" / "scontrol"
-    tool.write_text(f"#!/bin/sh\necho $* >> {tmp_path}/called\n")
+    tool.write_text(
+        f'#!/bin/sh\nif [ "$1" = show ]; then cat {tmp_path}/state; else echo $* >> {tmp_path}/called; fi\n'
+    )
     tool.chmod(0o755)
-    environment = {"PATH": f"{tmp_path / 'bin'}:/usr/bin:/bin", "SLURM_JOB_ID": "12"}
-    marker = tmp_path / "other" / "slurm" / "requeue_12"
+    (tmp_path / "state").write_text("JobId=12 JobState=RUNNING Reason=None\n")
+    environment = {"PATH": f"{tmp_path / 'bin'}:/usr/bin:/bin", "SLURM_JOB_ID": "12", "SLURM_RESTART_COUNT": "1"}
+    own = tmp_path / "other" / "slurm"
+    own.mkdir(parents=True)
 
     def shell(code: int) -> int:
         return subprocess.run(["bash", "-c", f"(exit {code})\n{end}"], env=environment, timeout=30).returncode
 
+    (own / "attempt_12.1").mkdir()
     assert (shell(0), shell(75)) == (0, 75) and not (tmp_path / "called").exists()
-    marker.parent.mkdir(parents=True)
-    marker.touch()
-    assert shell(75) == 0 and (tmp_path / "called").read_text() == "requeue 12\n" and not marker.exists()
+    (own / "requeue_12").touch()
+    assert shell(75) == 0 and (tmp_path / "called").read_text() == "requeue 12\n"
+    assert not (own / "requeue_12").exists() and shell(75) == 75, "once"
+    (own / "attempt_12.1").rmdir()  # srun has failed before any rank was there: three times at most
+    assert [shell(1) for _ in range(3)] == [0, 0, 1] and shell(0) == 0
+    assert (tmp_path / "called").read_text() == "requeue 12\n" * 3
+    (tmp_path / "not_started_12").unlink()
+    (tmp_path / "state").write_text("JobId=12 JobState=CANCELLED Reason=None\n")
+    assert shell(1) == 1 and (tmp_path / "called").read_text() == "requeue 12\n" * 3
 
 
 def record(folder: Path, step: int) -> None:
