@@ -61,7 +61,7 @@ def test_six_runs_and_what_is_left_of_them(cluster: Cluster, tmp_path: Path) -> 
         done = subprocess.run(
             command, env=cluster.environment, capture_output=True, text=True, timeout=120, cwd=ROOT, check=False
         )
-        return {line.split()[0]: line for line in done.stdout.splitlines() if line[:3].isdigit()}
+        return {line.split()[0]: line for line in done.stdout.splitlines() if line.strip()[:3].isdigit()}
 
     ids = list(jobs_of(sweep).values())
     assert cluster.wait_for_end(*ids, seconds=900) == ["COMPLETED"] * 3 + ["FAILED"] + ["COMPLETED"] * 2, status()
