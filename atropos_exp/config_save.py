@@ -10,6 +10,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
+from atropos_exp.atomic import write_atomic
 from atropos_exp.redaction import redact
 
 # Where a run is stored, watched and executed does not change what it computes.
@@ -33,6 +34,38 @@ def config_hash(config: DictConfig) -> str:
     plain = _canonical(OmegaConf.to_container(same, resolve=True))
     text = json.dumps(plain, sort_keys=True, separators=(",", ":"), default=str)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def freeze_config(config: DictConfig, folder: Path, *, run_dir: Path) -> tuple[str, ...]:
+    """Write the whole configuration to `folder`/config.yaml; what follows the interpreter to run just that.
+
+    Later edits of conf/ do not reach it. It runs in `run_dir`, and continues there however often it is started. Unlike
+    the run's own config.yaml it keeps secrets, for the run needs them: only its owner may read it.
+    """
+    # Interpolations stay: what they refer to is in the file too, and the hash depends on them.
+    plain: Any = OmegaConf.to_container(config, resolve=False)
+    plain |= {"run_dir": str(run_dir.absolute()), "resume": "auto"}
+    text = _FROZEN_HEAD + OmegaConf.to_yaml(OmegaConf.create(plain))
+    path = folder.absolute() / "config.yaml"
+    write_atomic(path, text, mode=0o600)
+    return ("-m", "atropos_exp.run", "--config-path", str(path.parent), "--config-name", path.stem)
+
+
+# A configuration without choices left; composition as conf/config.yaml sets it up.
+_FROZEN_HEAD = """\
+# The configuration of one job as it was submitted; conf/ is not read again.
+defaults:
+  - _self_
+  - override hydra/job_logging: none
+  - override hydra/hydra_logging: none
+hydra:
+  output_subdir: null
+  run:
+    dir: .
+  job:
+    name: atropos_exp
+    chdir: false
+"""
 
 
 def _canonical(value: Any) -> Any:

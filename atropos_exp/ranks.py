@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 from atropos_exp.types import UserError
@@ -55,6 +56,26 @@ class Ranks:
         if not succeeded:
             raise UserError(f"rank 0 failed: {value}")
         return value  # type: ignore[return-value]
+
+    def folder_on_every_node(self, find: Callable[[], Path]) -> Path:
+        """`find()` of rank 0, on every rank. Where nodes share no such folder, one rank of each finds its own too."""
+        folder = self.on_zero(find)
+        if self.world_size == 1:
+            return folder
+        import torch.distributed as dist
+
+        for only_first in (True, False):  # the others of a node then find what the first one has downloaded
+            problem = ""
+            if not folder.is_dir() and (os.environ.get("LOCAL_RANK", "0") == "0") is only_first:
+                try:
+                    folder = find()
+                except Exception as error:
+                    problem = f"rank {self.rank}: {type(error).__name__}: {error}"
+            problems = [""] * self.world_size
+            dist.all_gather_object(problems, problem)
+            if any_problem := next(filter(None, problems), ""):
+                raise UserError(any_problem)
+        return folder
 
     def any(self, flag: bool) -> bool:
         """Whether `flag` is set on some rank: all ranks stop at the same step."""

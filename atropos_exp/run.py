@@ -18,13 +18,14 @@ from typing import TYPE_CHECKING
 from omegaconf import DictConfig
 
 from atropos_exp.config_check import Checked, validate
-from atropos_exp.config_cli import hydra_main, job_command
+from atropos_exp.config_cli import hydra_main
 from atropos_exp.config_save import config_hash, save_config
 from atropos_exp.config_sizes import describe
 from atropos_exp.provenance import git_commit, versions
 from atropos_exp.ranks import Ranks
 from atropos_exp.run_files import note_command, read_metrics, write_summary
 from atropos_exp.run_folder import RunFolder, open_run_folder
+from atropos_exp.submission import launch
 from atropos_exp.summary import summarize_run
 from atropos_exp.sweep_start import start_sweep
 from atropos_exp.types import UserError
@@ -38,7 +39,7 @@ def run(config: DictConfig) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # trainer and engine take turns on the same cores
     checked = validate(config)
     _check_preparation(checked)
-    code: int | None = checked.parts["cluster"].launch(job_command())
+    code = launch(checked)
     if code is not None:
         return code
     ranks = Ranks.of_environment()
@@ -106,6 +107,8 @@ class Experiment:
         from atropos_exp.loop import train
 
         self._parts = parts = assemble(self._checked, self._folder, self._ranks, stack)
+        if self._ranks.any(self._stop_requested):  # while starting: nothing has been done that could be lost
+            return 0
         return train(
             parts.schedule,
             source=parts.source,
@@ -127,8 +130,8 @@ class Experiment:
     def _request_stop(self, number: int, frame: FrameType | None) -> None:
         if self._stop_requested and number == signal.SIGINT:
             raise KeyboardInterrupt  # the second Ctrl-C: now
-        self._stop_requested = True
-        if self._ranks.is_zero:
+        is_first, self._stop_requested = not self._stop_requested, True
+        if is_first and self._ranks.is_zero:
             name = signal.Signals(number).name
             os.write(2, f"\n{name}: finishing this step, then saving (Ctrl-C again: stop now)\n".encode())
 

@@ -42,6 +42,11 @@ def open_run_folder(*, output_dir: Path, name: str, run_dir: str | None, resume:
         for path in sorted(base.glob(f"*/*/{IDENTITY}"), reverse=True):
             if is_unfinished(path.parent, config_hash) and not _is_locked(path.parent):
                 return _claim(path.parent, resumed=True, config_hash=config_hash)
+    return _claim(new_folder(base), resumed=False, config_hash=config_hash)
+
+
+def new_folder(base: Path) -> Path:
+    """Make base/<date>/<time>, which nobody has had before."""
     now = datetime.now()
     stem = base / now.strftime("%Y-%m-%d") / now.strftime("%H-%M-%S")
     for suffix in ("", *(f"-{number}" for number in range(2, 100))):
@@ -50,7 +55,7 @@ def open_run_folder(*, output_dir: Path, name: str, run_dir: str | None, resume:
             path.mkdir(parents=True)
         except FileExistsError:
             continue
-        return _claim(path, resumed=False, config_hash=config_hash)
+        return path
     raise UserError(f"{stem}: 99 runs started in the same second; set run_dir")
 
 

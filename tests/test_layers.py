@@ -18,8 +18,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("atropos_exp", "data_prep")
 PARTS = {*GROUPS, "report", "sharding", "sweep"}  # `env` is in atropos/
 # Entry points and what composes the parts for them; a folder counts with all that is in it.
-TOP = {"run", "assembly", "assembly_atropos", "assembly_material", "export", "report.__main__", "atropos.envs",
-       "sweep_start", "sweep.__main__", "doctor", "dashboard"}  # fmt: skip
+TOP = {"run", "submission", "assembly", "assembly_atropos", "assembly_material", "export", "report.__main__",
+       "atropos.envs", "sweep_start", "sweep.__main__", "doctor", "dashboard"}  # fmt: skip
 LOOP = {"loop"}
 MAX_LINES = 300
 
@@ -55,10 +55,11 @@ OWNERS = {
     "sympy": ("reward/",),
     "hydra": ("config", "sweep/axes.py", "sweep/plan.py"),
     "omegaconf": ("config", "run.py", "assembly.py", "sweep/", "doctor/"),
+    "submitit": ("cluster/slurm",),
 }
 # Composing a configuration must import none of these, so a module that settings import may not at its top.
-HEAVY = {"torch", "verl", "transformers", "peft", "tensordict", "datasets", "ray", "wandb", "vllm", "sglang",
-         "reasoning_gym", "math_verify", "sympy", "pyarrow", "pandas", "starlette", "uvicorn", "optuna"}  # fmt: skip
+HEAVY = {"torch", "verl", "transformers", "peft", "tensordict", "datasets", "ray", "wandb", "vllm", "sglang", "optuna",
+         "reasoning_gym", "math_verify", "sympy", "pyarrow", "pandas", "starlette", "uvicorn", "submitit"}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,7 @@ from pathlib import Path
 from atropos_exp.child import child_environment
 
 TOKEN_VARIABLE = "ATROPOS_EXP_ENGINE_TOKEN"  # in the child's environment: its bearer token
+DEVICES_VARIABLE = "ATROPOS_EXP_ENGINE_DEVICES"  # set by a launcher that keeps devices for engines alone
 TAIL_LINES = 12
 BACKLOG = 2048  # connections that wait while the server loads
 
@@ -42,6 +43,8 @@ class ServerProcess:
         self.num_restarts = 0
         self._command = [python or sys.executable, "-m", module, *arguments, "--parent-pid", str(os.getpid())]
         self._environment = {**child_environment(python), TOKEN_VARIABLE: self.token, **environment}
+        if devices := self._environment.pop(DEVICES_VARIABLE, ""):
+            self._environment["CUDA_VISIBLE_DEVICES"] = devices
         self._inherited_fds = tuple(inherited_fds)
         log.parent.mkdir(parents=True, exist_ok=True)
         with socket.create_server(("127.0.0.1", 0), backlog=BACKLOG) as listener:

@@ -21,7 +21,9 @@ def join_process_group(device: str, *, timeout_s: float) -> torch.device:
     if device == "cuda":
         if not torch.cuda.is_available():
             raise UserError("device=cuda, but torch sees no GPU. Choose device=cpu or install a CUDA build of torch.")
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        local = int(os.environ.get("LOCAL_RANK", "0"))
+        # A launcher may show each rank all devices of the machine, or only its own.
+        torch.cuda.set_device(0 if torch.cuda.device_count() == 1 else local)
     elif device != "cpu":
         raise UserError(f"device must be cpu or cuda; got {device!r}")
     if not dist.is_initialized():

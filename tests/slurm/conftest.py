@@ -1,0 +1,49 @@
+"""One real Slurm for all tests of this folder. Skipped, with the reason, where it cannot be had."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE), str(HERE.parent / "e2e")]  # `slurm_cluster`, and `experiments` of the tests beside these
+
+from slurm_cluster import Cluster  # noqa: E402
+
+NEEDED = ("slurmctld", "slurmd", "slurmdbd", "mariadbd", "munged")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark every test here, and run them all in one process: they share the cluster."""
+    reason = _obstacle()
+    for item in items:
+        if item.path.is_relative_to(HERE):
+            item.add_marker(pytest.mark.slurm)
+            item.add_marker(pytest.mark.timeout(1800))
+            if reason:
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def _obstacle() -> str:
+    missing = [name for name in NEEDED if shutil.which(name) is None]
+    if missing:
+        return f"no Slurm here ({', '.join(missing)} not found): make test-slurm installs it"
+    if os.geteuid() != 0:
+        return "a Slurm of one's own needs root"
+    return ""
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    root = Path(tempfile.mkdtemp(prefix="slurm-"))  # short: it holds unix sockets
+    found = Cluster(root)
+    try:
+        yield found
+    finally:
+        found.wipe()
