@@ -76,13 +76,24 @@ def test_the_environment_of_a_rank() -> None:
     assert last["MASTER_ADDR"] == "10.0.0.1" and last["MASTER_PORT"] == "5" and "OMP_NUM_THREADS" not in last
 
 
-def test_an_engine_sees_the_devices_that_are_kept_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    from atropos_exp.engine.process import child_environment
+def test_an_engine_sees_the_devices_that_are_kept_for_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from atropos_exp.engine.process import ServerProcess
 
+    def seen() -> str:
+        log = tmp_path / "log"
+        log.unlink(missing_ok=True)
+        program = ServerProcess("this_prints_its_environment", (), python=str(shell), environment={}, log=log)
+        program.wait(20)
+        program.stop()
+        return log.read_text().strip()
+
+    shell = tmp_path / "python"
+    shell.write_text('#!/bin/sh\necho "$CUDA_VISIBLE_DEVICES"\n')
+    shell.chmod(0o755)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
-    assert child_environment(None)["CUDA_VISIBLE_DEVICES"] == "4,5,6,7"
+    assert seen() == "4,5,6,7"
     monkeypatch.setenv(ENGINE_DEVICES, "6,7")
-    assert child_environment(None)["CUDA_VISIBLE_DEVICES"] == "6,7"
+    assert seen() == "6,7"
 
 
 def test_the_script_asks_for_what_the_settings_say(tmp_path: Path) -> None:
