@@ -50,7 +50,7 @@ class PlainTrainer:
         from transformers import AutoModelForCausalLM, Qwen2Config
 
         config = Qwen2Config(
-            **SIZES[size], tie_word_embeddings=True, max_position_embeddings=32768, initializer_range=0.04,
+            **SIZES[size], tie_word_embeddings=True, max_position_embeddings=32768, initializer_range=0.02,
             bos_token_id=None, eos_token_id=None, pad_token_id=None,
         )  # fmt: skip
         torch.manual_seed(0)
