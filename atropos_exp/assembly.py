@@ -77,7 +77,7 @@ def assemble(checked: Checked, folder: RunFolder, ranks: Ranks, stack: ExitStack
         gateway = start_gateway(checked, folder, outside, engine, model_folder=model_folder, stack=stack)
         served = HeldEngine(engine, gateway)
     publisher = _sharding_manager(checked, trainer, served, canary, ranks)
-    resync = Resync(publisher, served, ranks, max_restarts=parts["engine"].max_restarts)
+    resync = Resync(publisher, served, ranks, max_restarts=getattr(parts["engine"], "max_restarts", 0))
     recorder: Recorder = SilentRecorder()
     logger: Logger | None = None
     inner: RolloutSource | None = None

@@ -165,15 +165,17 @@ class AtroposSource:
         if batch is None:
             return
         batches = [batch]
-        self._api_step = self._client.status()[0]
-        if self._api_step < before:
-            raise ApiLost(f"its step went back from {before} to {self._api_step}")
-        while len(batches) < self._api_step - before and (another := self._client.batch()):
-            batches.append(another)
-        self._counters["batches"] += len(batches)
-        accepted = [self._intake.accept(raw, policy_version=step - 1) for raw in batches]
-        self._batches += [groups for groups in accepted if groups]
-        self._batches.sort(key=_mean_version)
+        try:
+            self._api_step = self._client.status()[0]
+            if self._api_step < before:
+                raise ApiLost(f"its step went back from {before} to {self._api_step}")
+            while len(batches) < self._api_step - before and (another := self._client.batch()):
+                batches.append(another)
+        finally:  # what has arrived is used, whatever became of the rest
+            self._counters["batches"] += len(batches)
+            accepted = [self._intake.accept(raw, policy_version=step - 1) for raw in batches]
+            self._batches += [groups for groups in accepted if groups]
+            self._batches.sort(key=_mean_version)
 
     def _lose(self, reason: str) -> None:
         self._connected = False

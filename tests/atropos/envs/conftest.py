@@ -153,7 +153,9 @@ def gateway(engine: EngineClient, tmp_path_factory: pytest.TempPathFactory) -> I
     """Its address."""
     values = yaml.safe_load((CONF_DIR / "gateway/default.yaml").read_text())
     del values["_target_"]
-    client = GatewaySettings(**values).start(
+    settings = GatewaySettings(**values)
+    client = settings.start(
+        doors=settings.listen(()),
         endpoint=engine.endpoint,
         model_folder=WEIGHTS,
         model_name="tiny",
@@ -161,7 +163,6 @@ def gateway(engine: EngineClient, tmp_path_factory: pytest.TempPathFactory) -> I
         max_sequence_length=LONGEST,
         seed=5,
         log_folder=tmp_path_factory.mktemp("gateway"),
-        extra_ports=(),
     )
     yield client.address
     client.stop()
