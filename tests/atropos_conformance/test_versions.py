@@ -38,18 +38,26 @@ class Sampler:
         return client.post(f"{self.url}/generate", json=body)
 
     def group(self, prompt: list[int], *, temperature: float = 1.0) -> Group:
+        """Four completions that are not all the same: those would have no gradient. The less likely, the better its
+        score, which keeps the sampler from always saying the same."""
         with httpx.Client(timeout=120.0, trust_env=False) as client:
-            response = self.answer(client, prompt, n=4, temperature=temperature)
-        assert response.status_code == 200, response.text
-        said = [
-            [next((int(token), logprob) for token, logprob in entry[0].items()) for entry in completion]
-            for completion in response.json()["logprobs"]
-        ]
+            for _ in range(50):
+                response = self.answer(client, prompt, n=4, temperature=temperature)
+                assert response.status_code == 200, response.text
+                said = [
+                    [next((int(token), logprob) for token, logprob in entry[0].items()) for entry in completion]
+                    for completion in response.json()["logprobs"]
+                ]
+                if len({tuple(token for token, _ in one) for one in said}) > 1:
+                    break
+            else:
+                raise AssertionError(f"50 times four completions that are all the same: {said}")
+        likeliest_first = sorted(range(4), key=lambda at: -sum(logprob for _, logprob in said[at]))
         return {
             "tokens": [prompt + [token for token, _ in one] for one in said],
             "masks": [[IGNORED] * len(prompt) + [token for token, _ in one] for one in said],
             "inference_logprobs": [[SENTINEL] * len(prompt) + [logprob for _, logprob in one] for one in said],
-            "scores": [1.0, 0.0, 0.5, 0.25],
+            "scores": [[0.0, 0.25, 0.5, 1.0][likeliest_first.index(at)] for at in range(4)],
         }
 
 
