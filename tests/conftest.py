@@ -16,9 +16,14 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # silences a F
 
 import pytest
 
+FOLDER = Path(__file__).parent
+# They run first, so that none of them is left over for one worker at the end (pyproject: --no-loadscope-reorder).
+LONG = ("e2e", "atropos_conformance", "sweep", "doctor", "test_extending.py")
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests marked `gpu` or `vllm` need one. GPU_TESTS_DEVICE=cpu runs those that can on the CPU, to try the tests."""
+    items.sort(key=lambda item: item.path.relative_to(FOLDER).parts[0] not in LONG)  # stable
     _skip_unless(items, "gpu", _has_gpu, "no NVIDIA GPU")
     _skip_unless(items, "vllm", _has_vllm, "no vLLM in .venv-vllm: `make test-vllm` makes it and runs these")
 
@@ -39,4 +44,4 @@ def _has_gpu() -> bool:
 
 
 def _has_vllm() -> bool:
-    return (Path(__file__).parents[1] / ".venv-vllm" / "bin" / "python").exists()
+    return (FOLDER.parent / ".venv-vllm" / "bin" / "python").exists()
