@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,7 @@ def test_the_same_tokens_as_one_server(engines: Replicas, engine: Any, model: An
     before = [one.info()["num_rows"] for one in engines.replicas]
     for few in (prompts, prompts[:1]):
         ours, theirs = (one.generate(few, PARAMS, num_samples=3) for one in (engines, engine))
-        for mine, other in zip(sum(ours, []), sum(theirs, []), strict=True):
+        for mine, other in zip(chain(*ours), chain(*theirs), strict=True):
             assert mine.token_ids.tolist() == other.token_ids.tolist() and mine.finish == other.finish
             np.testing.assert_allclose(mine.logprobs, other.logprobs, atol=1e-5)
     rows = [one.info()["num_rows"] - old for one, old in zip(engines.replicas, before, strict=True)]
@@ -120,7 +121,7 @@ def test_one_server_with_other_weights_is_found(engines: Replicas, trainer: Trai
         def digests(self) -> Mapping[str, str]:
             return {}
 
-    with pytest.raises(SyncError, match="server 1: canary prompt 0, token .* does not serve the trainer's weights"):
+    with pytest.raises(SyncError, match=r"server 1: canary prompt 0, token .* does not serve the trainer's weights"):
         manage(trainer, CannotTell()).publish(version)
     assert manage(trainer, engines).publish(version).policy_version == version
 
