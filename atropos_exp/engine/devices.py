@@ -40,17 +40,26 @@ def transport_problems(transport: str, gpus: Sequence[int] | None, *, device: st
 def choose_transport(transport: str, gpus: Sequence[int] | None, *, device: str) -> str:
     """`auto` resolved. Raises UserError for one that needs the engine on other GPUs where it is not."""
     on_gpu = device.startswith("cuda")
-    has_its_own = gpus is not None or bool(os.environ.get(DEVICES_VARIABLE))
-    if transport == "nccl" and not (on_gpu and has_its_own):
+    kept = os.environ.get(DEVICES_VARIABLE)
+    others = kept.split(",") if kept else [str(gpu) for gpu in gpus or ()]
+    if transport == "nccl" and (not on_gpu or not others or _name(device) in others):
         raise UserError(
-            "engine.transport is nccl, which sends weights to other GPUs than the trainer's, but the engine has none "
-            "of its own; name them in engine.gpus, or use engine.transport=auto"
+            "engine.transport is nccl, which sends weights to other GPUs than the trainer's, but the engine has "
+            f"{'none of its own' if not others else 'GPU ' + _name(device) + ', where the trainer is'}; name others "
+            "in engine.gpus, or use engine.transport=auto"
         )
     if transport != "auto":
         return transport
-    if not on_gpu:
-        return "shm"
-    return "nccl" if has_its_own else "cuda_ipc"
+    if not on_gpu or _name(device) in others:
+        return "shm"  # NCCL takes a GPU once, and not every server is on the trainer's
+    return "nccl" if others else "cuda_ipc"
+
+
+def _name(device: str) -> str:
+    """Of the trainer's GPU, as engine.gpus would name it."""
+    number = int(device.partition(":")[2] or 0)
+    visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    return visible[number] if number < len(visible) else str(number)
 
 
 def visible_devices(

@@ -121,8 +121,16 @@ def test_what_the_engines_are_told() -> None:
 
 def test_where_the_servers_are_and_how_weights_get_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(DEVICES_VARIABLE, raising=False)
-    for gpus, device, chosen in ((None, "cpu", "shm"), (None, "cuda", "cuda_ipc"), ([1], "cuda:0", "nccl")):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    cases = ((None, "cpu", "shm"), (None, "cuda", "cuda_ipc"), ([1], "cuda:0", "nccl"), ([0, 1], "cuda", "shm"))
+    for gpus, device, chosen in cases:
         assert choose_transport("auto", gpus, device=device) == chosen
+    with pytest.raises(UserError, match=r"but the engine has GPU 0, where the trainer is; name others"):
+        choose_transport("nccl", [0, 1], device="cuda")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
+        assert choose_transport("auto", [3], device="cuda:0") == "nccl"
+        assert choose_transport("auto", [2, 3], device="cuda:0") == "shm"
     with pytest.raises(UserError, match=r"engine.transport is nccl, .* but the engine has none of its own"):
         choose_transport("nccl", None, device="cuda")
 
