@@ -12,7 +12,7 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -64,11 +64,13 @@ class Group:
         self._size = size
         self._members: Any = None
         self._is_over = False
-        self._flags: Any = None  # a store of its own, so that no lock of the group's is waited for
+        self._threads: list[threading.Thread] = []
 
     def start(self, buffer: Tensor) -> Transfer:
         """Rank 0 sends the bytes, the others fill theirs with them, in a thread of its own. One at a time."""
-        return Transfer(self, buffer)
+        transfer = Transfer(self, buffer)
+        self._run(transfer.run)
+        return transfer
 
     def transfer(self, buffer: Tensor) -> None:
         """The work of that thread. Ends when the bytes are there, or raises."""
@@ -95,33 +97,32 @@ class Group:
         """Tell the others, and let go of it: a member that hangs must not hold this thread, so another does it."""
         self._is_over = True
         members, self._members = self._members, None
-        threading.Thread(target=self._bury, args=(members,), name="group-end", daemon=True).start()
+        self._run(self._bury, members)
 
     def is_given_up(self) -> bool:
-        return bool(self._flag_store().check([GIVEN_UP]))
+        return bool(_open(self._store, f"{self.name}/flags").check([GIVEN_UP]))
+
+    def wait_for_threads(self, seconds: float) -> None:
+        """Before the process ends: Python ends threads that are still in a library by force, and so the process."""
+        deadline = time.monotonic() + seconds
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+
+    def _run(self, work: Callable[..., None], *arguments: Any) -> None:
+        self._threads = [thread for thread in self._threads if thread.is_alive()]
+        thread = threading.Thread(target=work, args=arguments, name="weights", daemon=True)
+        self._threads.append(thread)
+        thread.start()
 
     def _bury(self, members: Any) -> None:
-        with contextlib.suppress(RuntimeError, OSError):  # the file is gone with its owner: all are told by that
-            self._flag_store().set(GIVEN_UP, "1")
+        _open(self._store, f"{self.name}/flags").set(GIVEN_UP, "1")
         if self._backend == "nccl" and members is not None:
             with contextlib.suppress(RuntimeError):
                 members.abort()
         # Gloo closes its connections with its last reference, which is ours.
 
-    def _flag_store(self) -> Any:
-        if self._flags is None:
-            self._flags = self._open(f"{self.name}/flags")
-        return self._flags
-
-    def _open(self, name: str) -> Any:
-        import torch.distributed as dist
-
-        store = dist.FileStore(self._store, -1)  # type: ignore[attr-defined]
-        store.set_timeout(timedelta(seconds=FORM_SECONDS))
-        return dist.PrefixStore(name, store)  # type: ignore[attr-defined]
-
     def _form(self) -> Any:
-        store = self._open(self.name)
+        store = _open(self._store, self.name)
         if self._backend == "nccl":
             from torch.distributed.distributed_c10d import ProcessGroupNCCL
 
@@ -140,17 +141,17 @@ class Group:
 
 
 class Transfer:
-    """One bucket on its way. A daemon thread does it: a library that never returns must not keep the process."""
+    """One bucket on its way. A daemon thread runs it: a library that never returns must not keep the process."""
 
     def __init__(self, group: Group, buffer: Tensor) -> None:
         self.error: BaseException | None = None
         self._group = group
+        self._buffer = buffer
         self._done = threading.Event()
-        threading.Thread(target=self._run, args=(buffer,), name="weights", daemon=True).start()
 
-    def _run(self, buffer: Tensor) -> None:
+    def run(self) -> None:
         try:
-            self._group.transfer(buffer)
+            self._group.transfer(self._buffer)
         except BaseException as error:  # raised by `wait`
             self.error = error
             self._group.give_up()
@@ -209,6 +210,8 @@ class GroupSource:
         seconds = FORM_SECONDS if member.buffer is None else SEND_SECONDS
         if member.buffer is None or len(member.buffer) < num_bytes:
             member.buffer = torch.empty(num_bytes, dtype=torch.uint8, device=self._device())
+            if self.backend == "nccl":
+                torch.cuda.synchronize()  # NCCL writes on a stream of its own: nobody may still use this memory
         if num_bytes:
             try:
                 member.group.start(member.buffer[:num_bytes]).wait(seconds + 5.0, while_wanted=True)
@@ -237,6 +240,29 @@ _members: dict[str, _Member] = {}  # of this process, by the path of their store
 
 def _dotted(version: Any) -> str:
     return ".".join(map(str, version)) if version else "(none)"
+
+
+_stores: dict[str, Any] = {}  # by path
+_store_file: list[int] = []  # of this process, as the sender
+
+
+def store_file() -> int:
+    """The memory file of all groups that this process sends to. It stays open: a FileStore whose path leads to another
+    file when it is destroyed ends the process."""
+    if not _store_file:
+        _store_file.append(os.memfd_create("atropos_exp-group", os.MFD_CLOEXEC))
+    return _store_file[0]
+
+
+def _open(path: str, name: str) -> Any:
+    """Part `name` of the store in this file. It is never closed either, for that takes a lock of the file, which a
+    member that was stopped may hold."""
+    import torch.distributed as dist
+
+    if path not in _stores:
+        _stores[path] = dist.FileStore(path, -1)  # type: ignore[attr-defined]
+        _stores[path].set_timeout(timedelta(seconds=FORM_SECONDS))
+    return dist.PrefixStore(name, _stores[path])  # type: ignore[attr-defined]
 
 
 _environment_lock = threading.Lock()

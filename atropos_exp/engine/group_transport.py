@@ -8,12 +8,14 @@ import secrets
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from atropos_exp.engine.group import SEND_SECONDS, Group, GroupError, Transfer, nccl_version
+from atropos_exp.engine.group import SEND_SECONDS, Group, GroupError, Transfer, nccl_version, store_file
 from atropos_exp.wire import EngineError, EngineLost
 from atropos_exp.wire_tensors import layout, write_bucket
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+END_SECONDS = 10.0
 
 
 class GroupTransport:
@@ -26,8 +28,9 @@ class GroupTransport:
         self._backend = backend
         self._receivers_per_server = receivers_per_server
         self._size = 1 + num_servers * receivers_per_server
-        self._fd = os.memfd_create("atropos_exp-group", os.MFD_CLOEXEC)
+        self._fd = store_file()
         self._group: Group | None = None
+        self._given_up: list[Group] = []
         self._buffer: Tensor | None = None
 
     @property
@@ -88,10 +91,11 @@ class GroupTransport:
     def reset(self) -> None:
         if self._group is not None:
             self._group.give_up()
+            self._given_up.append(self._group)
         self._group, self._buffer = None, None  # a transfer that hangs still has the old buffer
 
     def close(self) -> None:
+        """After the servers have ended, so that nothing waits for them any more."""
         self.reset()
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        while self._given_up:
+            self._given_up.pop().wait_for_threads(END_SECONDS)

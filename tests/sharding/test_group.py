@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -14,7 +16,7 @@ import pytest
 from faulty_lines import SQUARE, TransposesOne
 
 from atropos_exp.engine.client import EngineClient
-from atropos_exp.engine.group import Group, GroupError, GroupSource, Transfer
+from atropos_exp.engine.group import Group, GroupError, GroupSource, Transfer, store_file
 from atropos_exp.ranks import Ranks
 from atropos_exp.sharding.proof import SyncError
 from atropos_exp.sharding.resync import Resync
@@ -127,16 +129,35 @@ def test_members_that_cannot_talk_are_told_why() -> None:
 def test_a_receiver_does_not_wait_for_a_sender_that_gave_up() -> None:
     import torch
 
-    fd = os.memfd_create("test")
-    try:
-        sender, receiver = (
-            Group(backend="gloo", store=f"/proc/self/fd/{fd}", name="a", rank=rank, size=2) for rank in (0, 1)
-        )
-        transfer = receiver.start(torch.zeros(8, dtype=torch.uint8))
-        threading.Timer(0.3, sender.give_up).start()
-        began = time.monotonic()
-        with pytest.raises(GroupError, match="the sender gave the group up"):
-            transfer.wait(60, while_wanted=True)
-        assert time.monotonic() - began < 5
-    finally:
-        os.close(fd)
+    store = f"/proc/{os.getpid()}/fd/{store_file()}"
+    sender, receiver = (Group(backend="gloo", store=store, name="a", rank=rank, size=2) for rank in (0, 1))
+    transfer = receiver.start(torch.zeros(8, dtype=torch.uint8))
+    threading.Timer(0.3, sender.give_up).start()
+    began = time.monotonic()
+    with pytest.raises(GroupError, match="the sender gave the group up"):
+        transfer.wait(60, while_wanted=True)
+    assert time.monotonic() - began < 5
+
+
+def test_a_process_ends_well_after_its_groups(helpers: Any, tmp_path: Path) -> None:
+    """Its engine is stopped, the descriptors are used for something else, and it ends with exit code 0."""
+    code = (
+        "import os, sys, runpy, tempfile\n"
+        "from pathlib import Path\n"
+        "helpers = runpy.run_path(sys.argv[1])\n"
+        "engine = helpers['start'](Path(sys.argv[2]), helpers['random_model'](tied=True, seed=0), transport='gloo')\n"
+        "trainer = helpers['HeldModel'](helpers['random_model'](tied=True, seed=1))\n"
+        "helpers['manage'](trainer, engine).publish(1)\n"
+        "os.kill(engine.process.pid, 9)\n"
+        "try:\n"
+        "    helpers['manage'](trainer, engine).publish(2)\n"
+        "except RuntimeError as error:\n"
+        "    print(type(error).__name__)\n"
+        "engine.stop()\n"
+        "folders = [os.open('.', os.O_RDONLY) for _ in range(64)]\n"
+    )
+    conftest = str(Path(__file__).with_name("conftest.py"))
+    done = subprocess.run(
+        [sys.executable, "-c", code, conftest, str(tmp_path)], capture_output=True, text=True, timeout=200, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, "EngineLost\n"), done.stderr
