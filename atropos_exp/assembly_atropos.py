@@ -55,7 +55,7 @@ def start_gateway(
     run, parts = checked.run, checked.parts
     gateway: GatewayClient = parts["gateway"].start(
         doors=outside.doors,
-        endpoint=engine.endpoint,
+        endpoints=[replica.endpoint for replica in engine.replicas],
         model_folder=model_folder,
         model_name=run.name,
         stop_token_ids=parts["model"].stop_token_ids(model_folder),

@@ -40,6 +40,10 @@ class HeldEngine:
         return self._engine.transfers_on_device
 
     @property
+    def replicas(self) -> Sequence[Engine]:
+        return self._engine.replicas
+
+    @property
     def endpoint(self) -> Endpoint:
         return self._engine.endpoint
 

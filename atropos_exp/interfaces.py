@@ -102,6 +102,11 @@ class Engine(Protocol):
         ...
 
     @property
+    def replicas(self) -> Sequence[Engine]:
+        """Every server that samples, as an engine of its own: a sync is proven for each of them."""
+        ...
+
+    @property
     def transfers_on_device(self) -> bool:
         """Whether `WeightReceiver.receive` wants tensors on the GPU; digests are then made there too."""
         ...

@@ -124,7 +124,7 @@ def measure_syncs(trainer: PlainTrainer, engine: Any, options: argparse.Namespac
         "bytes": stats[-1].num_bytes,
         "tensors": stats[-1].num_tensors,
         "digests_compared": stats[-1].digests_compared,
-        "digests_resident": engine.info()["num_resident_digests"],
+        "digests_resident": sum(one.info()["num_resident_digests"] for one in engine.replicas),
         "transfer_s": statistics.median(one.seconds for one in later),
         "transfer_s_max": max(one.seconds for one in later),
         "proof_s": statistics.median(one.proof_seconds for one in later),

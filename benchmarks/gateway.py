@@ -225,7 +225,7 @@ def main() -> None:
             chosen = settings("gateway/default", GatewaySettings, ledger_tokens=LEDGER_TOKENS)
             client = chosen.start(
                 doors=chosen.listen(()),
-                endpoint=engine.endpoint,
+                endpoints=[engine.endpoint],
                 model_folder=WEIGHTS,
                 model_name="tiny",
                 stop_token_ids=(),

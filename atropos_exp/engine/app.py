@@ -46,8 +46,11 @@ class Service:
             raise Refused(400, "top_p must be above 0 (1 turns it off)")
         prompts = self._sequences(message, room=params.max_tokens)
         num_samples = int(_number(message, "num_samples", 1, 1 << 20))
-        deadline = _deadline(message)
-        return self.backend.generate(prompts, params, num_samples=num_samples, deadline=deadline), dict
+        first_prompt = int(_number({"first_prompt": 0, **message}, "first_prompt", 0, 1 << 40))
+        work = self.backend.generate(
+            prompts, params, num_samples=num_samples, first_prompt=first_prompt, deadline=_deadline(message)
+        )
+        return work, dict
 
     def score(self, message: Message) -> Work:
         sequences = self._sequences(message, room=0)

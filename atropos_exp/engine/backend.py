@@ -42,9 +42,16 @@ class Backend(Protocol):
     def max_sequence_length(self) -> int: ...
 
     def generate(
-        self, prompts: Sequence[TokenIds], params: SamplingParams, *, num_samples: int, deadline: float
+        self,
+        prompts: Sequence[TokenIds],
+        params: SamplingParams,
+        *,
+        num_samples: int,
+        first_prompt: int,
+        deadline: float,
     ) -> Future[Message]:
-        """`token_ids`, `logprobs` laid end to end, and `lengths`, `stopped`, `versions` of all samples in order."""
+        """`token_ids`, `logprobs` laid end to end, and `lengths`, `stopped`, `versions` of all samples in order.
+        `first_prompt`: the place of the first one in a call of which this is a part; rows get their seeds by it."""
         ...
 
     def score(

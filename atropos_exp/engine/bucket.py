@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from atropos_exp.engine.backend import Message, Refused
+from atropos_exp.engine.group import GroupSource
 from atropos_exp.wire import WireError
 from atropos_exp.wire_tensors import Piece, read_piece
 
@@ -31,11 +32,17 @@ class BucketSource:
     shm: str | None  # of an inherited memory file, as /proc/<pid>/fd/<n>
     folder: Path | None
     cuda_ipc: bool
+    group: GroupSource | None
 
     def check(self, message: Message) -> None:
         """Refuses a message of another transport."""
-        wanted = {"pieces": self.shm is not None, "file": self.folder is not None, "cuda": self.cuda_ipc}
-        key = "cuda" if "cuda" in message else "file" if "file" in message else "pieces"
+        wanted = {
+            "group": self.group is not None,
+            "cuda": self.cuda_ipc,
+            "file": self.folder is not None,
+            "pieces": self.shm is not None,
+        }
+        key = next((key for key in wanted if key in message), "pieces")
         if key not in message or not wanted[key]:
             got = ", ".join(sorted(message))
             raise Refused(400, f"this server was started for another weight transport; got {got}")
@@ -49,8 +56,9 @@ class BucketSource:
         pieces = [Piece.from_message(item, buffer_bytes=size) for item in message["pieces"]]
         return [(piece.name, (piece.dtype, piece.shape)) for piece in pieces]
 
-    def read(self, message: Message) -> Iterator[tuple[str, Tensor]]:
-        """The bucket's tensors, as views: they are gone with the next bucket."""
+    def read(self, message: Message, *, receiver: int = 0) -> Iterator[tuple[str, Tensor]]:
+        """The bucket's tensors, as views: they are gone with the next bucket. `receiver`: number of this process among
+        those of the server that receive weights."""
         self.check(message)
         if "file" in message:
             from safetensors.torch import load_file
@@ -59,7 +67,11 @@ class BucketSource:
             return
         size = self._size(message)
         pieces = [Piece.from_message(item, buffer_bytes=size) for item in message["pieces"]]
-        buffer = open_cuda(message["cuda"], size) if "cuda" in message else self._map(size)
+        buffer: Any
+        if self.group is not None:
+            buffer = self.group.receive(message["group"], size, receiver=receiver)
+        else:
+            buffer = open_cuda(message["cuda"], size) if "cuda" in message else self._map(size)
         for piece in pieces:
             yield piece.name, read_piece(piece, buffer)
 

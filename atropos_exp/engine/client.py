@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from atropos_exp.engine.update import update
 from atropos_exp.types import Endpoint, Finish, Floats, Sample, SamplingParams, TokenIds, UserError
 from atropos_exp.wire import HEARTBEAT, EngineError, EngineLost, WireError, flatten, pack, split, unpack
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from atropos_exp.engine.process import ServerProcess
     from atropos_exp.engine.transport import Transport
+    from atropos_exp.interfaces import WeightReceiver
 
 Message = dict[str, Any]
 
@@ -40,6 +40,7 @@ class EngineClient:
 
         self.process = process
         self.kind = kind  # the name of the engine in conf/engine
+        self.is_lost = False  # a call has found it dead or hanging
         self._transport = transport
         self._dtype = dtype
         self._start_timeout_seconds = start_timeout_seconds
@@ -63,6 +64,10 @@ class EngineClient:
         return Endpoint(kind="hf", address=self.process.address, token=self.process.token)
 
     @property
+    def replicas(self) -> tuple[EngineClient, ...]:
+        return (self,)
+
+    @property
     def transfers_on_device(self) -> bool:
         """Whether `WeightReceiver.receive` wants tensors on the GPU, digests being made there too."""
         return self._transport.on_device
@@ -70,14 +75,16 @@ class EngineClient:
     def wait_until_ready(self) -> None:
         """Until the server answers and has generated a token. Raises EngineError."""
         left = self._await_server()
-        self._exchange("/health", {}, what="the first token", seconds=max(1.0, left))
+        self.exchange("/health", {}, what="the first token", seconds=max(1.0, left))
 
     def restart(self) -> None:
         """Replace a server that is lost by a fresh one, at the same address, which refuses to sample until it has had
         a complete update. Raises EngineError if that fails, too."""
+        self._transport.reset()
         self._transport.clear()
         self.process.restart("--problem", "weights incomplete: the engine was started anew and not synced yet")
         self._await_server()
+        self.is_lost = False
 
     def _await_server(self) -> float:
         """Until it answers; the seconds left of those that a start may take."""
@@ -96,8 +103,11 @@ class EngineClient:
                     reason = f"waited {seconds:g} s (engine.start_timeout_seconds) for the server to load the model"
                     raise EngineError(f"engine {self.kind} did not start: {reason}; {self.process.state()}") from None
 
-    def generate(self, prompts: Sequence[TokenIds], params: SamplingParams, *, num_samples: int) -> list[list[Sample]]:
-        """See `Engine.generate`. A prompt that does not fit, or a token outside the vocabulary, is a UserError."""
+    def generate(
+        self, prompts: Sequence[TokenIds], params: SamplingParams, *, num_samples: int, first_prompt: int = 0
+    ) -> list[list[Sample]]:
+        """See `Engine.generate`. A prompt that does not fit, or a token outside the vocabulary, is a UserError.
+        `first_prompt`: place of the first one in a call that is shared between servers."""
         if not prompts:
             return []
         token_ids, lengths = flatten(prompts, np.int32)
@@ -111,9 +121,10 @@ class EngineClient:
             "max_tokens": int(params.max_tokens),
             "stop_token_ids": [int(token) for token in params.stop_token_ids],
             "seed": int(params.seed),
+            "first_prompt": first_prompt,
         }
         what = f"{num_samples} completions of {len(prompts)} prompts, up to {params.max_tokens} tokens each"
-        answer = self._exchange("/generate", message, what=what)
+        answer = self.exchange("/generate", message, what=what)
         samples = [
             Sample(
                 token_ids=tokens,
@@ -137,7 +148,7 @@ class EngineClient:
             return []
         token_ids, lengths = flatten(sequences, np.int32)
         message = {"token_ids": token_ids, "lengths": lengths, "temperature": float(temperature)}
-        answer = self._exchange("/score", message, what=f"the logprobs of {len(sequences)} sequences")
+        answer = self.exchange("/score", message, what=f"the logprobs of {len(sequences)} sequences")
         return split(answer["logprobs"], answer["lengths"])
 
     def score_top(
@@ -150,7 +161,7 @@ class EngineClient:
             "temperature": float(temperature),
             "num_top": num_top,
         }
-        answer = self._exchange("/score", message, what=f"the logprobs of {len(sequence)} tokens and of the likeliest")
+        answer = self.exchange("/score", message, what=f"the logprobs of {len(sequence)} tokens and of the likeliest")
         return answer["logprobs"], answer["top_token_ids"], answer["top_logprobs"]
 
     def version(self) -> int:
@@ -158,45 +169,34 @@ class EngineClient:
 
     def info(self) -> Message:
         """What the server says of itself: version, problem, expected tensors, batches decoded, library versions."""
-        return self._exchange("/info", {}, what="its version", seconds=self._health_timeout_seconds)
+        return self.exchange("/info", {}, what="its version", seconds=self._health_timeout_seconds)
 
     def check(self) -> None:
-        self._exchange("/health", {}, what="a token as a sign of health", seconds=self._health_timeout_seconds)
+        self.exchange("/health", {}, what="a token as a sign of health", seconds=self._health_timeout_seconds)
 
     def pause(self) -> None:
         """Hold new generations; returns when the batch in flight has ended."""
-        self._exchange("/pause", {}, what="the batch in flight to end")
+        self.exchange("/pause", {}, what="the batch in flight to end")
 
     def resume(self) -> None:
-        self._exchange("/resume", {}, what="sampling to resume", seconds=self._health_timeout_seconds)
+        self.exchange("/resume", {}, what="sampling to resume", seconds=self._health_timeout_seconds)
 
-    @contextlib.contextmanager
-    def updating(self, version: int) -> Iterator[Receiver]:
+    def updating(self, version: int) -> AbstractContextManager[WeightReceiver]:
         """See `Engine.updating`. Nothing is sampled between the pause and the commit."""
-        expected = {name: (kind, tuple(shape)) for name, kind, shape in self.info()["expected"]}
-        receiver = Receiver(self, expected, version)
-        self.pause()
-        try:
-            self._exchange("/weights/begin", {"version": version}, what=f"the update to version {version} to begin")
-            yield receiver
-            self._exchange("/weights/finish", {}, what=f"version {version} to be accepted")
-        except BaseException as error:
-            try:
-                self._exchange("/weights/abort", {}, what="the update to be given up", seconds=5.0)
-                self.resume()
-            except EngineError as also:
-                error.add_note(f"while giving the update up: {also}")
-            raise
-        finally:
-            self._transport.clear()
-        self.resume()
+        return update([self], self._transport, version)
+
+    def digests(self) -> dict[str, str]:
+        """Of every tensor that an update brings, as the server holds it."""
+        message = {"on_device": self._transport.on_device}
+        found: dict[str, str] = self.exchange("/weights/digests", message, what="the digests of its weights")["digests"]
+        return found
 
     def stop(self) -> None:
         self._http.close()
         self.process.stop()
         self._transport.close()
 
-    def _exchange(self, path: str, message: Message, *, what: str, seconds: float | None = None) -> Message:
+    def exchange(self, path: str, message: Message, *, what: str, seconds: float | None = None) -> Message:
         """One request and its answer within the deadline. Raises EngineError, or UserError for a wrong request."""
         import httpx
 
@@ -214,9 +214,11 @@ class EngineClient:
                         raise EngineError(f"{waiting} longer than {seconds:g} s; {self.process.state()}")
         except httpx.TimeoutException as error:
             reason = f"no sign of life for {silence:g} s (engine.health_timeout_seconds): it hangs"
+            self.is_lost = True
             raise EngineLost(f"{waiting}; {reason}. {self.process.state()}") from error
         except httpx.TransportError as error:
             self.process.wait(1.0)
+            self.is_lost = True
             raise EngineLost(f"{waiting}; {type(error).__name__} {error}: {self.process.state()}") from error
         try:
             answer = unpack(bytes(body).lstrip(HEARTBEAT))
@@ -228,34 +230,3 @@ class EngineClient:
                 raise UserError(f"engine {self.kind} refused a request for {what}: {answer['error']}")
             raise EngineError(f"{waiting}; it answered {answer['status']}: {answer['error']}")
         return answer
-
-    def send(self, bucket: Sequence[tuple[str, Tensor]], version: int) -> None:
-        """One bucket of the update in progress. Returns when it is loaded."""
-        message = self._transport.write(bucket)
-        names = f"{bucket[0][0]} .. {bucket[-1][0]}" if bucket else "nothing"
-        self._exchange("/weights/bucket", message, what=f"version {version}: {names} to be loaded")
-
-    def digests(self) -> dict[str, str]:
-        message = {"on_device": self._transport.on_device}
-        digests: dict[str, str] = self._exchange("/weights/digests", message, what="the digests of its weights")[
-            "digests"
-        ]
-        return digests
-
-
-class Receiver:
-    """A `WeightReceiver`: one update of the server's weights."""
-
-    def __init__(self, client: EngineClient, expected: Mapping[str, tuple[str, tuple[int, ...]]], version: int) -> None:
-        self._client = client
-        self._expected = expected
-        self._version = version
-
-    def expected(self) -> Mapping[str, tuple[str, tuple[int, ...]]]:
-        return self._expected
-
-    def receive(self, bucket: Sequence[tuple[str, Tensor]]) -> None:
-        self._client.send(bucket, self._version)
-
-    def digests(self) -> Mapping[str, str]:
-        return self._client.digests()

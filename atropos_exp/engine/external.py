@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 from atropos_exp.engine.preflight import has_gpu, missing_modules
@@ -32,16 +31,3 @@ def environment_problems(*, option: str, title: str, python: str, is_own: bool, 
         f"engine={option} needs an interpreter that can import {option}, but {machine}{where} is {python} and "
         f"{missing}; set engine.python to the interpreter of an environment with {title} ({install}), or use engine=hf"
     ]
-
-
-def gpu_problems(gpus: Sequence[int] | None, *, tensor_parallel_size: int, device: str) -> list[str]:
-    """What does not fit between the GPUs that are named and those that are needed."""
-    problems = []
-    if gpus is not None and device == "cpu":
-        problems.append(f"engine.gpus is {list(gpus)}, but device is cpu; use engine.gpus=null")
-    if gpus is not None and len(gpus) != tensor_parallel_size:
-        problems.append(
-            f"engine.gpus names {len(gpus)} GPUs, but engine.tensor_parallel_size is {tensor_parallel_size}; "
-            "make them equal"
-        )
-    return problems

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from atropos_exp.engine.client import EngineClient
+from atropos_exp.engine.devices import gpu_problems, transport_problems
 from atropos_exp.engine.launch import DTYPES, Launch, check_settings
 from atropos_exp.engine.preflight import missing_modules
+from atropos_exp.engine.replicas import Replicas
 from atropos_exp.engine.transport import TRANSPORTS, is_transport
 from atropos_exp.types import UserError
 
@@ -22,6 +24,8 @@ class HFEngine:
 
     dtype: str
     python: str | None
+    gpus: list[int] | None
+    data_parallel_size: int
     num_threads: int | None
     max_batch_tokens: int
     batching_wait_seconds: float
@@ -35,7 +39,9 @@ class HFEngine:
         check_settings(
             self,
             choices={"dtype": DTYPES},
-            positive=("start_timeout_seconds", "request_timeout_seconds", "health_timeout_seconds"),
+            positive=(
+                *("data_parallel_size", "start_timeout_seconds", "request_timeout_seconds", "health_timeout_seconds"),
+            ),
         )
         if not is_transport(self.transport):
             raise UserError(f"engine.transport must be one of {', '.join(TRANSPORTS)}; got {self.transport!r}")
@@ -58,9 +64,14 @@ class HFEngine:
                 )
         if self.transport == "shm" and not hasattr(os, "memfd_create"):
             problems.append("engine.transport is shm, which needs Linux; use engine.transport=disk")
-        return problems
+        problems += gpu_problems(
+            self.gpus, tensor_parallel_size=1, data_parallel_size=self.data_parallel_size, device=device
+        )
+        return problems + transport_problems(self.transport, self.gpus, device=device)
 
-    def start(self, *, model_folder: Path, device: str, log_folder: Path, max_sequence_length: int) -> EngineClient:
+    def start(
+        self, *, model_folder: Path, device: str, log_folder: Path, max_sequence_length: int
+    ) -> EngineClient | Replicas:
         """Start the server on a Hugging Face folder and wait for its first token; raises EngineError.
 
         `max_sequence_length` is the most tokens that a prompt and its answer have together. The caller stops it.
@@ -80,6 +91,10 @@ class HFEngine:
             num_threads=self.num_threads,
             max_sequence_length=max_sequence_length,
             transport=self.transport,
+            gpus=self.gpus,
+            tensor_parallel_size=1,
+            data_parallel_size=self.data_parallel_size,
+            receivers_per_server=1,
             log_folder=log_folder,
             start_timeout_seconds=self.start_timeout_seconds,
             request_timeout_seconds=self.request_timeout_seconds,

@@ -31,10 +31,22 @@ class HFBackend:
     versions: Mapping[str, str]
 
     def generate(
-        self, prompts: Sequence[TokenIds], params: SamplingParams, *, num_samples: int, deadline: float
+        self,
+        prompts: Sequence[TokenIds],
+        params: SamplingParams,
+        *,
+        num_samples: int,
+        first_prompt: int,
+        deadline: float,
     ) -> Future[Message]:
         return self.scheduler.submit(
-            Generation(prompts=prompts, params=params, num_samples=num_samples, deadline=deadline)
+            Generation(
+                prompts=prompts,
+                params=params,
+                num_samples=num_samples,
+                first_prompt=first_prompt,
+                deadline=deadline,
+            )
         )
 
     def score(

@@ -31,12 +31,14 @@ class Generation:
     params: SamplingParams
     num_samples: int
     deadline: float  # of time.monotonic()
+    first_prompt: int = 0  # place of the first one in the call that this is a part of
     done: Future[dict[str, Any]] = field(default_factory=Future)
 
     def __post_init__(self) -> None:
         num_rows = len(self.prompts) * self.num_samples
         self.prompt_N = np.repeat(np.arange(len(self.prompts)), self.num_samples)
-        self.key_N = row_keys(self.params.seed, self.prompt_N, np.tile(np.arange(self.num_samples), len(self.prompts)))
+        sample_N = np.tile(np.arange(self.num_samples), len(self.prompts))
+        self.key_N = row_keys(self.params.seed, self.first_prompt + self.prompt_N, sample_N)
         self.token_ids_NR = np.zeros((num_rows, self.params.max_tokens), dtype=np.int32)
         self.logprobs_NR = np.zeros((num_rows, self.params.max_tokens), dtype=np.float32)
         self.length_N = np.zeros(num_rows, dtype=np.int64)

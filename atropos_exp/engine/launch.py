@@ -1,4 +1,4 @@
-"""Starting an engine server: what all of them check first, and what all of them are told."""
+"""Starting an engine's servers: what all of them check first, and what all of them are told."""
 
 from __future__ import annotations
 
@@ -11,8 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from atropos_exp.engine.client import EngineClient
-from atropos_exp.engine.process import ServerProcess
-from atropos_exp.engine.transport import make_transport
+from atropos_exp.engine.devices import choose_transport, visible_devices
+from atropos_exp.engine.process import DEVICES_VARIABLE, ServerProcess
+from atropos_exp.engine.replicas import Replicas
+from atropos_exp.engine.transport import Transport, make_transport
+from atropos_exp.engine.update import together
 from atropos_exp.types import UserError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -35,7 +38,7 @@ def check_settings(settings: Any, *, choices: Mapping[str, Sequence[str]], posit
 
 @dataclass(frozen=True, kw_only=True)
 class Launch:
-    """One engine server to be started."""
+    """One engine to be started: a server, or several of the same (`data_parallel_size`)."""
 
     kind: str  # hf | vllm | sglang
     module: str  # python -m
@@ -43,9 +46,13 @@ class Launch:
     model_folder: Path
     device: str
     dtype: str  # auto: float32 on a CPU, bfloat16 on a GPU
-    num_threads: int | None  # None: all cores that this process may use
+    num_threads: int | None  # of each server; None: its share of the cores that this process may use
     max_sequence_length: int  # tokens of a prompt and its answer together
-    transport: str  # shm | disk | cuda_ipc, or a class of this folder
+    transport: str  # auto | shm | disk | cuda_ipc | nccl | gloo, or a class of this folder
+    gpus: Sequence[int] | None  # of all servers; None: the trainer's own
+    tensor_parallel_size: int  # GPUs of one server
+    data_parallel_size: int  # servers
+    receivers_per_server: int  # processes of one that receive weights
     log_folder: Path
     start_timeout_seconds: float
     request_timeout_seconds: float
@@ -70,46 +77,67 @@ class Launch:
             return self.dtype
         return "bfloat16" if self.device.startswith("cuda") else "float32"
 
-    def start(self, *arguments: str, environment: Mapping[str, str]) -> EngineClient:
-        """Start the server and wait for its first token; raises EngineError. The caller stops it."""
-        num_threads = self.num_threads or len(os.sched_getaffinity(0))
+    def start(self, *arguments: str, environment: Mapping[str, str]) -> EngineClient | Replicas:
+        """Start the servers and wait for their first tokens; raises EngineError. The caller stops them."""
+        count = self.data_parallel_size
+        devices = visible_devices(
+            self.gpus,
+            tensor_parallel_size=self.tensor_parallel_size,
+            data_parallel_size=count,
+            device=self.device,
+        )
         with contextlib.ExitStack() as undo:
-            transport = make_transport(self.transport, self.log_folder)
+            transport = make_transport(
+                choose_transport(self.transport, self.gpus, device=self.device),
+                self.log_folder,
+                num_servers=count,
+                receivers_per_server=self.receivers_per_server,
+            )
             undo.callback(transport.close)
-            process = ServerProcess(
-                self.module,
-                [
-                    *("--model", str(self.model_folder), "--device", self.device, "--dtype", self.served_dtype),
-                    *("--num-threads", str(num_threads)),
-                    *("--max-sequence-length", str(self.max_sequence_length)),
-                    *("--heartbeat-seconds", str(self.health_timeout_seconds / 5)),
-                    *transport.arguments(),
-                    *arguments,
-                ],
-                python=self.python,
-                environment={
-                    # A launcher such as torchrun sets one thread per rank; the server has its own setting.
-                    "OMP_NUM_THREADS": str(num_threads),
-                    # Idle threads sleep: spinning ones slow the trainer, and each other on a shared machine (8 × seen).
-                    "OMP_WAIT_POLICY": "passive",
-                    "HF_HUB_OFFLINE": "1",
-                    "TQDM_DISABLE": "1",  # progress bars are noise in a log
-                    **environment,
-                },
-                log=self.log_folder / "engine.log",
-                inherited_fds=transport.inherited_fds,
-            )
-            undo.callback(process.stop)
-            client = EngineClient(
-                process,
-                transport,
-                kind=self.kind,
-                dtype=self.served_dtype,
-                start_timeout_seconds=self.start_timeout_seconds,
-                request_timeout_seconds=self.request_timeout_seconds,
-                health_timeout_seconds=self.health_timeout_seconds,
-            )
-            undo.callback(client.stop)
-            client.wait_until_ready()
+            clients = []
+            for server in range(count):
+                visible = {} if devices[server] is None else {DEVICES_VARIABLE: devices[server] or ""}
+                more = [*arguments, *transport.arguments(server)]
+                client = self._client(server, more, {**environment, **visible}, transport)
+                undo.callback(client.stop)
+                clients.append(client)
+            together(clients, lambda client: client.wait_until_ready())
             undo.pop_all()
-        return client
+        return clients[0] if count == 1 else Replicas(clients, transport)
+
+    def _client(
+        self, server: int, arguments: Sequence[str], environment: Mapping[str, str], transport: Transport
+    ) -> EngineClient:
+        """Start one server process."""
+        num_threads = self.num_threads or max(1, len(os.sched_getaffinity(0)) // self.data_parallel_size)
+        process = ServerProcess(
+            self.module,
+            [
+                *("--model", str(self.model_folder), "--device", self.device, "--dtype", self.served_dtype),
+                *("--num-threads", str(num_threads)),
+                *("--max-sequence-length", str(self.max_sequence_length)),
+                *("--heartbeat-seconds", str(self.health_timeout_seconds / 5)),
+                *arguments,
+            ],
+            python=self.python,
+            environment={
+                # A launcher such as torchrun sets one thread per rank; the server has its own setting.
+                "OMP_NUM_THREADS": str(num_threads),
+                # Idle threads sleep: spinning ones slow the trainer, and each other on a shared machine (8 × seen).
+                "OMP_WAIT_POLICY": "passive",
+                "HF_HUB_OFFLINE": "1",
+                "TQDM_DISABLE": "1",  # progress bars are noise in a log
+                **environment,
+            },
+            log=self.log_folder / ("engine.log" if self.data_parallel_size == 1 else f"engine_{server}.log"),
+            inherited_fds=transport.inherited_fds,
+        )
+        return EngineClient(
+            process,
+            transport,
+            kind=self.kind,
+            dtype=self.served_dtype,
+            start_timeout_seconds=self.start_timeout_seconds,
+            request_timeout_seconds=self.request_timeout_seconds,
+            health_timeout_seconds=self.health_timeout_seconds,
+        )

@@ -23,6 +23,7 @@ from typing import Any
 from atropos_exp.engine.app import Service, make_app
 from atropos_exp.engine.backend import Backend
 from atropos_exp.engine.bucket import BucketSource, inherited
+from atropos_exp.engine.group import BACKENDS, GroupSource
 from atropos_exp.engine.process import TOKEN_VARIABLE
 
 PARENT_POLL_SECONDS = 0.25
@@ -84,14 +85,24 @@ def parser(module: str, description: str | None) -> argparse.ArgumentParser:
     options.add_argument("--weights-fd", type=int, help="shared memory for new weights")
     options.add_argument("--weights-folder", type=Path, help="folder for new weights")
     options.add_argument("--weights-cuda-ipc", action="store_true", help="new weights lie in device memory")
+    options.add_argument("--group-backend", choices=BACKENDS, help="new weights are sent to a group of processes")
+    options.add_argument("--group-fd", type=int, help="memory file through which the group finds together")
+    options.add_argument("--group-rank", type=int, help="of this server's first receiver in the group")
     options.add_argument("--parent-pid", type=int, required=True)
     options.add_argument("--parent-death-signal", action="store_true")
     return options
 
 
 def bucket_source(options: argparse.Namespace) -> BucketSource:
+    group = None
+    store = inherited(options.group_fd)
+    if store is not None:
+        group = GroupSource(backend=options.group_backend, store=store, first_rank=options.group_rank)
     return BucketSource(
-        shm=inherited(options.weights_fd), folder=options.weights_folder, cuda_ipc=options.weights_cuda_ipc
+        shm=inherited(options.weights_fd),
+        folder=options.weights_folder,
+        cuda_ipc=options.weights_cuda_ipc,
+        group=group,
     )
 
 

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from atropos_exp.engine.client import EngineClient
-from atropos_exp.engine.external import environment_problems, gpu_problems, interpreter
+from atropos_exp.engine.devices import gpu_problems, transport_problems
+from atropos_exp.engine.external import environment_problems, interpreter
 from atropos_exp.engine.launch import DTYPES, Launch, check_settings
 from atropos_exp.engine.preflight import has_gpu
+from atropos_exp.engine.replicas import Replicas
 
 SERVER = "atropos_exp.engine.sglang_server"
-TRANSPORTS = ("auto", "shm", "disk", "cuda_ipc")
+TRANSPORTS = ("auto", "shm", "disk", "cuda_ipc", "nccl", "gloo")
 # The version that verl 0.9.1 was built against; it pins transformers 5.6.0, which verl excludes.
 INSTALL = "`pip install sglang==0.5.12 msgpack xxhash` in an environment of its own, on a machine with an NVIDIA GPU"
 
@@ -26,6 +28,7 @@ class SGLangEngine:
     python: str | None
     gpus: list[int] | None
     tensor_parallel_size: int
+    data_parallel_size: int
     mem_fraction_static: float
     max_running_requests: int
     attention_backend: str | None
@@ -43,7 +46,8 @@ class SGLangEngine:
             self,
             choices={"dtype": DTYPES, "transport": TRANSPORTS},
             positive=(
-                *("tensor_parallel_size", "mem_fraction_static", "max_running_requests", "num_threads"),
+                *("tensor_parallel_size", "data_parallel_size", "mem_fraction_static", "max_running_requests"),
+                "num_threads",
                 *("start_timeout_seconds", "request_timeout_seconds", "health_timeout_seconds"),
             ),
         )
@@ -57,12 +61,20 @@ class SGLangEngine:
         problems = environment_problems(
             option="sglang", title="SGLang", python=self._python, is_own=self.python is None, install=INSTALL
         )
-        problems += gpu_problems(self.gpus, tensor_parallel_size=self.tensor_parallel_size, device=device)
+        problems += gpu_problems(
+            self.gpus,
+            tensor_parallel_size=self.tensor_parallel_size,
+            data_parallel_size=self.data_parallel_size,
+            device=device,
+        )
+        problems += transport_problems(self.transport, self.gpus, device=device)
         if not problems and not has_gpu():
             problems.append("engine=sglang needs an NVIDIA GPU, and this machine shows none; use another engine")
         return problems
 
-    def start(self, *, model_folder: Path, device: str, log_folder: Path, max_sequence_length: int) -> EngineClient:
+    def start(
+        self, *, model_folder: Path, device: str, log_folder: Path, max_sequence_length: int
+    ) -> EngineClient | Replicas:
         """Start the server on a Hugging Face folder and wait for its first token; raises EngineError.
 
         `max_sequence_length` is the most tokens that a prompt and its answer have together. The caller stops it.
@@ -76,7 +88,11 @@ class SGLangEngine:
             dtype=self.dtype,
             num_threads=self.num_threads,
             max_sequence_length=max_sequence_length,
-            transport=self._transport(device),
+            transport=self.transport,
+            gpus=self.gpus,
+            tensor_parallel_size=self.tensor_parallel_size,
+            data_parallel_size=self.data_parallel_size,
+            receivers_per_server=1,  # the server, which shares the GPU's memory with SGLang's processes
             log_folder=log_folder,
             start_timeout_seconds=self.start_timeout_seconds,
             request_timeout_seconds=self.request_timeout_seconds,
@@ -84,8 +100,6 @@ class SGLangEngine:
         )
         launch.check_model()
         environment = {"SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1"}  # a score draws one token past the longest
-        if self.gpus is not None:
-            environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, self.gpus))
         return launch.start(
             *("--engine-arguments", json.dumps(self.engine_arguments())),
             *(["--seeded"] if self.seeded else []),
@@ -104,8 +118,3 @@ class SGLangEngine:
         }
         backends = {"attention_backend": self.attention_backend, "sampling_backend": self.sampling_backend}
         return arguments | {name: value for name, value in backends.items() if value is not None}
-
-    def _transport(self, device: str) -> str:
-        if self.transport != "auto":
-            return self.transport
-        return "cuda_ipc" if device.startswith("cuda") and self.gpus is None else "shm"

@@ -57,9 +57,15 @@ class SGLangBackend:
         self._arrived: dict[str, str] = {}  # digests of the last update, as it arrived
 
     def generate(
-        self, prompts: Sequence[TokenIds], params: SamplingParams, *, num_samples: int, deadline: float
+        self,
+        prompts: Sequence[TokenIds],
+        params: SamplingParams,
+        *,
+        num_samples: int,
+        first_prompt: int,
+        deadline: float,
     ) -> Future[Message]:
-        return self._run(self._generate(prompts, params, num_samples), deadline)
+        return self._run(self._generate(prompts, params, num_samples, first_prompt), deadline)
 
     def score(
         self, sequences: Sequence[TokenIds], *, temperature: float, num_top: int, deadline: float
@@ -128,7 +134,9 @@ class SGLangBackend:
                     raise Refused(409, self._account.problem)
                 await self._changed.wait()
 
-    async def _generate(self, prompts: Sequence[TokenIds], params: SamplingParams, num_samples: int) -> Message:
+    async def _generate(
+        self, prompts: Sequence[TokenIds], params: SamplingParams, num_samples: int, first_prompt: int
+    ) -> Message:
         self._num_waiting += 1
         try:
             while True:  # a pause may come between the two
@@ -139,7 +147,7 @@ class SGLangBackend:
                         self._num_in_flight += 1
                         break
             try:
-                return await self._sample(prompts, params, num_samples)
+                return await self._sample(prompts, params, num_samples, first_prompt)
             finally:
                 async with self._changed:
                     self._num_in_flight -= 1
@@ -147,9 +155,11 @@ class SGLangBackend:
         finally:
             self._num_waiting -= 1
 
-    async def _sample(self, prompts: Sequence[TokenIds], params: SamplingParams, num_samples: int) -> Message:
+    async def _sample(
+        self, prompts: Sequence[TokenIds], params: SamplingParams, num_samples: int, first_prompt: int
+    ) -> Message:
         prompt_N = np.repeat(np.arange(len(prompts)), num_samples)
-        keys_N = row_keys(params.seed, prompt_N, np.tile(np.arange(num_samples), len(prompts)))
+        keys_N = row_keys(params.seed, first_prompt + prompt_N, np.tile(np.arange(num_samples), len(prompts)))
         sampling: dict[str, Any] = {
             "temperature": params.temperature,
             "top_p": params.top_p,

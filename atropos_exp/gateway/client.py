@@ -19,7 +19,7 @@ import numpy as np
 from atropos_exp.child import Child, child_environment
 from atropos_exp.gateway.admin import unpack_provenances
 from atropos_exp.gateway.counters import GAUGES
-from atropos_exp.gateway.options import CLIENT_TOKEN, ENGINE_TOKEN, PRIVATE_TOKEN, Options
+from atropos_exp.gateway.options import CLIENT_TOKEN, ENGINE_TOKENS, PRIVATE_TOKEN, Options
 from atropos_exp.gateway.ports import Doors
 from atropos_exp.gateway.settings import GatewaySettings
 from atropos_exp.gateway.upstream import KINDS
@@ -38,7 +38,7 @@ class GatewayClient:
         settings: GatewaySettings,
         *,
         doors: Doors,
-        endpoint: Endpoint,
+        endpoints: Sequence[Endpoint],
         model_folder: Path,
         model_name: str,
         stop_token_ids: tuple[int, ...],
@@ -46,13 +46,14 @@ class GatewayClient:
         seed: int,
         log_folder: Path,
     ) -> None:
-        if endpoint.kind not in KINDS:
+        (kind,) = {endpoint.kind for endpoint in endpoints}
+        if kind not in KINDS:
             raise UserError(
-                f"the gateway cannot talk to an engine of kind {endpoint.kind!r} yet; got that, expected one of "
+                f"the gateway cannot talk to an engine of kind {kind!r} yet; got that, expected one of "
                 f"{', '.join(KINDS)}; choose engine=hf"
             )
         self._settings = settings
-        self._endpoint = endpoint
+        self._endpoints = tuple(endpoints)
         self._log = log_folder / "gateway.log"
         self._token = secrets.token_urlsafe(32)
         self._lock = threading.RLock()  # of what follows
@@ -163,8 +164,8 @@ class GatewayClient:
         settings = self._settings
         options = Options(
             socket_fds=tuple(listener.fileno() for listener in self._doors.sockets),
-            engine_kind=self._endpoint.kind,
-            engine_address=self._endpoint.address,
+            engine_kind=self._endpoints[0].kind,
+            engine_addresses=tuple(endpoint.address for endpoint in self._endpoints),
             incarnation=self.restarts,
             held=self._held,
             ledger_tokens=settings.ledger_tokens,
@@ -197,8 +198,7 @@ class GatewayClient:
         }
         if self._settings.token is not None:
             environment[CLIENT_TOKEN] = self._settings.token
-        if self._endpoint.token is not None:
-            environment[ENGINE_TOKEN] = self._endpoint.token
+        environment[ENGINE_TOKENS] = json.dumps([endpoint.token for endpoint in self._endpoints])
         return environment
 
     def _wait_until_ready(self, process: Child) -> None:

@@ -20,6 +20,7 @@ TOTALS = (
     "clamped_max_tokens",  # requests that asked for more than the context had room for
     "clamped_logprobs",  # logprobs above 0 or -inf
     "stop_string_cuts",
+    "failovers",  # requests that went on to another server of the engine because theirs was gone
     "held_requests",
     "held_seconds",
     "ledger_hits",

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 PRIVATE_TOKEN = "ATROPOS_EXP_GATEWAY_TOKEN"  # in its environment: the trainer's own token
 CLIENT_TOKEN = "ATROPOS_EXP_GATEWAY_CLIENT_TOKEN"  # of environments, where one is asked for
-ENGINE_TOKEN = "ATROPOS_EXP_ENGINE_TOKEN"  # of the engine, where it asks for one
+ENGINE_TOKENS = "ATROPOS_EXP_ENGINE_TOKENS"  # JSON: of each of the engine's servers, null where it asks for none
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -17,7 +17,7 @@ class Options:
 
     socket_fds: tuple[int, ...]  # listening
     engine_kind: str
-    engine_address: str
+    engine_addresses: tuple[str, ...]  # of its servers
     model_folder: str
     model_name: str
     stop_token_ids: tuple[int, ...]
@@ -37,6 +37,6 @@ class Options:
     @classmethod
     def from_json(cls, text: str) -> Options:
         values = json.loads(text)
-        for name in ("socket_fds", "stop_token_ids"):
+        for name in ("socket_fds", "engine_addresses", "stop_token_ids"):
             values[name] = tuple(values[name])
         return cls(**values)

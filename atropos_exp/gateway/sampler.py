@@ -13,7 +13,8 @@ from atropos_exp.gateway.ledger import Ledger
 from atropos_exp.gateway.refusal import Refusal
 from atropos_exp.gateway.sampling import Completion, SamplingRequest
 from atropos_exp.gateway.text import Text
-from atropos_exp.gateway.upstream import Answer, Scored, Upstream
+from atropos_exp.gateway.upstream import Answer, Scored
+from atropos_exp.gateway.upstreams import Upstreams
 from atropos_exp.types import Floats, TokenIds
 
 LOWEST_LOGPROB = -9999.0  # in the place of minus infinity, which JSON cannot carry; vLLM's choice too
@@ -23,7 +24,7 @@ LOWEST_LOGPROB = -9999.0  # in the place of minus infinity, which JSON cannot ca
 class Sampler:
     """What all dialects share."""
 
-    upstream: Upstream
+    upstream: Upstreams
     gate: Gate
     ledger: Ledger
     text: Text

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import json
 import logging
 import os
 import secrets
@@ -20,10 +21,11 @@ from atropos_exp.gateway.app import App
 from atropos_exp.gateway.counters import Counters
 from atropos_exp.gateway.gate import Gate
 from atropos_exp.gateway.ledger import Ledger
-from atropos_exp.gateway.options import CLIENT_TOKEN, ENGINE_TOKEN, PRIVATE_TOKEN, Options
+from atropos_exp.gateway.options import CLIENT_TOKEN, ENGINE_TOKENS, PRIVATE_TOKEN, Options
 from atropos_exp.gateway.sampler import Sampler, Seeds
 from atropos_exp.gateway.text import Text
 from atropos_exp.gateway.upstream import Upstream
+from atropos_exp.gateway.upstreams import Upstreams
 from atropos_exp.types import Endpoint
 
 BACKLOG = 2048
@@ -40,7 +42,7 @@ def main() -> None:
         signal.signal(ignored, signal.SIG_IGN)
     import uvloop
 
-    tokens = {name: os.environ.pop(name, None) for name in (PRIVATE_TOKEN, CLIENT_TOKEN, ENGINE_TOKEN)}
+    tokens = {name: os.environ.pop(name, None) for name in (PRIVATE_TOKEN, CLIENT_TOKEN, ENGINE_TOKENS)}
     text = Text(Path(options.model_folder))
     gc.collect()
     gc.freeze()  # what was imported stays; the collector need not walk it again and again
@@ -54,12 +56,18 @@ async def serve(options: Options, text: Text, tokens: dict[str, str | None]) -> 
 
     private_token = tokens[PRIVATE_TOKEN]
     assert private_token is not None
-    endpoint = Endpoint(kind=options.engine_kind, address=options.engine_address, token=tokens[ENGINE_TOKEN])
+    engine_tokens = json.loads(tokens[ENGINE_TOKENS] or "[]")
+    endpoints = [
+        Endpoint(kind=options.engine_kind, address=address, token=token)
+        for address, token in zip(options.engine_addresses, engine_tokens, strict=True)
+    ]
     counters = Counters()
     gate = Gate(counters, max_hold_seconds=options.max_hold_seconds, held=options.held)
     ledger = Ledger(max_tokens=options.ledger_tokens, name=secrets.token_hex(4))
     sampler = Sampler(
-        upstream=Upstream(endpoint, silence_seconds=options.engine_silence_seconds),
+        upstream=Upstreams(
+            [Upstream(endpoint, silence_seconds=options.engine_silence_seconds) for endpoint in endpoints], counters
+        ),
         gate=gate,
         ledger=ledger,
         text=text,
@@ -86,7 +94,7 @@ async def serve(options: Options, text: Text, tokens: dict[str, str | None]) -> 
     await runner.setup()
     for fd in options.socket_fds:
         await web.SockSite(runner, socket.socket(fileno=fd), backlog=BACKLOG).start()
-    logger.info("serving %s for the engine at %s", options.model_name, options.engine_address)
+    logger.info("serving %s for the engine at %s", options.model_name, ", ".join(options.engine_addresses))
     await asyncio.Event().wait()
 
 

@@ -76,7 +76,7 @@ class GatewaySettings:
         self,
         *,
         doors: Doors,
-        endpoint: Endpoint,
+        endpoints: Sequence[Endpoint],
         model_folder: Path,
         model_name: str,
         stop_token_ids: tuple[int, ...],
@@ -85,13 +85,13 @@ class GatewaySettings:
         log_folder: Path,
     ) -> GatewayClient:
         """Start the process at `doors` and wait until it answers; raises EngineError if it does not. The caller stops
-        it, which closes the doors."""
+        it, which closes the doors. `endpoints`: of the engine's servers, which share the requests."""
         from atropos_exp.gateway.client import GatewayClient
 
         return GatewayClient(
             self,
             doors=doors,
-            endpoint=endpoint,
+            endpoints=endpoints,
             model_folder=model_folder,
             model_name=model_name,
             stop_token_ids=stop_token_ids,

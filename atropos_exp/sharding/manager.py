@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from atropos_exp.sharding.agreement import from_rank_zero, same_outcome
@@ -135,12 +136,25 @@ class ShardingManager:
             serves = self._engine.version()
             if serves != version:
                 raise SyncError(f"the engine says that it serves version {serves} after the sync to version {version}")
-            theirs = self._engine.score(self._canary, temperature=self._temperature)
             tolerance = DEFAULT_TOLERANCE[self._engine.dtype] if self._tolerance is None else self._tolerance
-            return check_canary(self._canary, ours, theirs, tolerance=tolerance, version=version)
+            gaps = []
+            for number, theirs in enumerate(self._scores()):
+                try:
+                    gaps.append(check_canary(self._canary, ours, theirs, tolerance=tolerance, version=version))
+                except SyncError as error:
+                    which = f"server {number}: " if len(self._engine.replicas) > 1 else ""
+                    raise SyncError(f"{which}{error}") from None
+            return max(largest for largest, _ in gaps), sum(mean for _, mean in gaps) / len(gaps)
         except SyncError as error:
             self._quarantine(version, error)
             raise
+
+    def _scores(self) -> list[list[Floats]]:
+        """The canary's logprobs by every server, asked at the same time."""
+        assert self._engine is not None
+        replicas = self._engine.replicas
+        with ThreadPoolExecutor(len(replicas), thread_name_prefix="canary") as pool:
+            return list(pool.map(lambda one: one.score(self._canary, temperature=self._temperature), replicas))
 
     def _quarantine(self, version: int, error: SyncError) -> None:
         """An update that is given up leaves the engine refusing to sample: nobody gets tokens of unproven weights."""

@@ -116,7 +116,8 @@ def test_no_orphan_survives_its_parent(model_folder: Path, tmp_path: Path) -> No
         import time
         from pathlib import Path
         from atropos_exp.engine.hf import HFEngine
-        engine = HFEngine(dtype="float32", python=None, num_threads=1, max_batch_tokens=4096, batching_wait_seconds=0.0,
+        engine = HFEngine(dtype="float32", python=None, gpus=None, data_parallel_size=1,
+            num_threads=1, max_batch_tokens=4096, batching_wait_seconds=0.0,
             transport="shm", start_timeout_seconds=120, request_timeout_seconds=60, health_timeout_seconds=20,
             max_restarts=0)
         folder = Path({str(tmp_path)!r})

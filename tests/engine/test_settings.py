@@ -12,6 +12,8 @@ import pytest
 import yaml
 
 from atropos_exp.config_origin import CONF_DIR
+from atropos_exp.engine.devices import choose_transport, visible_devices
+from atropos_exp.engine.process import DEVICES_VARIABLE
 from atropos_exp.types import UserError
 
 
@@ -27,7 +29,7 @@ def load(option: str, **changes: Any) -> Any:
     ("changes", "message"),
     [
         ({"dtype": "int8"}, "engine.dtype must be one of auto, float32, bfloat16, float16; got 'int8'"),
-        ({"transport": "nccl"}, "engine.transport must be one of shm, disk; got 'nccl'"),
+        ({"transport": "tcp"}, "engine.transport must be one of shm, disk, gloo, nccl; got 'tcp'"),
         ({"max_batch_tokens": 0}, "engine.max_batch_tokens must be 1 or more; got 0"),
         ({"num_threads": 0}, "engine.num_threads must be 1 or more, or null for all cores; got 0"),
         ({"batching_wait_seconds": -1.0}, "engine.batching_wait_seconds must be 0 or more; got -1.0"),
@@ -72,7 +74,12 @@ def test_engines_of_another_environment(option: str, title: str, install: str, t
 @pytest.mark.parametrize(
     ("option", "changes", "message"),
     [
-        ("vllm", {"transport": "nccl"}, "engine.transport must be one of auto, shm, disk, cuda_ipc; got 'nccl'"),
+        (
+            "vllm",
+            {"transport": "tcp"},
+            "engine.transport must be one of auto, shm, disk, cuda_ipc, nccl, gloo; got 'tcp'",
+        ),
+        ("hf", {"data_parallel_size": 0}, "engine.data_parallel_size must be above 0; got 0"),
         ("vllm", {"gpu_memory_utilization": 1.5}, "engine.gpu_memory_utilization must be at most 1; got 1.5"),
         ("vllm", {"tensor_parallel_size": 0}, "engine.tensor_parallel_size must be above 0; got 0"),
         ("vllm", {"step_timeout_seconds": 0.0}, "engine.step_timeout_seconds must be above 0 seconds; got 0.0"),
@@ -110,3 +117,40 @@ def test_what_the_engines_are_told() -> None:
     arguments = load("sglang", attention_backend="triton").engine_arguments()
     assert arguments["attention_backend"] == "triton" and "sampling_backend" not in arguments
     assert arguments["enable_deterministic_inference"] is False
+
+
+def test_where_the_servers_are_and_how_weights_get_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(DEVICES_VARIABLE, raising=False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    cases = ((None, "cpu", "shm"), (None, "cuda", "cuda_ipc"), ([1], "cuda:0", "nccl"), ([0, 1], "cuda", "shm"))
+    for gpus, device, chosen in cases:
+        assert choose_transport("auto", gpus, device=device) == chosen
+    with pytest.raises(UserError, match=r"but the engine has GPU 0, where the trainer is; name others"):
+        choose_transport("nccl", [0, 1], device="cuda")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
+        assert choose_transport("auto", [3], device="cuda:0") == "nccl"
+        assert choose_transport("auto", [2, 3], device="cuda:0") == "shm"
+    with pytest.raises(UserError, match=r"engine.transport is nccl, .* but the engine has none of its own"):
+        choose_transport("nccl", None, device="cuda")
+
+    def visible(gpus: list[int] | None, *, device: str = "cuda", tensor: int = 1, data: int = 1) -> list[str | None]:
+        return visible_devices(gpus, tensor_parallel_size=tensor, data_parallel_size=data, device=device)
+
+    assert visible(None) == [None] and visible(None, device="cpu", data=2) == [None, None]
+    assert visible([1, 3, 4, 6], tensor=2, data=2) == ["1,3", "4,6"]
+    with pytest.raises(UserError, match=r"engine.data_parallel_size is 2, but engine.gpus names no GPUs"):
+        visible(None, data=2)
+    monkeypatch.setenv(DEVICES_VARIABLE, "6,7")  # what a launcher keeps for engines
+    assert choose_transport("auto", None, device="cuda") == "nccl"
+    assert visible(None, data=2) == visible([0, 1], data=2) == ["6", "7"]
+    with pytest.raises(UserError, match=r"the engine has the GPUs 6, 7, but .* is 1; make them equal"):
+        visible(None)
+
+
+def test_replicas_and_groups_before_the_start() -> None:
+    for option in ("hf", "vllm", "sglang"):
+        problems = load(option, transport="nccl", gpus=[1], data_parallel_size=2).preflight(device="cpu")
+        assert any(problem.startswith("engine.transport is nccl, which sends weights from GPU") for problem in problems)
+        product = "engine.data_parallel_size × engine.tensor_parallel_size"
+        assert f"engine.gpus names 1 GPUs, but {product} is 2; make them equal" in problems

@@ -39,13 +39,15 @@ def start_engine(folder: Path, **changes: Any) -> EngineClient:
     )
 
 
-def start_gateway(endpoint: Endpoint, folder: Path, *, extra_ports: Any = (), **changes: Any) -> GatewayClient:
+def start_gateway(
+    endpoints: Endpoint | list[Endpoint], folder: Path, *, extra_ports: Any = (), **changes: Any
+) -> GatewayClient:
     chosen = settings(**changes)
     doors = chosen.listen(extra_ports)
     try:
         return chosen.start(
             doors=doors,
-            endpoint=endpoint,
+            endpoints=endpoints if isinstance(endpoints, list) else [endpoints],
             model_folder=WEIGHTS,
             model_name="tiny",
             stop_token_ids=(STOP,),

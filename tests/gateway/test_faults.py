@@ -212,7 +212,8 @@ def test_it_dies_with_the_trainer(helpers: Any, tmp_path: Path) -> None:
         "del values['_target_']\n"
         "settings = GatewaySettings(**values)\n"
         "client = settings.start(doors=settings.listen(()),\n"
-        "    endpoint=Endpoint(kind='hf', address='http://127.0.0.1:9', token=None), model_folder=Path(sys.argv[1]),\n"
+        "    endpoints=[Endpoint(kind='hf', address='http://127.0.0.1:9', token=None)],\n"
+        "    model_folder=Path(sys.argv[1]),\n"
         "    model_name='tiny', stop_token_ids=(), max_sequence_length=64, seed=0, log_folder=Path(sys.argv[2]))\n"
         "client.hold()\n"
         "print(client.process.pid, client.address, flush=True)\n"
@@ -263,7 +264,7 @@ def test_a_process_that_cannot_start(helpers: Any, tmp_path: Path) -> None:
     ):
         helpers.settings().start(
             doors=doors,
-            endpoint=endpoint,
+            endpoints=[endpoint],
             model_folder=tmp_path / "nothing",
             model_name="x",
             stop_token_ids=(),

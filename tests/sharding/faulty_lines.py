@@ -21,6 +21,7 @@ class FaultyLine:
         self._engine = engine
         self.dtype, self.version, self.score = engine.dtype, engine.version, engine.score
         self.transfers_on_device = engine.transfers_on_device
+        self.replicas = engine.replicas
 
     @contextmanager
     def updating(self, version: int) -> Iterator[Any]:

@@ -156,7 +156,7 @@ def gateway(engine: EngineClient, tmp_path_factory: pytest.TempPathFactory) -> I
     settings = GatewaySettings(**values)
     client = settings.start(
         doors=settings.listen(()),
-        endpoint=engine.endpoint,
+        endpoints=[engine.endpoint],
         model_folder=WEIGHTS,
         model_name="tiny",
         stop_token_ids=(STOP,),

@@ -1,0 +1,69 @@
+"""Runs whose engine is two servers: the same numbers as with one, and through Atropos with one of the two killed."""
+
+import os
+import signal
+
+import pytest
+from experiments import metrics, run_here, summary
+from test_atropos import START_SECONDS, Run, command_line, descendants
+
+NAMES = (
+    "reward/mean",
+    "loss/policy",
+    "grad/norm",
+    "policy/entropy",
+    "length/response_mean",
+    "eval/arithmetic/accuracy",
+)
+
+
+def engines(run):
+    return [pid for pid in descendants(run.process.pid) if "atropos_exp.engine.hf_server" in command_line(pid)]
+
+
+def rows_of(log):
+    return log.read_text().count("serving ")
+
+
+def test_two_servers_give_the_numbers_of_one(tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    run_here(one, "trainer.max_steps=2")
+    found = run_here(two, "trainer.max_steps=2", "engine.data_parallel_size=2", "engine.transport=gloo")
+    assert (found["status"], found["sync"]["count"], found["sync"]["verified"]) == ("finished", 3, 3)
+    assert found["sync"]["bytes"] == summary(one)["sync"]["bytes"] and found["sync"]["canary_gap_max"] < 1e-4
+    for left, right in zip(metrics(one), metrics(two), strict=True):
+        for name in NAMES:
+            expected = left.get(name)
+            assert right.get(name) == (expected if expected is None else pytest.approx(expected, rel=1e-3, abs=1e-6)), (
+                name
+            )
+    assert {path.name for path in (two / "log").glob("engine*")} == {"engine_0.log", "engine_1.log"}
+
+
+@pytest.mark.timeout(400)
+def test_one_of_two_servers_is_killed_under_a_run_through_atropos(tmp_path):
+    (tmp_path / "run").mkdir()
+    run = Run(
+        tmp_path / "run" / "run", "rollout=atropos", "engine.data_parallel_size=2", "engine.max_restarts=1",
+        "trainer.max_steps=1000000",
+    )  # fmt: skip
+    try:
+        run.wait_until(lambda: len(run.steps("atropos")) >= 3, "three steps through Atropos", START_SECONDS)
+        before = engines(run)
+        assert len(before) == 2
+        os.kill(before[0], signal.SIGKILL)
+        steps = len(run.steps("atropos"))
+        run.wait_until(lambda: len(engines(run)) == 2 and engines(run) != before, "a new server", 60)
+        run.wait_until(lambda: len(run.steps("atropos")) >= steps + 4, "steps after it", 120)
+        assert before[1] in engines(run), "the other one went on"
+        run.process.send_signal(signal.SIGTERM)
+        assert run.wait(60) == 0
+    finally:
+        run.stop()
+    found = summary(run.folder)
+    assert (found["status"], found["rollouts"]["local"]) == ("stopped", 0)
+    assert found["sync"]["count"] - found["sync"]["verified"] in (0, 1), "one may have been cut short"
+    rows = metrics(run.folder)
+    assert [row["step"] for row in rows] == list(range(len(rows)))
+    assert rows[-1]["engine/restarts"] == 1
+    assert sorted(rows_of(log) for log in (run.folder / "log").glob("engine_*.log")) == [1, 2]

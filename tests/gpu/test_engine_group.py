@@ -1,0 +1,93 @@
+"""Weights from one GPU to an engine on another over NCCL; over Gloo where GPU_TESTS_DEVICE=cpu tries the test."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import signal
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from atropos_exp.ranks import Ranks
+from atropos_exp.sharding.proof import SyncError
+from atropos_exp.sharding.resync import Resync
+from atropos_exp.types import Floats, TokenIds
+from atropos_exp.wire_tensors import digest
+
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
+
+
+def _sharding() -> Any:
+    """The trainer and the faulty lines of the sharding tests."""
+    path = Path(__file__).resolve().parents[1] / "sharding" / "conftest.py"
+    spec = importlib.util.spec_from_file_location("sharding_conftest", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class Trainer:
+    """A model on the first GPU."""
+
+    def __init__(self, model: Any, device: str) -> None:
+        self.model = model.to(device)
+
+    def parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
+        yield from self.model.named_parameters()
+
+    def logprobs(self, sequences: Sequence[TokenIds], *, temperature: float) -> list[Floats]:
+        scored = []
+        for sequence in sequences:
+            ids = torch.tensor(sequence.astype(np.int64), device=self.model.device)[None]
+            with torch.inference_mode():
+                logprobs = torch.log_softmax(self.model(input_ids=ids).logits[0, :-1].float() / temperature, -1)
+            scored.append(logprobs.gather(1, ids[0, 1:, None])[:, 0].cpu().numpy())
+        return scored
+
+
+def test_weights_reach_an_engine_on_another_gpu(device: str, tmp_path: Path) -> None:
+    """Proven bucket by bucket, a fault on the line is caught, and a server killed in the middle is whole again."""
+    where: dict[str, Any] = {"transport": "gloo"}
+    if device == "cuda":
+        if torch.cuda.device_count() < 2:
+            pytest.skip("needs two NVIDIA GPUs")
+        where = {"transport": "nccl", "gpus": [1]}
+    sharding = _sharding()
+    from faulty_lines import SQUARE, TransposesOne
+
+    engine = sharding.start(tmp_path, sharding.random_model(tied=True, seed=0), device=device, dtype="float32", **where)
+    try:
+        assert engine.transfers_on_device == (device == "cuda")
+        trainer = Trainer(sharding.random_model(tied=True, seed=1), device)
+        for version, bucket_bytes in ((1, 1), (2, 40_000), (3, 1 << 30)):
+            stats = sharding.manage(trainer, engine, bucket_bytes=bucket_bytes, tolerance=None).publish(version)
+            assert engine.digests() == {name: digest(tensor) for name, tensor in trainer.parameters()}
+            assert stats.digests_compared == stats.num_tensors
+
+        with pytest.raises(SyncError, match=f"other bits than were sent of {SQUARE} "):
+            sharding.manage(trainer, TransposesOne(engine), tolerance=None).publish(4)
+
+        class Kills(Trainer):
+            killed = False
+
+            def parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
+                for index, pair in enumerate(super().parameters()):
+                    if index == 5 and not self.killed:
+                        self.killed = True
+                        os.kill(engine.process.pid, signal.SIGKILL)
+                    yield pair
+
+        kills = Kills(trainer.model, device)
+        manager = sharding.manage(kills, engine, bucket_bytes=1, tolerance=None)
+        resync = Resync(manager, engine, Ranks(rank=0, world_size=1), max_restarts=1)
+        assert resync.publish(4).policy_version == 4
+        assert (resync.num_restarts, resync.num_verified) == (1, 1)
+        engine.check()
+    finally:
+        engine.stop()

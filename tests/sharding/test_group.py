@@ -1,0 +1,163 @@
+"""Weights that are sent to a process group: proven, bounded, and whole again after a loss in the middle of a bucket."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from faulty_lines import SQUARE, TransposesOne
+
+from atropos_exp.engine.client import EngineClient
+from atropos_exp.engine.group import Group, GroupError, GroupSource, Transfer, store_file
+from atropos_exp.ranks import Ranks
+from atropos_exp.sharding.proof import SyncError
+from atropos_exp.sharding.resync import Resync
+from atropos_exp.wire import EngineError, EngineLost
+from atropos_exp.wire_tensors import digest
+
+ALONE = Ranks(rank=0, world_size=1)
+
+
+@pytest.fixture(scope="module")
+def engine(helpers: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineClient]:
+    model = helpers.random_model(tied=True, seed=0)
+    client = helpers.start(tmp_path_factory.mktemp("gloo"), model, transport="gloo", health_timeout_seconds=3.0)
+    yield client
+    client.stop()
+
+
+def test_weights_arrive_bit_for_bit(engine: EngineClient, helpers: Any) -> None:
+    trainer = helpers.HeldModel(helpers.random_model(tied=True, seed=1))
+    for bucket_bytes in (1, 40_000, 1 << 30):  # a tensor a bucket, some, all in one: a longer one than before
+        trainer.disturb()
+        version = engine.version() + 1
+        stats = helpers.manage(trainer, engine, bucket_bytes=bucket_bytes).publish(version)
+        parameters = dict(trainer.model.named_parameters())
+        assert engine.digests() == {name: digest(tensor) for name, tensor in parameters.items()}
+        assert stats.num_tensors == stats.digests_compared == len(parameters)
+        assert stats.canary_gap_max < 1e-5
+
+
+def test_a_fault_on_the_line_is_caught(engine: EngineClient, helpers: Any) -> None:
+    trainer = helpers.HeldModel(helpers.random_model(tied=True, seed=2))
+    version = engine.version() + 1
+    with pytest.raises(SyncError, match=rf"other bits than were sent of {SQUARE} \(1 tensors differ\)"):
+        helpers.manage(trainer, TransposesOne(engine)).publish(version)
+    with pytest.raises(EngineError, match="weights incomplete"):
+        engine.check()
+    helpers.manage(trainer, engine).publish(version)
+    engine.check()
+
+
+def test_a_refused_bucket_leaves_nobody_waiting(engine: EngineClient, helpers: Any) -> None:
+    trainer = helpers.HeldModel(helpers.random_model(tied=True, seed=2))
+    version = engine.version() + 1
+    name, tensor = next(iter(trainer.parameters()))
+    began = time.monotonic()
+    with pytest.raises(EngineError, match=f"{name} sent twice"), engine.updating(version) as receiver:
+        receiver.receive([(name, tensor)])
+        receiver.receive([(name, tensor)])
+    assert time.monotonic() - began < 20
+    helpers.manage(trainer, engine).publish(version)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["kill", "stop"])
+def test_a_server_lost_in_the_middle_of_a_bucket(engine: EngineClient, helpers: Any, number: int) -> None:
+    """It has been told of the bucket and has not read it: the sender is not left waiting for it."""
+    trainer = helpers.HeldModel(helpers.random_model(tied=True, seed=3))
+    helpers.manage(trainer, engine).publish(engine.version() + 1)  # the group exists
+
+    class Loses:
+        """Ends the server as the second bucket begins to move."""
+
+        def __init__(self) -> None:
+            self.num_sent = 0
+
+        def __call__(self, buffer: Any) -> None:
+            self.num_sent += 1
+            if self.num_sent == 2:
+                os.kill(engine.process.pid, number)
+
+    loses = Loses()
+    resync = Resync(helpers.manage(trainer, engine, bucket_bytes=1), engine, ALONE, max_restarts=1)
+    with pytest.MonkeyPatch.context() as patch:
+        start = Group.start
+
+        def start_and_lose(self: Group, buffer: Any) -> Transfer:
+            loses(buffer)
+            return start(self, buffer)
+
+        patch.setattr(Group, "start", start_and_lose)
+        trainer.disturb()
+        began = time.monotonic()
+        version = engine.version() + 1
+        assert resync.publish(version).policy_version == version
+    assert time.monotonic() - began < 60
+    assert (resync.num_restarts, resync.num_syncs, resync.num_verified) == (1, 2, 1)
+    engine.check()
+
+
+def test_a_lost_server_without_a_restart(helpers: Any, tmp_path: Path) -> None:
+    engine = helpers.start(tmp_path, helpers.random_model(tied=True, seed=0), transport="gloo")
+    try:
+        trainer = helpers.HeldModel(helpers.random_model(tied=True, seed=1))
+        os.kill(engine.process.pid, signal.SIGKILL)
+        with pytest.raises(EngineLost, match="killed by SIGKILL"):
+            helpers.manage(trainer, engine).publish(1)
+    finally:
+        began = time.monotonic()
+        engine.stop()
+        assert time.monotonic() - began < 10
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "engine.log"}
+
+
+def test_members_that_cannot_talk_are_told_why() -> None:
+    source = GroupSource(backend="nccl", store="/dev/null", first_rank=1)
+    place = {"name": "x", "size": 2, "nccl": [2, 99, 1], "torch": "9.9"}
+    with pytest.raises(Exception, match=r"the trainer has NCCL 2\.99\.1 \(torch 9\.9\) and this engine NCCL .*shm or "):
+        source.receive(place, 8, receiver=0)
+
+
+def test_a_receiver_does_not_wait_for_a_sender_that_gave_up() -> None:
+    import torch
+
+    store = f"/proc/{os.getpid()}/fd/{store_file()}"
+    sender, receiver = (Group(backend="gloo", store=store, name="a", rank=rank, size=2) for rank in (0, 1))
+    transfer = receiver.start(torch.zeros(8, dtype=torch.uint8))
+    threading.Timer(0.3, sender.give_up).start()
+    began = time.monotonic()
+    with pytest.raises(GroupError, match="the sender gave the group up"):
+        transfer.wait(60, while_wanted=True)
+    assert time.monotonic() - began < 5
+
+
+def test_a_process_ends_well_after_its_groups(helpers: Any, tmp_path: Path) -> None:
+    """Its engine is stopped, the descriptors are used for something else, and it ends with exit code 0."""
+    code = (
+        "import os, sys, runpy, tempfile\n"
+        "from pathlib import Path\n"
+        "helpers = runpy.run_path(sys.argv[1])\n"
+        "engine = helpers['start'](Path(sys.argv[2]), helpers['random_model'](tied=True, seed=0), transport='gloo')\n"
+        "trainer = helpers['HeldModel'](helpers['random_model'](tied=True, seed=1))\n"
+        "helpers['manage'](trainer, engine).publish(1)\n"
+        "os.kill(engine.process.pid, 9)\n"
+        "try:\n"
+        "    helpers['manage'](trainer, engine).publish(2)\n"
+        "except RuntimeError as error:\n"
+        "    print(type(error).__name__)\n"
+        "engine.stop()\n"
+        "folders = [os.open('.', os.O_RDONLY) for _ in range(64)]\n"
+    )
+    conftest = str(Path(__file__).with_name("conftest.py"))
+    done = subprocess.run(
+        [sys.executable, "-c", code, conftest, str(tmp_path)], capture_output=True, text=True, timeout=200, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, "EngineLost\n"), done.stderr
