@@ -231,8 +231,9 @@ class SyncStats:
     policy_version: int
     num_tensors: int
     num_bytes: int
-    seconds: float  # gather + transfer + commit
-    proof_seconds: float
+    seconds: float  # open + gather + send + commit
+    proof_seconds: float  # digest + canary
+    seconds_by_part: Mapping[str, float]
     canary_gap_max: float  # nats, engine versus trainer
     canary_gap_mean: float
     digests_compared: int

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor, dtype
 
 TENSOR_DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}  # name -> bytes of an element
-_DIGEST_CHUNK = 1 << 24  # words of 8 bytes at once: bounds the work space on the device to some 500 MiB
+_DIGEST_CHUNK = 1 << 22  # words of 8 bytes at once: bounds the work space on the device to some 200 MiB
 _DIGEST_GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as int64: SplitMix64's constants
 _DIGEST_MIX = -4658895280553007687  # 0xBF58476D1CE4E5B9
 ALIGNMENT = 64  # bytes; every tensor of a bucket starts at a multiple of it
@@ -91,51 +92,96 @@ def digest(tensor: Tensor) -> str:
     xxh3-128 of a tensor on the host; of one on a device the two sums of `digest_lanes`, so that no weight has to leave
     it. The two kinds are not comparable with each other.
     """
+    return digests([tensor])[0]
+
+
+def digests(tensors: Sequence[Tensor]) -> list[str]:
+    """`digest` of each; they are all on the host, or all on one device."""
     import torch
     import xxhash
 
-    if tensor.device.type != "cpu":
-        return resolve_lanes([digest_lanes(tensor)])[0]
-    flat = tensor.detach().contiguous().reshape(-1)
-    return xxhash.xxh3_128_hexdigest(flat.view(torch.uint8).numpy().data)
+    if tensors and tensors[0].device.type != "cpu":
+        return resolve_lanes(digest_lanes(tensors))
+    flat = [tensor.detach().contiguous().reshape(-1).view(torch.uint8) for tensor in tensors]
+    return [xxhash.xxh3_128_hexdigest(raw.numpy().data) for raw in flat]
 
 
-def digest_lanes(tensor: Tensor) -> Tensor:
-    """Two int64 sums over the bits of a tensor, on its device and without waiting for it; `resolve_lanes` reads them.
+def digest_lanes(tensors: Sequence[Tensor]) -> Tensor:
+    """[N, 2] int64: two sums over the bits of each tensor, on their device and without waiting for it; `resolve_lanes`
+    reads them.
 
     A multilinear hash modulo 2^64: every 8 bytes are multiplied by a weight of their own, which is odd, so that no
     single change cancels; the second lane does so with mixed words and other weights. It finds errors, not forgers.
+    Many small tensors are digested by the same few kernels: laid end to end, summed up, and cut apart by differences.
     """
+    import torch
+
+    device = tensors[0].device
+    lanes = torch.zeros(len(tensors), 2, dtype=torch.int64, device=device)
+    segments: list[tuple[int, int, Tensor]] = []  # owner, place in its tensor, words
+    num_words = 0
+    for owner, tensor in enumerate(tensors):
+        start = 0
+        for words in _words(tensor):
+            while len(words):
+                part = words[: _DIGEST_CHUNK - num_words]
+                segments.append((owner, start, part))
+                words, start, num_words = words[len(part) :], start + len(part), num_words + len(part)
+                if num_words == _DIGEST_CHUNK:
+                    _add_lanes(lanes, segments)
+                    segments, num_words = [], 0
+    if segments:
+        _add_lanes(lanes, segments)
+    return lanes
+
+
+def _words(tensor: Tensor) -> list[Tensor]:
+    """The bits of a tensor as int64, the last word filled up with zeros."""
     import torch
 
     raw = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
     if raw.data_ptr() % 8:
         raw = raw.clone()
     whole = len(raw) // 8 * 8
-    words = [raw[:whole].view(torch.int64)] if whole else []
+    words = [raw[:whole].view(torch.int64)]
     if whole < len(raw):
         last = torch.zeros(8, dtype=torch.uint8, device=raw.device)
         last[: len(raw) - whole] = raw[whole:]
         words.append(last.view(torch.int64))
-    lanes = torch.zeros(2, dtype=torch.int64, device=raw.device)
-    start = 0
-    for word in words:
-        for part in word.split(_DIGEST_CHUNK):
-            weight = torch.arange(start + 1, start + 1 + len(part), device=raw.device) * _DIGEST_GOLDEN
-            weight = (weight ^ (weight >> 30)) * _DIGEST_MIX
-            mixed = (part ^ (part >> 32)) * ((weight ^ (weight >> 27)) | 1)
-            lanes += torch.stack([(part * (weight | 1)).sum(), mixed.sum()])
-            start += len(part)
-    return lanes
+    return words
 
 
-def resolve_lanes(lanes: Sequence[Tensor]) -> list[str]:
-    """The digests of many tensors, with one wait for their device."""
+def _add_lanes(lanes: Tensor, segments: Sequence[tuple[int, int, Tensor]]) -> None:
+    """Add the sums of at most `_DIGEST_CHUNK` words. Works in place where it can: memory traffic is all it costs."""
     import torch
 
-    if not lanes:
-        return []
-    return ["".join(f"{lane & 0xFFFFFFFFFFFFFFFF:016x}" for lane in pair) for pair in torch.stack([*lanes]).tolist()]
+    device = lanes.device
+    words = torch.cat([part for _, _, part in segments]) if len(segments) > 1 else segments[0][2]
+    lengths = [len(part) for _, _, part in segments]
+    ends = list(itertools.accumulate(lengths))
+    # Before the segment's place in `words` comes its place in its tensor, from 1 on.
+    shifts = [start + 1 - (end - length) for (_, start, _), end, length in zip(segments, ends, lengths, strict=True)]
+    table = torch.tensor([[owner for owner, _, _ in segments], lengths, ends, shifts])
+    owner, length, end, shift = table.to(device, non_blocking=True)
+    weight = torch.arange(len(words), device=device)
+    weight += torch.repeat_interleave(shift, length, output_size=len(words)) if len(segments) > 1 else shift
+    weight *= _DIGEST_GOLDEN
+    weight ^= weight >> 30
+    weight *= _DIGEST_MIX
+    mixed = words >> 32
+    mixed ^= words
+    mixed *= (weight ^ (weight >> 27)).bitwise_or_(1)
+    weight |= 1
+    weight *= words
+    for lane, products in enumerate((weight, mixed)):
+        upto = torch.cumsum(products, dim=0)[end - 1]
+        upto[1:] -= upto[:-1].clone()
+        lanes[:, lane].index_add_(0, owner, upto)
+
+
+def resolve_lanes(lanes: Tensor) -> list[str]:
+    """[N, 2] -> N digests, with one wait for their device."""
+    return ["".join(f"{lane & 0xFFFFFFFFFFFFFFFF:016x}" for lane in pair) for pair in lanes.tolist()]
 
 
 def dtype_name(tensor: Tensor) -> str:

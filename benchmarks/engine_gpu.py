@@ -74,13 +74,12 @@ class PlainTrainer:
         yield from self.model.named_parameters()
 
     def logprobs(self, sequences: Sequence[TokenIds], *, temperature: float) -> list[Floats]:
-        scored = []
-        for sequence in sequences:
-            ids = torch.tensor(sequence.astype(np.int64), device=self.device)[None]
-            with torch.inference_mode():
-                logits = self.model(input_ids=ids).logits[0, :-1].float() / temperature
-                scored.append(torch.log_softmax(logits, -1).gather(1, ids[0, 1:, None])[:, 0].cpu().numpy())
-        return scored
+        """All in one forward pass, as the real trainer packs them."""
+        ids_NT = torch.tensor(np.stack(sequences).astype(np.int64), device=self.device)
+        with torch.inference_mode():
+            logits = self.model(input_ids=ids_NT).logits[:, :-1].float() / temperature
+            scored = torch.log_softmax(logits, -1).gather(-1, ids_NT[:, 1:, None])[..., 0]
+        return list(scored.cpu().numpy())
 
 
 def start(options: argparse.Namespace, folder: Path, **changes: Any) -> Any:
@@ -103,6 +102,11 @@ def device_bytes(device: str) -> int:
     return int(total - free)
 
 
+def synchronize(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
 def measure_syncs(trainer: PlainTrainer, engine: Any, options: argparse.Namespace, bucket_mb: int) -> dict[str, Any]:
     generator = np.random.default_rng(0)
     vocab = trainer.model.config.vocab_size
@@ -111,11 +115,13 @@ def measure_syncs(trainer: PlainTrainer, engine: Any, options: argparse.Namespac
         trainer,  # type: ignore[arg-type]
         engine, is_rank_zero=True, bucket_bytes=bucket_mb << 20, canary=canary, temperature=TEMPERATURE, tolerance=None,
     )  # fmt: skip
-    stats = []
+    stats, engine_seconds = [], []
     used = 0
     for number in range(options.syncs):
         trainer.step()
+        synchronize(options.device)  # the update's own work is not the sync's
         stats.append(manager.publish(engine.version() + 1))
+        engine_seconds.append(engine.info().get("update_seconds", {}))
         if number == 1:
             used = device_bytes(options.device)
     later = stats[2:]
@@ -128,10 +134,31 @@ def measure_syncs(trainer: PlainTrainer, engine: Any, options: argparse.Namespac
         "transfer_s": statistics.median(one.seconds for one in later),
         "transfer_s_max": max(one.seconds for one in later),
         "proof_s": statistics.median(one.proof_seconds for one in later),
+        "total_s": statistics.median(one.seconds + one.proof_seconds for one in later),
+        **{
+            f"{part}_s": statistics.median(one.seconds_by_part[part] for one in later)
+            for part in later[0].seconds_by_part
+        },
+        **{
+            f"engine {part}_s": statistics.median(one[part] for one in engine_seconds[2:])
+            for part in engine_seconds[-1]
+        },
+        "engine loads plainly": float(engine.info().get("loads_plainly", False)),
         "gb_per_s": stats[-1].num_bytes / statistics.median(one.seconds for one in later) / 1e9,
         "canary_gap_max": max(one.canary_gap_max for one in stats),
         "memory_growth_mb": (device_bytes(options.device) - used) / 2**20,
     }
+
+
+def profile_syncs(trainer: PlainTrainer, engine: Any, options: argparse.Namespace) -> None:
+    from torch.profiler import ProfilerActivity, profile
+
+    few = argparse.Namespace(syncs=3, device=options.device)
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if options.device.startswith("cuda") else [])]
+    with profile(activities=activities) as profiler:
+        measure_syncs(trainer, engine, few, options.buckets[0])
+    by = "self_cuda_time_total" if options.device.startswith("cuda") else "self_cpu_time_total"
+    options.profile.write_text(profiler.key_averages().table(sort_by=by, row_limit=40))
 
 
 def measure_sampling(trainer: PlainTrainer, engine: Any, rounds: int) -> dict[str, Any]:
@@ -178,13 +205,16 @@ def main() -> None:
                 results[f"{name} start_s"] = time.perf_counter() - began
                 results["versions"] = engine.info()["versions"]
                 if not seeded:
+                    if options.profile is not None:
+                        profile_syncs(trainer, engine, options)
                     for bucket_mb in options.buckets:
                         results[f"sync, buckets of {bucket_mb} MiB"] = measure_syncs(
                             trainer, engine, options, bucket_mb
                         )
                 else:
                     measure_syncs(trainer, engine, argparse.Namespace(syncs=3, device=options.device), 64)
-                results[f"sampling, {name}"] = measure_sampling(trainer, engine, options.rounds)
+                if options.rounds:
+                    results[f"sampling, {name}"] = measure_sampling(trainer, engine, options.rounds)
             except BaseException:
                 print((folder / "engine.log").read_text()[-4000:], file=sys.stderr)
                 raise
@@ -224,7 +254,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--size", choices=tuple(SIZES), default="half")
     parser.add_argument("--syncs", type=int, default=50)
     parser.add_argument("--buckets", type=int, nargs="+", default=[64, 1024], help="MiB")
-    parser.add_argument("--rounds", type=int, default=3, help="of sampling; the first is slower")
+    parser.add_argument("--rounds", type=int, default=3, help="of sampling; the first is slower; 0: only syncs")
+    parser.add_argument("--profile", type=Path, help="write what the trainer's side of two syncs does on CPU and GPU")
     parser.add_argument("--both", action="store_true", help="a server whose rows have seeds of their own, too")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of conf/engine")
     parser.add_argument("--output", type=Path, help="the results as JSON")

@@ -38,6 +38,7 @@ UPDATE = UpdateStats(
 )  # fmt: skip
 SYNC = SyncStats(
     policy_version=6, num_tensors=10, num_bytes=4000, seconds=0.25, proof_seconds=0.05,
+    seconds_by_part={"open": 0.01, "gather": 0.03, "send": 0.2, "commit": 0.01, "digest": 0.03, "canary": 0.02},
     canary_gap_max=1e-5, canary_gap_mean=1e-6, digests_compared=10,
 )  # fmt: skip
 
@@ -80,6 +81,7 @@ def test_numbers_by_hand() -> None:
     assert values["throughput/tokens_per_s"] == pytest.approx(39 / 2.0)
     assert values["throughput/trained_tokens_per_s"] == pytest.approx(10.0)
     assert (values["time/sync_s"], values["time/proof_s"]) == (0.25, 0.05)  # the sync's own, proof apart
+    assert (values["sync/send_s"], values["sync/digest_s"]) == (0.2, 0.03)
     assert (values["loss/policy"], values["loss/total"], values["grad/norm"], values["lr"]) == (0.5, 0.75, 2.0, 1e-3)
     assert math.isnan(values["policy/mismatch_kl"])
     assert (values["sync/bytes"], values["sync/canary_gap_max"]) == (4000, 1e-5)

@@ -20,7 +20,7 @@ from atropos_exp.engine.bucket import BucketSource
 from atropos_exp.engine.hf_sampling import row_keys
 from atropos_exp.types import SamplingParams, TokenIds
 from atropos_exp.wire import flatten
-from atropos_exp.wire_tensors import digest
+from atropos_exp.wire_tensors import digests
 
 Value = TypeVar("Value")
 SENTINEL_TOKENS = 64  # of a prompt that must not be found in the prefix cache after it was emptied
@@ -246,8 +246,9 @@ class SGLangBackend:
         for name, kind in self._source.kinds(message):
             self._account.admit(name, kind)
         named = []
-        for name, tensor in self._source.read(message):
-            self._arrived[name] = digest(tensor)
+        bucket = list(self._source.read(message))
+        self._arrived.update(zip([name for name, _ in bucket], digests([t for _, t in bucket]), strict=True))
+        for name, tensor in bucket:
             if name not in self._account.aliases:
                 named.append((name, tensor.to("cuda", copy=True)))
             self._account.received(name)

@@ -127,6 +127,8 @@ class VLLMBackend:
             "num_cached_tokens": self.core.num_cached_tokens,
             "num_resident_digests": self._update.num_resident,
             "num_cache_proofs": self._update.num_cache_proofs,
+            "loads_plainly": self._update.is_plain,
+            "update_seconds": dict(self._update.seconds),
             "versions": dict(self._versions),
         }
 

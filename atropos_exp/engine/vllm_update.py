@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import time
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
@@ -25,27 +27,35 @@ class WorkerUpdate:
         self._account = account
         self._source = source
         self._tied: set[str] = set()  # names that came in this update and own no tensor
+        self._on_device = False  # the last bucket came in device memory
         # A prompt of one whole block and a token: its block is cached when it is drawn from. Where no prompt can have
         # a whole block, nothing is ever cached.
         fits = block_size + 1 <= max_sequence_length
         self._sentinel: TokenIds | None = np.zeros(block_size + 1, dtype=np.int32) if fits else None
         self.num_resident = 0  # of the last digests, those of tensors that the model uses
         self.num_cache_proofs = 0
+        self.is_plain = False  # the last update went straight into the parameters, without a reload layer by layer
+        self.seconds: dict[str, float] = {}  # of the last update, by part
 
     def begin(self, version: int) -> None:
         self._account.begin(version)
+        self.seconds = {}
         if self._sentinel is not None and self._account.problem is None:
-            self.core.draw(self._sentinel)
+            with self._spent("prefixes"):
+                self.core.draw(self._sentinel)
         self._tied = set()
         self._account.mark_incomplete()  # vLLM takes its layers apart for the time of the update
-        self.core.ask_workers("atropos_begin")
+        with self._spent("begin"):
+            self.is_plain = all(self.core.ask_workers("atropos_begin", self._account.expected))
 
     def load(self, message: Message) -> None:
         kinds = self._source.kinds(message)
         for name, kind in kinds:
             self._account.admit(name, kind)
         tied = tuple(self._account.aliases)
-        self.core.ask_workers("atropos_load", self._source, message, tied)
+        self._on_device = "cuda" in message
+        with self._spent("load"):
+            self.core.ask_workers("atropos_load", self._source, message, tied)
         for name, _ in kinds:
             self._account.received(name)
             if name in self._account.aliases:
@@ -56,8 +66,10 @@ class WorkerUpdate:
         try:
             self._account.check_complete()
             self._check_tied()
-            self.core.ask_workers("atropos_end")
-            self._forget_prefixes()
+            with self._spent("finish"):
+                self.core.ask_workers("atropos_end")
+            with self._spent("prefixes"):
+                self._forget_prefixes()
         except Exception:
             self.abort()
             raise
@@ -70,17 +82,24 @@ class WorkerUpdate:
 
     def digests(self, *, on_device: bool) -> Mapping[str, str]:
         """Of every expected tensor that has arrived."""
-        held = agreed(self.core.ask_workers("atropos_digests", on_device))
+        with self._spent("digests"):
+            held = agreed(self.core.ask_workers("atropos_digests", on_device))
         self.num_resident = sum(is_resident for name, (_, is_resident) in held.items() if name not in self._tied)
         return {name: value for name, (value, _) in held.items() if name not in self._tied}
+
+    @contextlib.contextmanager
+    def _spent(self, part: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - started
 
     def _check_tied(self) -> None:
         if not self._tied:
             return
-        held = agreed(self.core.ask_workers("atropos_arrivals"))
+        held = agreed(self.core.ask_workers("atropos_digests", self._on_device))
         for alias in self._tied:
             owner = self._account.aliases[alias]
-            if held[alias] != held[owner]:
+            if held[alias][0] != held[owner][0]:
                 raise Refused(400, f"{alias} is tied to {owner}, but the two were sent with different values")
 
     def _forget_prefixes(self) -> None:

@@ -2,19 +2,19 @@
 
 vLLM mixes this class into its worker (`worker_extension_cls`), so it runs in every worker process of the server. It
 needs three things of vLLM, which 0.24 to 0.30 have in common: the model's `load_weights`, layerwise reloading (CPU
-linears and some GPU kernels repack their weights, so writing to parameters is not enough), and `compute_logits`.
+linears and some GPU kernels repack their weights, so writing to parameters is not enough there; where it is, on a GPU
+without quantisation, `load_weights` alone is many times faster), and `compute_logits`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from atropos_exp.engine.backend import Message
-from atropos_exp.engine.bucket import BucketSource
-from atropos_exp.wire_tensors import digest, digest_lanes, resolve_lanes
+from atropos_exp.engine.bucket import BucketSource, Kind
+from atropos_exp.wire_tensors import digest_lanes, digests, resolve_lanes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,13 +23,34 @@ EXTENSION = "atropos_exp.engine.vllm_worker.WeightWorker"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
+PLAIN_DEVICES = ("cuda",)  # whose linear layers compute with the weights as they came; on a CPU they are repacked
+PLAIN_METHODS = ("UnquantizedLinearMethod", "UnquantizedEmbeddingMethod")
+
+
 @dataclass(kw_only=True)
 class Arrived:
     """What the last update brought to this worker."""
 
-    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    kinds: Mapping[str, Kind]  # of every tensor that an update brings
+    is_plain: bool = False  # loaded straight into the parameters
+    names: set[str] = field(default_factory=set)
     digests: dict[str, str] = field(default_factory=dict)
-    lanes: dict[str, Tensor] = field(default_factory=dict)  # of tensors on a device: read when they are asked for
+    lanes: list[tuple[list[str], Tensor]] = field(default_factory=list)  # of tensors on a device, read when asked for
+
+    def digest(self, bucket: Sequence[tuple[str, Tensor]]) -> None:
+        """Of tensors as they arrive."""
+        if not bucket:
+            return
+        if bucket[0][1].device.type == "cpu":
+            self.digests.update(zip([name for name, _ in bucket], digests([t for _, t in bucket]), strict=True))
+        else:
+            self.lanes.append(([name for name, _ in bucket], digest_lanes([tensor for _, tensor in bucket])))
+
+    def resolved(self) -> dict[str, str]:
+        for names, lanes in self.lanes:
+            self.digests.update(zip(names, resolve_lanes(lanes), strict=True))
+        self.lanes.clear()
+        return self.digests
 
 
 class WeightWorker:
@@ -40,30 +61,39 @@ class WeightWorker:
     device: Any
     rank: int  # among the workers of this server
 
-    def atropos_begin(self) -> None:
-        from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
+    def atropos_begin(self, kinds: Mapping[str, Kind]) -> bool:
+        """`kinds`: of all tensors to come. Returns whether they go straight into the model's parameters."""
+        self.atropos_arrived = Arrived(kinds=kinds)
+        resident = self.atropos_resident()
+        self.atropos_arrived.is_plain = self.atropos_computes_plainly() and set(kinds) <= set(resident)
+        self.atropos_reloading = not self.atropos_arrived.is_plain
+        if self.atropos_reloading:
+            from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
 
-        self.atropos_arrived = Arrived()
-        self.atropos_reloading = True
-        self.atropos_on_device(lambda: initialize_layerwise_reload(self.atropos_model()))
+            self.atropos_on_device(lambda: initialize_layerwise_reload(self.atropos_model()))
+        return self.atropos_arrived.is_plain
 
     def atropos_load(self, source: BucketSource, message: Message, tied: tuple[str, ...]) -> None:
-        """Load one bucket. vLLM keeps tensors until their layer is complete, so each is copied out of the bucket.
-        Those that are `tied` to another are only noted."""
+        """Load one bucket. Those that are `tied` to another are only noted.
+
+        Into plain parameters vLLM copies at once, and they are digested there, at the end. Otherwise it keeps tensors
+        until their layer is complete, so each is copied out of the bucket, and its digest taken as it arrives.
+        """
         arrived = self.atropos_arrived
-        for name, tensor in source.read(message, receiver=self.rank):
-            arrived.shapes[name] = tuple(tensor.shape)
-            if tensor.device.type == "cpu":
-                arrived.digests[name] = digest(tensor)
-            else:
-                arrived.lanes[name] = digest_lanes(tensor)
-            if name in tied:
-                continue
-            own = tensor.to(self.device, copy=True)
-            named = [(name, own)]
-            if name == EMBEDDING and self.atropos_head_has_a_copy():
-                named.append((HEAD, own))
-            self.atropos_on_device(partial(self.atropos_model().load_weights, named))
+        bucket = list(source.read(message, receiver=self.rank))
+        arrived.names.update(name for name, _ in bucket)
+        arrived.digest([(name, tensor) for name, tensor in bucket if name in tied or not arrived.is_plain])
+
+        def weights() -> Iterator[tuple[str, Tensor]]:
+            for name, tensor in bucket:
+                if name not in tied:
+                    own = tensor if arrived.is_plain else tensor.to(self.device, copy=True)
+                    yield name, own
+                    if name == EMBEDDING and self.atropos_head_has_a_copy():
+                        yield HEAD, own
+
+        # In one call: each looks up all parameters of the model.
+        self.atropos_on_device(lambda: self.atropos_model().load_weights(weights()))
         if self.device.type == "cuda":
             import torch
 
@@ -71,9 +101,9 @@ class WeightWorker:
 
     def atropos_end(self) -> None:
         """After the last bucket, and also after an update that was given up: layers get their kernels' weights back."""
-        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
-
         if getattr(self, "atropos_reloading", False):
+            from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
+
             self.atropos_reloading = False
             config = self.vllm_config.model_config
             self.atropos_on_device(lambda: finalize_layerwise_reload(self.atropos_model(), config))
@@ -82,21 +112,11 @@ class WeightWorker:
         """name -> (digest, whether it is of the tensor that the model uses). Otherwise it is of what arrived here:
         vLLM's CPU kernels keep repacked weights only, and with tensor parallelism no worker has a whole tensor."""
         arrived = self.atropos_arrived
-        resident = {} if self.vllm_config.parallel_config.tensor_parallel_size > 1 else self.atropos_resident()
-        found = dict.fromkeys(arrived.shapes, "")
-        if on_device:
-            lanes = {name: digest_lanes(resident[name]) if name in resident else arrived.lanes[name] for name in found}
-            found = dict(zip(lanes, resolve_lanes(list(lanes.values())), strict=True))
-        else:
-            for name in found:
-                found[name] = digest(resident[name].cpu()) if name in resident else arrived.digests[name]
-        return {name: (value, name in resident) for name, value in found.items()}
-
-    def atropos_arrivals(self) -> dict[str, tuple[str, bool]]:
-        """Likewise of what arrived, tied tensors included."""
-        arrived = self.atropos_arrived
-        on_device = dict(zip(arrived.lanes, resolve_lanes(list(arrived.lanes.values())), strict=True))
-        return {name: (value, False) for name, value in {**arrived.digests, **on_device}.items()}
+        resident = {name: tensor for name, tensor in self.atropos_resident().items() if name in arrived.names}
+        tensors = [tensor if on_device else tensor.cpu() for tensor in resident.values()]
+        found = dict(zip(resident, digests(tensors), strict=True))
+        held = {**arrived.resolved(), **found}
+        return {name: (held[name], name in resident) for name in sorted(arrived.names)}
 
     def atropos_score_at(self, temperature: float) -> None:
         """Divide all logits by this from now on: vLLM's prompt logprobs know no temperature. 1.0 ends it."""
@@ -112,22 +132,34 @@ class WeightWorker:
             model.compute_logits = compute_logits
         self.atropos_temperature = temperature
 
+    def atropos_computes_plainly(self) -> bool:
+        """Whether the model computes with nothing but its parameters as they came: no layer repacks or quantises them,
+        none derives others from them."""
+        modules = list(self.atropos_model().modules())
+        methods = {type(method).__name__ for module in modules if (method := getattr(module, "quant_method", None))}
+        derives = any(type(module).__name__ == "MLAAttention" for module in modules)
+        return self.device.type in PLAIN_DEVICES and methods <= set(PLAIN_METHODS) and not derives
+
     def atropos_resident(self) -> dict[str, Tensor]:
         """The tensors of the model under their Hugging Face names, parts of fused ones as views, where they are kept
-        as they came. vLLM stacks q, k, v and gate, up by rows and pads vocabularies at the end."""
+        as they came. vLLM stacks q, k, v and gate, up by rows and pads vocabularies at the end. None with tensor
+        parallelism."""
+        if self.vllm_config.parallel_config.tensor_parallel_size > 1:
+            return {}
         model = self.atropos_model()
         parameters: dict[str, Tensor] = dict(model.named_parameters())
         packed: dict[str, list[str]] = getattr(model, "packed_modules_mapping", {})
+        kinds = self.atropos_arrived.kinds
         found = {}
-        for name, shape in self.atropos_arrived.shapes.items():
+        for name, (_, shape) in kinds.items():
             tensor, start, rows = parameters.get(name), 0, None
             for fused, parts in packed.items():
                 own = next((part for part in parts if f".{part}." in name), None)
                 if tensor is None and own is not None:
-                    siblings = [self.atropos_arrived.shapes.get(name.replace(own, part)) for part in parts]
+                    siblings = [kinds.get(name.replace(own, part)) for part in parts]
                     if None in siblings:
                         break
-                    sizes = [sibling[0] for sibling in siblings if sibling]
+                    sizes = [sibling[1][0] for sibling in siblings if sibling]
                     start, rows = sum(sizes[: parts.index(own)]), sum(sizes)
                     tensor = parameters.get(name.replace(own, fused))
             if (

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 # Largest |engine - trainer| logprob of one canary token that rounding explains, by the dtype of the served weights.
 DEFAULT_TOLERANCE = {"float32": 2e-3, "float16": 0.05, "bfloat16": 0.2}
+# What a sync spends its time on: to hold the engine, gather and cast, hand over and load, accept; and the two proofs.
+TRANSFER = ("open", "gather", "send", "commit")
+PROOF = ("digest", "canary")
 
 
 class ShardingManager:
@@ -59,21 +62,21 @@ class ShardingManager:
     def publish(self, version: int) -> SyncStats:
         """Make the engine serve the trainer's weights as `version`. Raises SyncError; EngineError if it fails."""
         self.num_syncs += 1
-        started = time.perf_counter()
+        laps = Laps()
         with same_outcome(f"the weight sync to version {version}"):
-            account, compared = self._transfer(version)
-        transferred = time.perf_counter()
+            account, compared = self._transfer(version, laps)
         with same_outcome(f"the proof of the weight sync to version {version}"):
             ours = self._trainer.logprobs(self._canary, temperature=self._temperature)
             largest, mean = self._score_canary(version, ours)
-        finished = time.perf_counter()
+            laps("canary")
         stats = from_rank_zero(
             SyncStats(
                 policy_version=version,
                 num_tensors=len(account.kinds),
                 num_bytes=account.num_bytes,
-                seconds=transferred - started - account.proof_seconds,
-                proof_seconds=account.proof_seconds + finished - transferred,
+                seconds=sum(laps.seconds[part] for part in TRANSFER),
+                proof_seconds=sum(laps.seconds[part] for part in PROOF),
+                seconds_by_part=laps.seconds,
                 canary_gap_max=largest,
                 canary_gap_mean=mean,
                 digests_compared=compared,
@@ -82,7 +85,7 @@ class ShardingManager:
         self.num_verified += 1
         return stats
 
-    def _transfer(self, version: int) -> tuple[Account, int]:
+    def _transfer(self, version: int, laps: Laps) -> tuple[Account, int]:
         """Send every tensor and compare what the engine then holds; the number of digests compared."""
         parameters = self._trainer.parameters()
         account = Account()
@@ -90,9 +93,17 @@ class ShardingManager:
         try:
             if self._engine is not None:
                 with self._engine.updating(version) as receiver:
+                    laps("open")
                     for bucket in self._buckets(parameters, account):
+                        laps("gather")
+                        account.digest(bucket)
+                        laps("digest")
                         receiver.receive(bucket)
+                        laps("send")
+                    laps("gather")
                     compared = self._compare(receiver, account)
+                    laps("digest")
+                laps("commit")
         finally:
             # The gathering is collective: the other ranks need this one to the end, also when the engine failed.
             for _ in parameters:
@@ -121,12 +132,10 @@ class ShardingManager:
             yield bucket
 
     def _compare(self, receiver: WeightReceiver, account: Account) -> int:
-        started = time.perf_counter()
         expected = receiver.expected()
         check_complete(account.kinds, expected)
-        compared = check_digests(account.resolve_digests(), receiver.digests(), expected)
-        account.proof_seconds += time.perf_counter() - started
-        return compared
+        held = receiver.digests()  # asked for while the device may still be at ours
+        return check_digests(account.resolve_digests(), held, expected)
 
     def _score_canary(self, version: int, ours: Sequence[Floats]) -> tuple[float, float]:
         """Largest and mean gap on rank 0, zeros elsewhere."""
@@ -164,6 +173,20 @@ class ShardingManager:
                 raise _GivenUp
         except EngineError as also:
             error.add_note(f"the engine could not be told to stop sampling: {also}")
+
+
+class Laps:
+    """Seconds by part: each call books the time since the last one. A device works on after the call that asked it to,
+    so what a GPU takes to gather and digest shows where it is waited for, in `send`."""
+
+    def __init__(self) -> None:
+        self.seconds = dict.fromkeys((*TRANSFER, *PROOF), 0.0)
+        self._last = time.perf_counter()
+
+    def __call__(self, part: str) -> None:
+        now = time.perf_counter()
+        self.seconds[part] += now - self._last
+        self._last = now
 
 
 class _GivenUp(Exception):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -28,25 +27,26 @@ class Account:
 
     kinds: dict[str, tuple[str, tuple[int, ...]]] = field(default_factory=dict)  # name -> (dtype, shape)
     digests: dict[str, str] = field(default_factory=dict)
-    lanes: dict[str, Tensor] = field(default_factory=dict)  # of tensors on a device: read at the end, all at once
+    lanes: list[tuple[list[str], Tensor]] = field(default_factory=list)  # of buckets on a device, read at the end
     num_bytes: int = 0
-    proof_seconds: float = 0.0
 
     def add(self, name: str, tensor: Tensor) -> None:
         if name in self.kinds:
             raise SyncError(f"the trainer gave {name} twice")
-        started = time.perf_counter()
         self.kinds[name] = (dtype_name(tensor), tuple(tensor.shape))
-        if tensor.device.type == "cpu":
-            self.digests[name] = digest(tensor)
-        else:
-            self.lanes[name] = digest_lanes(tensor)
         self.num_bytes += tensor.nbytes
-        self.proof_seconds += time.perf_counter() - started
+
+    def digest(self, bucket: Sequence[tuple[str, Tensor]]) -> None:
+        """Of tensors that were added, before they go on the line."""
+        if any(tensor.device.type == "cpu" for _, tensor in bucket):
+            self.digests.update((name, digest(tensor)) for name, tensor in bucket)
+        else:
+            self.lanes.append(([name for name, _ in bucket], digest_lanes([tensor for _, tensor in bucket])))
 
     def resolve_digests(self) -> dict[str, str]:
-        """Of every tensor that was added."""
-        self.digests.update(zip(self.lanes, resolve_lanes(list(self.lanes.values())), strict=True))
+        """Of every tensor that was digested."""
+        for names, lanes in self.lanes:
+            self.digests.update(zip(names, resolve_lanes(lanes), strict=True))
         self.lanes.clear()
         return self.digests
 

@@ -25,13 +25,15 @@ def named_tensors(module: nn.Module) -> dict[str, Tensor]:
     """Parameters, tied ones once, and the buffers that belong in a checkpoint. Sharded as they are."""
     parameters = dict(module.named_parameters())
     every_name = {name for name, _ in module.named_parameters(remove_duplicate=False)}
-    buffers = {name: value for name, value in module.state_dict().items() if name not in every_name}
+    buffers = {name: value for name, value in module.state_dict(keep_vars=True).items() if name not in every_name}
     return {**parameters, **buffers}
 
 
 @torch.no_grad()
 def gather(tensor: Tensor, device: torch.device) -> Tensor:
-    """The full tensor on every rank. Collective."""
+    """The full tensor on every rank; it may be the weight itself, so it is only read. Collective."""
+    if isinstance(tensor, DTensor) and tensor.device_mesh.size() == 1:  # DTensor operations cost more than the copy
+        return tensor.to_local().detach().to(device)
     on_device = tensor.detach().to(device)
     return on_device.full_tensor() if isinstance(on_device, DTensor) else on_device
 

@@ -103,7 +103,7 @@ def test_places_outside_the_buffer_are_refused(item: Any) -> None:
 def device_digest(tensor: Any) -> str:
     from atropos_exp.wire_tensors import digest_lanes, resolve_lanes
 
-    return resolve_lanes([digest_lanes(tensor)])[0]
+    return resolve_lanes(digest_lanes([tensor]))[0]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -154,3 +154,19 @@ def test_the_digest_of_a_device_by_hand() -> None:
         second += ((word & mask) ^ signed_shift(word, 32)) * ((weight ^ signed_shift(weight, 27)) | 1)
     expected = f"{first & mask:016x}{second & mask:016x}"
     assert device_digest(torch.tensor(words).view(torch.float32)) == expected
+
+
+def test_many_digests_at_once_are_those_of_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small, odd, empty and cut in two by the end of a chunk."""
+    import torch
+
+    from atropos_exp import wire_tensors
+
+    generator = torch.Generator().manual_seed(0)
+    sizes = (1001, 3, 0, 64, 1, 700, 2)
+    tensors = [torch.randn(size, generator=generator).bfloat16() for size in sizes]
+    alone = [device_digest(tensor) for tensor in tensors]
+    assert len(set(alone)) == len(alone)
+    for chunk in (1 << 22, 100, 7):
+        monkeypatch.setattr(wire_tensors, "_DIGEST_CHUNK", chunk)
+        assert wire_tensors.resolve_lanes(wire_tensors.digest_lanes(tensors)) == alone
