@@ -192,7 +192,13 @@ def main() -> None:
         trainer = engine_gpu.PlainTrainer(options.size, options.device, dtype)
         trainer.save(folder / "model")
         pair_starting: Future[Any] = background.submit(
-            start, options, folder, "pair", data_parallel_size=2, gpus=[0, 1] if options.on_gpu else None
+            start,
+            options,
+            folder,
+            "pair",
+            transport="shm",
+            data_parallel_size=2,
+            gpus=[0, 1] if options.on_gpu else None,
         )
         engines: list[Any] = []
         try:
