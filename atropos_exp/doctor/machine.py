@@ -111,10 +111,10 @@ def check_memory(checked: Checked, model_folder: Path) -> list[Line]:
 
 
 def _host_memory(checked: Checked, needs: memory.Estimate, told: str) -> Line:
-    fixed = checked.sizes.world_size * memory.TRAINER_BYTES + memory.ENGINE_BYTES
+    servers = getattr(checked.parts["engine"], "data_parallel_size", 1)
+    fixed = checked.sizes.world_size * memory.TRAINER_BYTES + servers * memory.ENGINE_BYTES
     fixed += memory.WORKER_BYTES * getattr(checked.parts["reward"], "num_workers", 0)
     fixed += memory.ATROPOS_BYTES if checked.parts["rollout"].uses_atropos else 0
-    servers = getattr(checked.parts["engine"], "data_parallel_size", 1)
     total = fixed + checked.sizes.world_size * needs.trainer_total + servers * needs.engine_total
     free = available_memory()
     text = f"{told}, programs {human(fixed)}: about {human(total)} of {human(free)} that are free"
