@@ -34,6 +34,11 @@ class BucketSource:
     cuda_ipc: bool
     group: GroupSource | None
 
+    @property
+    def on_device(self) -> bool:
+        """Buckets lie in device memory."""
+        return self.cuda_ipc or (self.group is not None and self.group.backend == "nccl")
+
     def check(self, message: Message) -> None:
         """Refuses a message of another transport."""
         wanted = {

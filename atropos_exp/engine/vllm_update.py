@@ -53,7 +53,7 @@ class WorkerUpdate:
         for name, kind in kinds:
             self._account.admit(name, kind)
         tied = tuple(self._account.aliases)
-        self._on_device = "cuda" in message
+        self._on_device = self._source.on_device
         with self._spent("load"):
             self.core.ask_workers("atropos_load", self._source, message, tied)
         for name, _ in kinds:
