@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from atropos_exp.assembly_atropos import grouped_logger, read_atropos, start_gateway, start_outside
 from atropos_exp.assembly_material import Material, gather_material
 from atropos_exp.checkpoint import Checkpoints
+from atropos_exp.colocated import ColocatedTrainer
 from atropos_exp.config_check import Checked
 from atropos_exp.held_engine import HeldEngine
 from atropos_exp.loop import Schedule
@@ -118,7 +119,7 @@ def assemble(checked: Checked, folder: RunFolder, ranks: Ranks, stack: ExitStack
         ),
         source=ResyncedSource(source, resync),
         estimate=parts["advantage"],
-        trainer=trainer,
+        trainer=ColocatedTrainer(trainer, resync) if getattr(parts["engine"], "colocate", False) else trainer,
         publisher=resync,
         evaluate=ResyncedEvaluator(evaluate, resync, ranks),
         recorder=recorder,

@@ -59,6 +59,11 @@ class HeldEngine:
     def check(self) -> None:
         self._engine.check()
 
+    def sleep(self) -> tuple[int, int]:
+        """The gate stays shut until the update that wakes the engine."""
+        self._try(self._gate.hold)
+        return self._engine.sleep()
+
     @contextlib.contextmanager
     def updating(self, version: int) -> Iterator[WeightReceiver]:
         """See `Engine.updating`. A gateway that is down is no reason to stop: nobody gets tokens from it."""

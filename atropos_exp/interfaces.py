@@ -130,6 +130,11 @@ class Engine(Protocol):
         to generate until a complete update has arrived."""
         ...
 
+    def sleep(self) -> tuple[int, int]:
+        """Give the device's memory back until the next `updating`, which wakes it; nothing is sampled in between.
+        Bytes in use on the device before and after, whoever holds them. EngineError where it cannot."""
+        ...
+
     def restart(self) -> None:
         """After EngineLost: a fresh server at the same address. It refuses to generate until a complete update has
         arrived. Raises EngineError."""

@@ -133,7 +133,7 @@ def _gpu_memory(checked: Checked, needs: memory.Estimate, told: str) -> Line:
     share = getattr(engine, "gpu_memory_utilization", None)
     shared = not getattr(engine, "gpus", None)
     beside = 0 if not shared else int(share * found[0].total) if share is not None else needs.engine_total
-    total = needs.trainer_total + beside
+    total = needs.peak(engine=beside, takes_turns=getattr(engine, "colocate", False))
     text = f"{told}: about {human(total)} on the fullest of {human(found[0].total)}"
     if shared and share is not None and needs.engine["weights"] > beside:
         return fail("memory", f"{text}; the engine's share does not hold its weights", "raise the engine's share")

@@ -77,6 +77,14 @@ class Estimate:
     def engine_total(self) -> int:
         return sum(self.engine.values())
 
+    def peak(self, *, engine: int, takes_turns: bool) -> int:
+        """Of a GPU with one rank and an engine of so many bytes. If they take turns (`engine.colocate`) the engine has
+        none of it during an update, and the trainer keeps its state while the engine samples or is synced."""
+        if not takes_turns:
+            return self.trainer_total + engine
+        kept = sum(self.trainer[name] for name in ("weights", "optimizer", "sync bucket"))
+        return max(self.trainer_total, kept + engine)
+
 
 def estimate(checked: Checked, shape: Shape) -> Estimate:
     """Of this configuration on its device; processes without a model are not in it."""

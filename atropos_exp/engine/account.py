@@ -36,6 +36,11 @@ class UpdateAccount:
         """For a backend that cannot compute from the first moment of an update on."""
         self.problem = self._interrupted()
 
+    def fall_asleep(self) -> None:
+        """The weights are gone, until an update brings new ones."""
+        assert self._next_version is None, "not during an update"
+        self.problem = f"asleep since version {self.version}: the trainer has the memory; the next update wakes it"
+
     def admit(self, name: str, kind: Kind) -> None:
         """One tensor that is about to be loaded: it is wanted, and for the first time."""
         if self._next_version is None:

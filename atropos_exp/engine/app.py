@@ -79,6 +79,9 @@ class Service:
         self.backend.resume()
         return _done(None), _nothing
 
+    def sleep(self, message: Message) -> Work:
+        return self.backend.sleep(deadline=_deadline(message)), dict
+
     def begin(self, message: Message) -> Work:
         version = int(_number(message, "version", 0, 1 << 62))
         return self.backend.begin(version, deadline=_deadline(message)), _nothing
@@ -181,6 +184,7 @@ def make_app(service: Service, *, token: str) -> Starlette:
             route("/info", service.info),
             route("/pause", service.pause),
             route("/resume", service.resume),
+            route("/sleep", service.sleep),
             route("/weights/begin", service.begin),
             route("/weights/bucket", service.bucket),
             route("/weights/finish", service.finish),

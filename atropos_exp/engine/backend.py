@@ -78,6 +78,11 @@ class Backend(Protocol):
 
     def resume(self) -> None: ...
 
+    def sleep(self, *, deadline: float) -> Future[Message]:
+        """Give the device's memory back until the next update, which wakes the model: `bytes_before` and `bytes_after`
+        in use on the device, whoever holds them. Nothing is sampled in between. Raises Refused where it cannot."""
+        ...
+
     def begin(self, version: int, *, deadline: float) -> Future[Any]: ...
 
     def load(self, message: Message, *, deadline: float) -> Future[Any]:

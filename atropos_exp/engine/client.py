@@ -181,6 +181,17 @@ class EngineClient:
     def resume(self) -> None:
         self.exchange("/resume", {}, what="sampling to resume", seconds=self._health_timeout_seconds)
 
+    def sleep(self) -> tuple[int, int]:
+        """See `Engine.sleep`."""
+        self.pause()
+        try:
+            answer = self.exchange("/sleep", {}, what="its memory to be given back")
+        except EngineError:
+            with contextlib.suppress(EngineError):
+                self.resume()
+            raise
+        return int(answer["bytes_before"]), int(answer["bytes_after"])
+
     def updating(self, version: int) -> AbstractContextManager[WeightReceiver]:
         """See `Engine.updating`. Nothing is sampled between the pause and the commit."""
         return update([self], self._transport, version)

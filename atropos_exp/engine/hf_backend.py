@@ -87,6 +87,9 @@ class HFBackend:
     def resume(self) -> None:
         self.scheduler.resume()
 
+    def sleep(self, *, deadline: float) -> Future[Message]:
+        raise Refused(400, "engine hf cannot give its memory back")
+
     def begin(self, version: int, *, deadline: float) -> Future[Any]:
         return self.scheduler.control(lambda: self.weights.begin(version), deadline=deadline)
 

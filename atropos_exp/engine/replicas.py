@@ -75,6 +75,11 @@ class Replicas:
     def check(self) -> None:
         together(self._clients, lambda client: client.check())
 
+    def sleep(self) -> tuple[int, int]:
+        """See `Engine.sleep`. Servers on the same GPU each see all of it: the most before, the least after."""
+        found = together(self._clients, lambda client: client.sleep())
+        return max(before for before, _ in found), min(after for _, after in found)
+
     def updating(self, version: int) -> AbstractContextManager[WeightReceiver]:
         return update(self._clients, self._transport, version)
 

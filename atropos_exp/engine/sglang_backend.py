@@ -94,6 +94,9 @@ class SGLangBackend:
     def resume(self) -> None:
         asyncio.run_coroutine_threadsafe(self._set_paused(False), self.loop)
 
+    def sleep(self, *, deadline: float) -> Future[Message]:
+        raise Refused(400, "engine sglang cannot give its memory back")
+
     def begin(self, version: int, *, deadline: float) -> Future[Any]:
         return self._run(self._begin(version), deadline)
 

@@ -34,6 +34,7 @@ class VLLMEngine:
     tensor_parallel_size: int
     data_parallel_size: int
     gpu_memory_utilization: float
+    colocate: bool
     kv_cache_gb: float | None
     max_num_seqs: int
     enforce_eager: bool | None
@@ -74,7 +75,14 @@ class VLLMEngine:
             data_parallel_size=self.data_parallel_size,
             device=device,
         )
-        return problems + transport_problems(self.transport, self.gpus, device=device)
+        problems += transport_problems(self.transport, self.gpus, device=device)
+        if self.colocate and (device == "cpu" or self.gpus is not None):
+            where = f"engine.gpus={self.gpus}" if device != "cpu" else "a CPU, where vLLM has no sleep mode"
+            problems.append(
+                "engine.colocate=true gives the engine's memory to the trainer during an update, so the two must share "
+                f"a GPU; got {where}. Leave engine.colocate=false"
+            )
+        return problems
 
     def start(
         self, *, model_folder: Path, device: str, log_folder: Path, max_sequence_length: int
@@ -121,6 +129,8 @@ class VLLMEngine:
         cache_gb = DEFAULT_CPU_CACHE_GB if on_cpu and self.kv_cache_gb is None else self.kv_cache_gb
         if cache_gb is not None:
             arguments["kv_cache_memory_bytes"] = int(cache_gb * 2**30)
+        if self.colocate:
+            arguments["enable_sleep_mode"] = True
         if not on_cpu:
             arguments["gpu_memory_utilization"] = self.gpu_memory_utilization
         return arguments

@@ -128,6 +128,7 @@ class VLLMBackend:
             "num_resident_digests": self._update.num_resident,
             "num_cache_proofs": self._update.num_cache_proofs,
             "loads_plainly": self._update.is_plain,
+            "is_asleep": self._update.is_asleep,
             "update_seconds": dict(self._update.seconds),
             "versions": dict(self._versions),
         }
@@ -144,6 +145,9 @@ class VLLMBackend:
         with self._changed:
             self._paused = False
             self._changed.notify()
+
+    def sleep(self, *, deadline: float) -> Future[Message]:
+        return self._put(self._control, self._update.sleep, deadline, when_idle=True)
 
     def begin(self, version: int, *, deadline: float) -> Future[Any]:
         return self._put(self._control, lambda: self._update.begin(version), deadline, when_idle=True)

@@ -106,6 +106,20 @@ class Core:
         answers: list[Any] = self.engine.collective_rpc(method, args=arguments)
         return answers
 
+    @property
+    def can_sleep(self) -> bool:
+        return bool(self.engine.vllm_config.model_config.enable_sleep_mode)
+
+    def sleep(self) -> None:
+        """Give up the memory of weights, keys and values. Nothing may be running, and nothing may run until both have
+        been woken: what they held is gone."""
+        self.forget_prefixes()  # this also ends the step that asynchronous scheduling may be ahead
+        self.engine.sleep(level=2)
+
+    def wake(self, tag: str) -> None:
+        """`weights` or `kv_cache`: memory again, with nothing in it."""
+        self.engine.wake_up([tag])
+
     def forget_prefixes(self) -> None:
         """Empty the prefix cache: vLLM never does so by itself when weights change."""
         for _ in range(MAX_DRAINING_STEPS):

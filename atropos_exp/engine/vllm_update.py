@@ -34,8 +34,26 @@ class WorkerUpdate:
         self._sentinel: TokenIds | None = np.zeros(block_size + 1, dtype=np.int32) if fits else None
         self.num_resident = 0  # of the last digests, those of tensors that the model uses
         self.num_cache_proofs = 0
+        self._asleep: list[str] = []  # what vLLM has no memory for
         self.is_plain = False  # the last update went straight into the parameters, without a reload layer by layer
         self.seconds: dict[str, float] = {}  # of the last update, by part
+
+    @property
+    def is_asleep(self) -> bool:
+        return bool(self._asleep)
+
+    def sleep(self) -> Message:
+        """Give the memory back until the next update: its `begin` wakes the weights, its `finish` keys and values."""
+        if not self.core.can_sleep:
+            raise Refused(400, "this engine was started without engine.colocate=true")
+        if self._account.is_open:
+            raise Refused(409, "an update is in progress")
+        before = sum(self.core.ask_workers("atropos_memory"))
+        if not self._asleep:
+            self._account.fall_asleep()
+            self._asleep = ["weights", "kv_cache"]
+            self.core.sleep()
+        return {"bytes_before": before, "bytes_after": sum(self.core.ask_workers("atropos_memory"))}
 
     def begin(self, version: int) -> None:
         self._account.begin(version)
@@ -43,6 +61,7 @@ class WorkerUpdate:
         if self._sentinel is not None and self._account.problem is None:
             with self._spent("prefixes"):
                 self.core.draw(self._sentinel)
+        self._wake("weights")
         self._tied = set()
         self._account.mark_incomplete()  # vLLM takes its layers apart for the time of the update
         with self._spent("begin"):
@@ -68,6 +87,7 @@ class WorkerUpdate:
             self._check_tied()
             with self._spent("finish"):
                 self.core.ask_workers("atropos_end")
+            self._wake("kv_cache")  # not before: a reload may need the room
             with self._spent("prefixes"):
                 self._forget_prefixes()
         except Exception:
@@ -86,6 +106,12 @@ class WorkerUpdate:
             held = agreed(self.core.ask_workers("atropos_digests", on_device))
         self.num_resident = sum(is_resident for name, (_, is_resident) in held.items() if name not in self._tied)
         return {name: value for name, (value, _) in held.items() if name not in self._tied}
+
+    def _wake(self, tag: str) -> None:
+        if tag in self._asleep:
+            with self._spent("wake"):
+                self.core.wake(tag)
+            self._asleep.remove(tag)
 
     @contextlib.contextmanager
     def _spent(self, part: str) -> Iterator[None]:

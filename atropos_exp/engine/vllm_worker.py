@@ -61,6 +61,14 @@ class WeightWorker:
     device: Any
     rank: int  # among the workers of this server
 
+    def atropos_memory(self) -> int:
+        """Bytes in use on this worker's GPU, whoever holds them."""
+        import torch
+
+        torch.cuda.synchronize()
+        free, total = torch.cuda.mem_get_info()
+        return int(total - free)
+
     def atropos_begin(self, kinds: Mapping[str, Kind]) -> bool:
         """`kinds`: of all tensors to come. Returns whether they go straight into the model's parameters."""
         self.atropos_arrived = Arrived(kinds=kinds)

@@ -33,6 +33,7 @@ class Resync:
         self._max_restarts = max_restarts
         self._version: int | None = None  # published last
         self.num_restarts = 0
+        self._memory: dict[str, float] = {}
 
     @property
     def num_syncs(self) -> int:
@@ -47,6 +48,22 @@ class Resync:
         stats = self.through(lambda: self._publisher.publish(version))
         self._version = version
         return stats
+
+    def sleep(self) -> None:
+        """The engine gives its memory back until the next `publish`."""
+        before, after = self.through(lambda: self._ranks.on_zero(self._sleep_engine))
+        self._memory = {
+            "engine/memory_awake_gb": before / 2**30,
+            "engine/memory_asleep_gb": after / 2**30,
+            "engine/memory_freed_gb": (before - after) / 2**30,
+        }
+
+    def counters(self) -> dict[str, float]:
+        return {"engine/restarts": self.num_restarts, **self._memory}
+
+    def _sleep_engine(self) -> tuple[int, int]:
+        assert self._engine is not None, "rank 0 has the engine"
+        return self._engine.sleep()
 
     def through(self, work: Callable[[], Value], *, undo: Callable[[], None] = lambda: None) -> Value:
         """What `work` returns. If the engine is lost in it, `undo` comes before the repetition. `work` must fail on
@@ -93,7 +110,7 @@ class ResyncedSource:
         )
 
     def counters(self) -> Mapping[str, float]:
-        return {**self._inner.counters(), "engine/restarts": self._resync.num_restarts}
+        return {**self._inner.counters(), **self._resync.counters()}
 
     def state(self) -> JSON:
         return self._inner.state()
