@@ -77,7 +77,7 @@ def test_an_update_that_breaks_leaves_it_refusing_until_a_whole_one(sleepy: Engi
         helpers.manage(trainer, BreaksHalfWay(sleepy), bucket_bytes=1).publish(version)
     with pytest.raises(EngineError, match=f"answered 409: weights incomplete: update to version {version} interr"):
         sleepy.check()
-    sleepy.sleep()  # half awake: all of it sleeps again
+    sleepy.sleep()  # half awake: the rest goes on sleeping, the next update wakes it
     assert sleepy.info()["is_asleep"] is True
     helpers.manage(trainer, sleepy).publish(version)
     assert_serves(sleepy, trainer, helpers)
