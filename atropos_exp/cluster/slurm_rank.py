@@ -74,6 +74,7 @@ class Launcher:
         self._signals: list[signal.Signals] = []
         self._started_at = time.monotonic()
         self._first_step = -1  # the last one recorded when this attempt began
+        self._killed = False  # our own rank, for it did not end in time
 
     def run(self) -> str:
         for number in STOP_SIGNALS:
@@ -109,12 +110,12 @@ class Launcher:
 
     def _lead(self) -> str:
         """Rank 0: prepare the attempt, run the rank, decide what becomes of the job."""
-        self._board.begin()
+        earlier = self._board.begin()
         before = self._attempts.failures_without_progress()
         first = run_scontrol("show", "hostnames", self._environ["SLURM_JOB_NODELIST"])
         nodes = (first or self._environ.get("SLURMD_NODENAME", socket.gethostname())).split()
         self._first_step = self._attempts.last_step()
-        self._attempts.start(nodes=nodes)
+        self._attempts.start(nodes=nodes, earlier_until=earlier)
         if before >= self._job.max_failures:
             reason = f"{before} attempts in a row were killed without a warning at step {self._attempts.last_step()}"
             return self._give_up(1, f"{reason}: out of memory, or failing nodes? Look at Slurm's own log of the job")
@@ -148,7 +149,7 @@ class Launcher:
         return self._leave(0, "finished", is_over=True)
 
     def _interrupted(self) -> str:
-        """Told to stop. The rank has saved, or was killed on the way, which costs no step either."""
+        """Told to stop. The rank has saved, or was killed on the way: what it had not saved is done again."""
         if self._status() == "finished":
             self._attempts.end("finished", code=0)
             return self._leave(0, "finished", is_over=True)
@@ -156,13 +157,17 @@ class Launcher:
         if state == "CANCELLED" or not self._job.requeue:
             why = "cancelled" if state == "CANCELLED" else "cluster.requeue is false"
             self._attempts.end("stopped", code=UNFINISHED, reason=why)
-            return self._leave(UNFINISHED, f"stopped and saved ({why}); the same command continues it")
+            return self._leave(UNFINISHED, f"{self._how_it_stopped} ({why}); the same command continues it")
         left = self._job.time_seconds - (time.monotonic() - self._started_at)
         at_limit = left < self._job.signal_seconds + EARLY_SECONDS
         if at_limit and self._attempts.last_step() <= self._first_step:  # as it would be again and again
             return self._fail(UNFINISHED, "the time limit came before a new step; raise time_minutes", may_retry=True)
         self._attempts.end("requeued", code=0, reason=", ".join(number.name for number in dict.fromkeys(self._signals)))
-        return self._queue_again("stopped and saved")
+        return self._queue_again(self._how_it_stopped)
+
+    @property
+    def _how_it_stopped(self) -> str:
+        return "killed before it had saved this step" if self._killed else "stopped and saved"
 
     def _fail(self, code: int, reason: str, *, may_retry: bool) -> str:
         number = self._attempts.failures_without_progress() + 1
@@ -243,7 +248,8 @@ class Launcher:
                 if self._board.verdict() is not None:
                     limits.append(now + AFTER_VERDICT_SECONDS)
                 kill_at = min(limits, default=None)
-            if kill_at is not None and now > kill_at:
+            if kill_at is not None and now > kill_at and not self._killed:
+                self._killed = True
                 self._say(f"rank {self._place.rank} did not end in time: killed")
                 rank.kill()
             time.sleep(0.1)

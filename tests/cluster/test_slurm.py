@@ -207,9 +207,9 @@ def test_the_interface_towards_this_machine_is_the_loopback() -> None:
     assert interface_towards("no.such.host.invalid") is None
 
 
-def composed(*overrides: str, folder: Path = CONF_DIR, name: str = "config") -> object:
-    with initialize_config_dir(version_base="1.3", config_dir=str(folder)):
-        return compose(name, overrides=list(overrides))
+def composed(*overrides: str) -> object:
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF_DIR)):
+        return compose("config", overrides=list(overrides))
 
 
 def test_a_frozen_configuration_is_the_same_one_and_private(tmp_path: Path) -> None:
@@ -217,12 +217,13 @@ def test_a_frozen_configuration_is_the_same_one_and_private(tmp_path: Path) -> N
         "cluster=slurm", "loss=gspo", "trainer.learning_rate=3e-7", f"output_dir={tmp_path}", "resume=never"
     )
     assert OmegaConf.is_config(config)
-    arguments = freeze_config(config, tmp_path / "slurm", run_dir=tmp_path / "run")  # type: ignore[arg-type]
-    assert arguments == ("-m", "atropos_exp.run", "--config-path", str(tmp_path / "slurm"), "--config-name", "config")
-    assert (tmp_path / "slurm" / "config.yaml").stat().st_mode & 0o777 == 0o600
-    again = composed(folder=tmp_path / "slurm")
+    path = tmp_path / "slurm" / "config.yaml"
+    arguments = freeze_config(config, path, run_dir=tmp_path / "run")  # type: ignore[arg-type]
+    assert arguments == ("-m", "atropos_exp.run", "--frozen", str(path))
+    assert path.stat().st_mode & 0o777 == 0o600
+    again = OmegaConf.load(path)
     assert config_hash(again) == config_hash(config)  # type: ignore[arg-type]
-    assert (again.run_dir, again.resume) == (str(tmp_path / "run"), "auto")  # type: ignore[attr-defined]
+    assert (again.run_dir, again.resume) == (str(tmp_path / "run"), "auto")
     assert again.cluster == config.cluster and again.trainer.learning_rate == 3e-7  # type: ignore[attr-defined]
 
 

@@ -1,4 +1,4 @@
-"""One real Slurm for all tests of this folder. Skipped, with the reason, where it cannot be had."""
+"""One real Slurm for all tests that a process runs here. Skipped, with the reason, where it cannot be had."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE), str(HERE.parent / "e2e")]  # `slurm_cluster`, and `experiments` of the tests beside these
+# `slurm_cluster`, and of the tests beside these `experiments` and `page_text`
+sys.path[:0] = [str(HERE), str(HERE.parent / "e2e"), str(HERE.parent / "sweep")]
 
 from slurm_cluster import Cluster  # noqa: E402
 
@@ -20,7 +21,7 @@ NEEDED = ("slurmctld", "slurmd", "slurmdbd", "mariadbd", "munged")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark every test here, and run them all in one process: they share the cluster."""
+    """Mark every test here."""
     reason = _obstacle()
     for item in items:
         if item.path.is_relative_to(HERE):

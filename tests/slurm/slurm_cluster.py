@@ -12,22 +12,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from experiments import final_state, metrics
+from experiments import SMALL, final_state, metrics
 
 from atropos_exp.cluster.slurm_attempts import read_attempts
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = Path(__file__).with_name("slurm_up.sh")
-SMALL = (
-    "batch_size=4",
-    "group_size=4",
-    "max_response_length=6",
-    "eval.num_prompts=8",
-    "eval.samples_per_prompt=2",
-    "eval.every=0",
-    "trainer.learning_rate=1e-4",
-    "logger=none",
-)
 ON_SLURM = ("cluster=slurm", "cluster.cpus_per_task=1", "cluster.time_minutes=20")
 
 
@@ -120,6 +110,17 @@ class Cluster:
         finally:
             self.output("scancel", other)
 
+    def limit(self, job_id: str, *, minutes_from_now: int) -> None:
+        """Change the time limit of a job, as an administrator may; Slurm counts it from the start of the attempt."""
+        found = self.output("squeue", "-h", "-j", job_id, "-o", "%M").split(":")  # such as 12:34
+        elapsed = int(found[-2]) + 60 * int(found[-3] if len(found) > 2 else 0)
+        self.output("scontrol", "update", f"JobId={job_id}", f"TimeLimit={elapsed + minutes_from_now}")
+
+    def seconds_of(self, *job_ids: str) -> float:
+        """That jobs ran, all attempts, by the accounting."""
+        text = self.output("sacct", "-D", "-X", "-n", "-P", "-o", "ElapsedRaw", "-j", ",".join(job_ids))
+        return float(sum(int(line) for line in text.split()))
+
     def pause(self, seconds: float) -> None:
         """A moment that no event marks."""
         time.sleep(seconds)
@@ -156,6 +157,11 @@ class Cluster:
             return False
         own = (f"{self.root}/spool/{name}", f"{self.root}/log/slurmd.{name}.log")
         return any(target.startswith(own) for target in targets)
+
+
+def rank_pid(folder: Path) -> int:
+    """The process of rank 0 of the run that goes on in `folder`."""
+    return int((folder / "lock").read_text().split()[1])
 
 
 def output(folder: Path) -> str:

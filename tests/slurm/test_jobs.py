@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import yaml
-from experiments import summary
+from experiments import SMALL, summary
 from hydra import compose, initialize_config_dir
-from slurm_cluster import SMALL, Cluster, output
+from slurm_cluster import Cluster, output
 
 from atropos_exp.cluster import slurm_jobs
 from atropos_exp.cluster.slurm_attempts import read_attempts
@@ -48,7 +48,7 @@ def test_an_array_with_a_failure(here: Cluster, tmp_path: Path) -> None:
         overrides = [*SMALL, "trainer.max_steps=2", "eval.num_prompts=0", f"output_dir={tmp_path}"]
         with initialize_config_dir(version_base="1.3", config_dir=str(CONF_DIR)):
             config = compose("config", overrides=overrides)
-        arguments = freeze_config(config, run_dir / "slurm", run_dir=run_dir)
+        arguments = freeze_config(config, run_dir / "slurm" / "config.yaml", run_dir=run_dir)
         runs.append(JobSpec(name=name, arguments=arguments, run_folder=run_dir))
     (tmp_path / "bad" / "rollouts" / "step_000002.parquet").mkdir(parents=True)
     show = "import os, time; print(os.environ['MARK']); time.sleep(3)"
