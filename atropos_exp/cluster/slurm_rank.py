@@ -24,7 +24,7 @@ from types import FrameType
 
 from atropos_exp.cluster.slurm_attempts import Attempts
 from atropos_exp.cluster.slurm_board import POLL_SECONDS, Board, Pulse
-from atropos_exp.cluster.slurm_control import address_of, interface_towards, job_state, requeue, run_scontrol
+from atropos_exp.cluster.slurm_control import address_of, interface_towards, job_state, own_job, requeue, run_scontrol
 from atropos_exp.cluster.slurm_layout import Layout
 
 STOP_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
@@ -65,7 +65,8 @@ class Launcher:
         self._environ = environ
         self._folder = Path(job.run_folder)
         self._job_id = environ["SLURM_JOB_ID"]
-        name = f"{self._job_id}.{environ.get('SLURM_RESTART_COUNT', '0')}"
+        self._restarts = int(environ.get("SLURM_RESTART_COUNT", "0"))
+        name = f"{self._job_id}.{self._restarts}"
         self._board = Board(self._folder, name)
         self._attempts = Attempts(self._folder, name)
         self._place = job.layout.place(int(environ["SLURM_NODEID"]), int(environ["SLURM_LOCALID"]))
@@ -153,7 +154,7 @@ class Launcher:
         if self._status() == "finished":
             self._attempts.end("finished", code=0)
             return self._leave(0, "finished", is_over=True)
-        state = job_state(self._job_id)
+        state = job_state(own_job(self._environ), restarts=self._restarts)
         if state == "CANCELLED" or not self._job.requeue:
             why = "cancelled" if state == "CANCELLED" else "cluster.requeue is false"
             self._attempts.end("stopped", code=UNFINISHED, reason=why)
@@ -181,9 +182,10 @@ class Launcher:
         return self._leave(code, f"failed: {reason}")
 
     def _queue_again(self, what: str) -> str:
-        if job_state(self._job_id) in ("PENDING", "REQUEUED"):  # somebody else has seen to it
+        job = own_job(self._environ)
+        if job_state(job, restarts=self._restarts) in ("PENDING", "REQUEUED"):  # somebody else has seen to it
             return self._leave(0, f"{what}; already in the queue again")
-        if requeue(self._job_id):
+        if requeue(job):
             return self._leave(0, f"{what}; queued again")
         # In a container there may be no scontrol: the script outside looks for this file when the ranks have ended.
         (self._folder / "slurm" / f"requeue_{self._job_id}").touch()

@@ -34,7 +34,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _obstacle() -> str:
     missing = [name for name in NEEDED if shutil.which(name) is None]
     if missing:
-        return f"no Slurm here ({', '.join(missing)} not found): make test-slurm installs it"
+        return f"no Slurm here ({', '.join(missing)} not found): make test-slurm installs it, as root"
     if os.geteuid() != 0:
         return "a Slurm of one's own needs root"
     return ""

@@ -117,7 +117,7 @@ def test_a_queued_job_keeps_its_configuration(cluster: Cluster, tmp_path: Path) 
     again = cluster.type("cluster=slurm", f"run_dir={folder}", f"output_dir={folder.parent}", *words, flags=flags)
     assert again.returncode == 2, "the edited file is wrong, as it should be"
     own.write_text(text.replace("norm_by_std: true", "norm_by_std: false"))
-    assert cluster.state(job) == "PENDING"
+    assert cluster.output("squeue", "-h", "-j", job, "-o", "%T") == "PENDING"
     assert cluster.wait_for_end(job) == ["COMPLETED"], output(folder)
     used = yaml.safe_load((folder / "config.yaml").read_text())["advantage"]
     assert (used["epsilon"], used["norm_by_std"]) == (2e-6, True)
