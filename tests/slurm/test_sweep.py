@@ -59,7 +59,7 @@ def test_six_runs_and_what_is_left_of_them(cluster: Cluster, tmp_path: Path) -> 
     def somebody_trains() -> bool:
         victims[:] = [
             folders[at] for at in (0, 1, 2, 4)
-            if (ends(folders[at]) or ["none yet"])[-1] is None and 1 <= last_step(folders[at]) < NUM_STEPS - 5
+            if _runs_undisturbed(folders[at]) and 1 <= last_step(folders[at]) < NUM_STEPS - 5
         ]  # fmt: skip
         return bool(victims)
 
@@ -71,7 +71,7 @@ def test_six_runs_and_what_is_left_of_them(cluster: Cluster, tmp_path: Path) -> 
     cluster.up()
 
     # One hits its time limit. It stands still, so as not to end before that; Slurm wakes whom it signals.
-    cluster.wait_until(lambda: last_step(folders[LATE]) >= 2 and ends(folders[LATE])[-1] is None, 600)
+    cluster.wait_until(lambda: last_step(folders[LATE]) >= 2 and _runs_undisturbed(folders[LATE]), 600)
     os.kill(rank_pid(folders[LATE]), signal.SIGSTOP)
     cluster.limit(jobs[LATE], minutes_from_now=2)  # the warning is due at once
     cluster.wait_until(lambda: "requeued" in ends(folders[LATE]), 180)
@@ -113,6 +113,12 @@ def test_six_runs_and_what_is_left_of_them(cluster: Cluster, tmp_path: Path) -> 
     undisturbed = tmp_path / "undisturbed" / "run"
     run(undisturbed, *EVAL, "seed=0", f"trainer.max_steps={NUM_STEPS}", timeout=400)
     assert final_state(folders[0]) == final_state(undisturbed)
+
+
+def _runs_undisturbed(folder: Path) -> bool:
+    """The run has an attempt that goes on, as far as it knows."""
+    attempts = read_attempts(folder)
+    return bool(attempts) and attempts[-1].how is None and not attempts[-1].signals
 
 
 def _check_report(page: Text, folders: list[Path], seconds: float) -> None:
