@@ -17,18 +17,24 @@ sys.path[:0] = [str(HERE), str(HERE.parent / "e2e"), str(HERE.parent / "sweep")]
 
 from slurm_cluster import Cluster  # noqa: E402
 
+LONG = ("test_sweep.py", "test_preemption.py", "test_failures.py", "test_runs.py")
 NEEDED = ("slurmctld", "slurmd", "slurmdbd", "mariadbd", "munged")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark every test here."""
+    """Mark every test here, and begin with the files that take long: two processes share them."""
+    own = sorted((item for item in items if item.path.is_relative_to(HERE)), key=lambda item: _rank(item.path.name))
+    items[:] = [item for item in items if not item.path.is_relative_to(HERE)] + own
     reason = _obstacle()
-    for item in items:
-        if item.path.is_relative_to(HERE):
-            item.add_marker(pytest.mark.slurm)
-            item.add_marker(pytest.mark.timeout(1800))
-            if reason:
-                item.add_marker(pytest.mark.skip(reason=reason))
+    for item in own:
+        item.add_marker(pytest.mark.slurm)
+        item.add_marker(pytest.mark.timeout(1800))
+        if reason:
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def _rank(name: str) -> int:
+    return LONG.index(name) if name in LONG else len(LONG)
 
 
 def _obstacle() -> str:

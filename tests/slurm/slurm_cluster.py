@@ -119,6 +119,10 @@ class Cluster:
             assert time.monotonic() < deadline, self.output("squeue") + "\n" + self.output("sinfo")
             time.sleep(0.2)
 
+    def wait_until_empty(self) -> None:
+        """Jobs of an earlier test may still be ending."""
+        self.wait_until(lambda: not self.output("squeue", "-h"))
+
     def preempt(self, job_id: str) -> None:
         """Let a job of partition `main` take all nodes for a moment; returns when `job_id` has given way."""
         restarts = self.restarts(job_id)

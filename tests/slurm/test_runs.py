@@ -43,6 +43,7 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ids=["plain", "two nodes", "everything"],
 )
 def test_a_dry_run_prints_what_sbatch_accepts(cluster: Cluster, tmp_path: Path, overrides: list[str]) -> None:
+    cluster.wait_until_empty()
     done = cluster.type(*ON_SLURM, "cluster.dry_run=true", f"output_dir={tmp_path / 'out'}", *overrides)
     assert done.returncode == 0, done.stdout + done.stderr
     script = tmp_path / "job.sh"

@@ -38,6 +38,7 @@ def test_six_runs_and_what_is_left_of_them(cluster: Cluster, tmp_path: Path) -> 
         "checkpoint.every=5", *EVAL, f"output_dir={tmp_path / 'out'}", f"sweep.dir={sweep}", "sweep.wait=false",
     ]  # fmt: skip
     folders = [sweep / f"{number:03d}" for number in range(6)]
+    cluster.wait_until_empty()
     typo = cluster.type(*words, "trainer.max_stepz=3", flags=("-m",))
     assert typo.returncode == 2 and "max_steps" in typo.stderr and cluster.output("squeue", "-h") == ""
     first = cluster.type(*words, "cluster.sbatch=['--begin=now+8']", flags=("-m",))
