@@ -17,11 +17,11 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from atropos_exp.config_diagnose import COMPOSE_ERRORS, diagnose
 from atropos_exp.config_origin import CONF_DIR
+from atropos_exp.config_save import FROZEN
 from atropos_exp.types import UserError
 
 Task = Callable[[DictConfig], int | None]
 Sweep = Callable[[Sequence[str], str | None], int]
-FROZEN = "--frozen"
 
 
 def hydra_main(task: Task, sweep: Sweep) -> Callable[[], None]:
@@ -30,7 +30,7 @@ def hydra_main(task: Task, sweep: Sweep) -> Callable[[], None]:
     It works from any directory, from a checkout and from a wheel, with `-m`, `--cfg job`, `--help` and
     `--config-dir DIR`. A UserError of the task and everything that Hydra cannot compose are printed without a
     traceback and exit with 2. `-m` and `+sweeps=NAME` make it `sweep(overrides, config_dir)`; `--frozen FILE` alone
-    runs the task on a configuration that a sweep has resolved.
+    runs the task on a configuration that was frozen when its job was submitted.
     """
 
     def main() -> None:
@@ -93,7 +93,7 @@ def _start(sweep: Sweep, arguments: Namespace) -> int:
 
 def _frozen(arguments: Sequence[str]) -> DictConfig:
     if len(arguments) != 1 or not Path(arguments[0]).is_file():
-        raise UserError(f"{FROZEN}: got {' '.join(arguments) or 'nothing'}, expected one file of a sweep's configs/")
+        raise UserError(f"{FROZEN}: got {' '.join(arguments) or 'nothing'}, expected one frozen configuration")
     config = OmegaConf.load(arguments[0])
     assert isinstance(config, DictConfig)
     return config

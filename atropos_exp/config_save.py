@@ -15,6 +15,7 @@ from atropos_exp.redaction import redact
 
 # Where a run is stored, watched and executed does not change what it computes.
 NOT_HASHED = ("logger", "output_dir", "run_dir", "resume", "name", "cluster")
+FROZEN = "--frozen"  # FILE: run the configuration in it, and nothing of conf/
 
 
 def save_config(config: DictConfig, path: Path) -> None:
@@ -36,8 +37,8 @@ def config_hash(config: DictConfig) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def freeze_config(config: DictConfig, folder: Path, *, run_dir: Path) -> tuple[str, ...]:
-    """Write the whole configuration to `folder`/config.yaml; what follows the interpreter to run just that.
+def freeze_config(config: DictConfig, path: Path, *, run_dir: Path) -> tuple[str, ...]:
+    """Write the whole configuration to `path`; what follows the interpreter to run just that.
 
     Later edits of conf/ do not reach it. It runs in `run_dir`, and continues there however often it is started. Unlike
     the run's own config.yaml it keeps secrets, for the run needs them: only its owner may read it.
@@ -45,27 +46,10 @@ def freeze_config(config: DictConfig, folder: Path, *, run_dir: Path) -> tuple[s
     # Interpolations stay: what they refer to is in the file too, and the hash depends on them.
     plain: Any = OmegaConf.to_container(config, resolve=False)
     plain |= {"run_dir": str(run_dir.absolute()), "resume": "auto"}
-    text = _FROZEN_HEAD + OmegaConf.to_yaml(OmegaConf.create(plain))
-    path = folder.absolute() / "config.yaml"
-    write_atomic(path, text, mode=0o600)
-    return ("-m", "atropos_exp.run", "--config-path", str(path.parent), "--config-name", path.stem)
-
-
-# A configuration without choices left; composition as conf/config.yaml sets it up.
-_FROZEN_HEAD = """\
-# The configuration of one job as it was submitted; conf/ is not read again.
-defaults:
-  - _self_
-  - override hydra/job_logging: none
-  - override hydra/hydra_logging: none
-hydra:
-  output_subdir: null
-  run:
-    dir: .
-  job:
-    name: atropos_exp
-    chdir: false
-"""
+    text = OmegaConf.to_yaml(OmegaConf.create(plain))
+    assert OmegaConf.to_container(OmegaConf.create(text)) == plain, "lost in YAML"
+    write_atomic(path.absolute(), text, mode=0o600)
+    return ("-m", "atropos_exp.run", FROZEN, str(path.absolute()))
 
 
 def _canonical(value: Any) -> Any:

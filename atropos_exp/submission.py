@@ -31,7 +31,7 @@ def launch(checked: Checked) -> int | None:
     else:
         folder = (_existing(checked, identity) or new_folder(_base(checked))).absolute()
         write_atomic(folder / SUBMITTED, json.dumps({"config_hash": identity}) + "\n")
-        arguments = freeze_config(checked.config, folder / "slurm", run_dir=folder)
+        arguments = freeze_config(checked.config, folder / "slurm" / "config.yaml", run_dir=folder)
     submitted: int = submit(name=checked.run.name, arguments=arguments, run_folder=folder)
     return submitted
 

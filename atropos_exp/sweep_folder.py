@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -91,6 +91,7 @@ class RunState:
     reason: str = ""
     started: float | None = None  # seconds since the epoch, of the last attempt
     ended: float | None = None
+    seconds: float | None = None  # of its processes, over all attempts; None: as events.jsonl has it
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -129,19 +130,17 @@ class SweepFolder:
     def config_path(self, number: int) -> Path:
         return self.path / "configs" / f"{number:03d}.yaml"
 
-    def write_config(self, number: int, text: str) -> None:
-        """Freeze a configuration. It may hold what the user's own configuration holds: for the owner's eyes only."""
-        path = self.config_path(number)
-        path.parent.mkdir(mode=0o700, exist_ok=True)
-        write_atomic(path, text)
-        path.chmod(0o600)
-
     def run_folder(self, number: int) -> Path:
         return self.path / f"{number:03d}"
 
     def log_path(self, name: str) -> Path:
         (self.path / "log").mkdir(exist_ok=True)
         return self.path / "log" / f"{name}.log"
+
+    def log_of(self, record: RunRecord) -> Path:
+        """What the run printed, within the folder: a cluster's launcher keeps it with the run."""
+        own = Path("log") / f"{record.folder}.log"
+        return own if (self.path / own).exists() else Path(record.folder) / "log" / "rank_0.log"
 
     def note(self, **event: Any) -> None:
         """Append one line to events.jsonl."""
@@ -157,8 +156,7 @@ class SweepFolder:
     def _state(self, record: RunRecord, told: RunState | None) -> RunState:
         status, error = run_status(self.run_folder(record.number))
         if status == "finished":
-            times = (told.started, told.ended) if told is not None else (None, None)
-            return RunState(phase=Phase.FINISHED, started=times[0], ended=times[1])
+            return replace(told or RunState(phase=Phase.FINISHED), phase=Phase.FINISHED, reason="")
         if told is not None:
             return told
         if status == "failed":

@@ -4,7 +4,8 @@
     {"event": "signal", "attempt": "12.0", "signal": "SIGUSR2"}
     {"event": "end", "attempt": "12.0", "how": "requeued", "step": 9, "code": 0, "reason": "..."}
 
-An attempt without an end was killed: by a node failure, for its memory, or after the time it had to save.
+Every line has the `time`, in seconds since the epoch. An attempt without an end was killed: by a node failure, for its
+memory, or after the time it had to save; `earlier_until` of the next start is its last sign of life.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ class Attempt:
     signals: tuple[str, ...]
     how: str | None  # of ENDS; None: killed, or still running
     reason: str
+    began: float  # seconds since the epoch
+    until: float  # its end, or the last that is known of it
 
     @property
     def was_warned(self) -> bool:
@@ -101,9 +104,15 @@ def read_attempts(run_folder: Path) -> list[Attempt]:
             row = json.loads(line)
         except json.JSONDecodeError:
             continue
-        known = found.setdefault(row["attempt"], {"start": -1, "end": None, "signals": [], "how": None, "reason": ""})
+        blank = {"start": -1, "end": None, "signals": [], "how": None, "reason": "", "began": row["time"]}
+        earlier = list(found.values())[-1:]
+        known = found.setdefault(row["attempt"], blank)
+        known["until"] = row["time"]
         if row["event"] == "start":
             known["start"] = row["step"]
+            for lost in earlier:
+                if lost["how"] is None:
+                    lost["until"] = max(lost["until"], row.get("earlier_until") or 0.0)
         elif row["event"] == "signal":
             known["signals"].append(row["signal"])
         else:
@@ -116,6 +125,8 @@ def read_attempts(run_folder: Path) -> list[Attempt]:
             signals=tuple(known["signals"]),
             how=known["how"],
             reason=known["reason"],
+            began=known["began"],
+            until=known["until"],
         )
         for name, known in found.items()
     ]

@@ -28,12 +28,17 @@ class Board:
     def __init__(self, run_folder: Path, name: str) -> None:
         self._folder = run_folder / "slurm" / f"attempt_{name}"
 
-    def begin(self) -> None:
-        """Rank 0 only: forget earlier attempts' files."""
+    def begin(self) -> float | None:
+        """Rank 0 only: forget earlier attempts' files; when the last of those gave its last sign of life, in seconds
+        since the epoch, as far as that is known."""
+        beats = []
         for old in self._folder.parent.glob("attempt_*"):
             if old != self._folder:
+                if (alive := old / "alive").exists():
+                    beats.append(alive.stat().st_mtime)
                 shutil.rmtree(old, ignore_errors=True)
         self._folder.mkdir(parents=True, exist_ok=True)
+        return max(beats, default=None)
 
     def beat(self) -> None:
         """Rank 0's launcher is there."""

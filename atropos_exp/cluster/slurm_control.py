@@ -8,6 +8,7 @@ import shutil
 import socket
 import struct
 import subprocess
+from collections.abc import Mapping
 
 from atropos_exp.types import UserError
 
@@ -28,15 +29,29 @@ def run_scontrol(*arguments: str) -> str | None:
     return done.stdout if done.returncode == 0 else None
 
 
-def job_state(job_id: str) -> str | None:
-    """Such as RUNNING; None if unknown."""
-    found = re.search(r"JobState=(\w+)", run_scontrol("show", "job", "-o", job_id) or "")
-    return found[1] if found else None
+def own_job(environ: Mapping[str, str]) -> str:
+    """How to name the job of this process to scontrol: the plain id of one element of an array is that of the array,
+    and to queue it again would start all the others once more."""
+    array = environ.get("SLURM_ARRAY_JOB_ID")
+    return f"{array}_{environ['SLURM_ARRAY_TASK_ID']}" if array else environ["SLURM_JOB_ID"]
 
 
-def requeue(job_id: str) -> bool:
+def job_state(job: str, *, restarts: int) -> str | None:
+    """Such as RUNNING, of a job that has been started again `restarts` times; None if unknown.
+
+    A job whose processes are being ended is COMPLETING in Slurm's words, whatever becomes of it. That is told apart
+    here: REQUEUED if Slurm has already counted another start, else CANCELLED.
+    """
+    text = run_scontrol("show", "job", "-o", job) or ""
+    state, started = re.search(r"JobState=(\w+)", text), re.search(r"Restarts=(\d+)", text)
+    if state is not None and started is not None and state[1] == "COMPLETING":
+        return "REQUEUED" if int(started[1]) > restarts else "CANCELLED"
+    return state[1] if state else None
+
+
+def requeue(job: str) -> bool:
     """Whether Slurm has taken the job back into the queue. Its processes are ended soon after."""
-    return run_scontrol("requeue", job_id) is not None
+    return run_scontrol("requeue", job) is not None
 
 
 def address_of(node: str) -> str:

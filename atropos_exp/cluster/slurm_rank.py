@@ -24,7 +24,7 @@ from types import FrameType
 
 from atropos_exp.cluster.slurm_attempts import Attempts
 from atropos_exp.cluster.slurm_board import POLL_SECONDS, Board, Pulse
-from atropos_exp.cluster.slurm_control import address_of, interface_towards, job_state, requeue, run_scontrol
+from atropos_exp.cluster.slurm_control import address_of, interface_towards, job_state, own_job, requeue, run_scontrol
 from atropos_exp.cluster.slurm_layout import Layout
 
 STOP_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
@@ -65,7 +65,8 @@ class Launcher:
         self._environ = environ
         self._folder = Path(job.run_folder)
         self._job_id = environ["SLURM_JOB_ID"]
-        name = f"{self._job_id}.{environ.get('SLURM_RESTART_COUNT', '0')}"
+        self._restarts = int(environ.get("SLURM_RESTART_COUNT", "0"))
+        name = f"{self._job_id}.{self._restarts}"
         self._board = Board(self._folder, name)
         self._attempts = Attempts(self._folder, name)
         self._place = job.layout.place(int(environ["SLURM_NODEID"]), int(environ["SLURM_LOCALID"]))
@@ -74,6 +75,7 @@ class Launcher:
         self._signals: list[signal.Signals] = []
         self._started_at = time.monotonic()
         self._first_step = -1  # the last one recorded when this attempt began
+        self._killed = False  # our own rank, for it did not end in time
 
     def run(self) -> str:
         for number in STOP_SIGNALS:
@@ -109,12 +111,12 @@ class Launcher:
 
     def _lead(self) -> str:
         """Rank 0: prepare the attempt, run the rank, decide what becomes of the job."""
-        self._board.begin()
+        earlier = self._board.begin()
         before = self._attempts.failures_without_progress()
         first = run_scontrol("show", "hostnames", self._environ["SLURM_JOB_NODELIST"])
         nodes = (first or self._environ.get("SLURMD_NODENAME", socket.gethostname())).split()
         self._first_step = self._attempts.last_step()
-        self._attempts.start(nodes=nodes)
+        self._attempts.start(nodes=nodes, earlier_until=earlier)
         if before >= self._job.max_failures:
             reason = f"{before} attempts in a row were killed without a warning at step {self._attempts.last_step()}"
             return self._give_up(1, f"{reason}: out of memory, or failing nodes? Look at Slurm's own log of the job")
@@ -148,21 +150,25 @@ class Launcher:
         return self._leave(0, "finished", is_over=True)
 
     def _interrupted(self) -> str:
-        """Told to stop. The rank has saved, or was killed on the way, which costs no step either."""
+        """Told to stop. The rank has saved, or was killed on the way: what it had not saved is done again."""
         if self._status() == "finished":
             self._attempts.end("finished", code=0)
             return self._leave(0, "finished", is_over=True)
-        state = job_state(self._job_id)
+        state = job_state(own_job(self._environ), restarts=self._restarts)
         if state == "CANCELLED" or not self._job.requeue:
             why = "cancelled" if state == "CANCELLED" else "cluster.requeue is false"
             self._attempts.end("stopped", code=UNFINISHED, reason=why)
-            return self._leave(UNFINISHED, f"stopped and saved ({why}); the same command continues it")
+            return self._leave(UNFINISHED, f"{self._how_it_stopped} ({why}); the same command continues it")
         left = self._job.time_seconds - (time.monotonic() - self._started_at)
         at_limit = left < self._job.signal_seconds + EARLY_SECONDS
         if at_limit and self._attempts.last_step() <= self._first_step:  # as it would be again and again
             return self._fail(UNFINISHED, "the time limit came before a new step; raise time_minutes", may_retry=True)
         self._attempts.end("requeued", code=0, reason=", ".join(number.name for number in dict.fromkeys(self._signals)))
-        return self._queue_again("stopped and saved")
+        return self._queue_again(self._how_it_stopped)
+
+    @property
+    def _how_it_stopped(self) -> str:
+        return "killed before it had saved this step" if self._killed else "stopped and saved"
 
     def _fail(self, code: int, reason: str, *, may_retry: bool) -> str:
         number = self._attempts.failures_without_progress() + 1
@@ -176,9 +182,10 @@ class Launcher:
         return self._leave(code, f"failed: {reason}")
 
     def _queue_again(self, what: str) -> str:
-        if job_state(self._job_id) in ("PENDING", "REQUEUED"):  # somebody else has seen to it
+        job = own_job(self._environ)
+        if job_state(job, restarts=self._restarts) in ("PENDING", "REQUEUED"):  # somebody else has seen to it
             return self._leave(0, f"{what}; already in the queue again")
-        if requeue(self._job_id):
+        if requeue(job):
             return self._leave(0, f"{what}; queued again")
         # In a container there may be no scontrol: the script outside looks for this file when the ranks have ended.
         (self._folder / "slurm" / f"requeue_{self._job_id}").touch()
@@ -243,7 +250,8 @@ class Launcher:
                 if self._board.verdict() is not None:
                     limits.append(now + AFTER_VERDICT_SECONDS)
                 kill_at = min(limits, default=None)
-            if kill_at is not None and now > kill_at:
+            if kill_at is not None and now > kill_at and not self._killed:
+                self._killed = True
                 self._say(f"rank {self._place.rank} did not end in time: killed")
                 rank.kill()
             time.sleep(0.1)

@@ -15,8 +15,10 @@ from atropos_exp.cluster.slurm import Slurm
 # A cancelled job is left alone.
 TEARDOWN = """\
 code=$?
+job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID} # its plain id may stand for a whole array
+job=${job:-$SLURM_JOB_ID}
 again() {
-  scontrol show job -o "$SLURM_JOB_ID" | grep -q JobState=RUNNING && scontrol requeue "$SLURM_JOB_ID" && exit 0
+  scontrol show job -o "$job" | grep -q JobState=RUNNING && scontrol requeue "$job" && exit 0
 }
 begun=
 for folder in {folders}; do

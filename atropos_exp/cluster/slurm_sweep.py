@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -74,8 +75,9 @@ class SlurmBackend:
     def states(self) -> Mapping[int, RunState]:
         answer = self._ask()
         return {
-            number: run_state(answer[job_id], read_attempts(folder))
+            number: _with_times(run_state(answer[job_id], attempts), attempts)
             for number, (job_id, folder) in self._jobs().items()
+            for attempts in [read_attempts(folder)]
         }
 
     def cancel(self, numbers: Sequence[int] | None = None) -> None:
@@ -99,6 +101,17 @@ class SlurmBackend:
             self._answer = states([job_id for job_id, _ in self._jobs().values()])
             self._asked_at = time.monotonic()
         return self._answer
+
+
+def _with_times(state: RunState, attempts: Sequence[Attempt]) -> RunState:
+    """The start of the last attempt, and the time that all of them took."""
+    if not attempts:
+        return state
+    last, now = attempts[-1], time.time()
+    runs_on = state.phase is Phase.RUNNING and last.how is None
+    seconds = sum(attempt.until - attempt.began for attempt in attempts[:-1])
+    seconds += (now if runs_on else last.until) - last.began
+    return replace(state, started=last.began, ended=None if runs_on else last.until, seconds=seconds)
 
 
 def run_state(job: JobState, attempts: Sequence[Attempt]) -> RunState:

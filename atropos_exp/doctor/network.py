@@ -23,7 +23,7 @@ def check_ports(checked: Checked) -> list[Line]:
     except UserError as error:
         return [fail("ports", *split_remedy(str(error)))]
     wanted = [str(port) for port in ([gateway.port] if gateway.port else []) + list(extra)]
-    return [ok("ports", f"free: {', '.join(wanted)}" if wanted else f"a free one of {gateway.host} is taken")]
+    return [ok("ports", f"free: {', '.join(wanted)}" if wanted else f"the gateway takes a free one of {gateway.host}")]
 
 
 def check_atropos(checked: Checked) -> list[Line]:

@@ -194,8 +194,9 @@ def _load_run(
     smallest = min((value for value in sizes.values() if value), default=None)
     config = yaml.safe_load(folder.config_path(record.number).read_text())
     stepped = sum(row.get("time/step_s") or 0.0 for row in rows)
+    known = state.seconds if state.seconds is not None else _process_seconds(record, events)
     return SweepRun(
-        record=record, state=state, rows=rows, metric=metric, seconds=max(_process_seconds(record, events), stepped),
+        record=record, state=state, rows=rows, metric=metric, seconds=max(known, stepped),
         judged_on=repr([[_get(config, key) for key in _JUDGEMENT], sorted(sizes.items())]),
         resolution=1 / (smallest * len(sizes)) if smallest and metric is None else 0.0,
     )  # fmt: skip

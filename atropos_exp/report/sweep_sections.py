@@ -159,7 +159,7 @@ def failures(data: SweepData) -> str:
             escape(f"{describe_point(run.record.values)}, seed={run.record.seed}"),
             _state(run),
             tag("span", escape(run.state.reason or "no reason is known"), class_="label"),
-            f"<code>log/{run.record.folder}.log</code>",
+            f"<code>{data.folder.log_of(run.record)}</code>",
         ]
         for run in lost
     ]

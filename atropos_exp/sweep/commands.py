@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 
+from atropos_exp.config_save import FROZEN
 from atropos_exp.sweep_folder import SweepFolder
 
 
 def run_command(sweep: SweepFolder, number: int) -> list[str]:
     """Starts, or continues, one run from its frozen configuration."""
-    return [sys.executable, "-m", "atropos_exp.run", "--frozen", str(sweep.config_path(number))]
+    return [sys.executable, "-m", "atropos_exp.run", FROZEN, str(sweep.config_path(number))]
 
 
 def worker_command(sweep: SweepFolder, number: int) -> list[str]:

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from atropos_exp.config import build
+from atropos_exp.config_save import config_hash, freeze_config
 from atropos_exp.redaction import redact
 from atropos_exp.sweep.backend import Backend, Job
 from atropos_exp.sweep.commands import run_command, worker_command
-from atropos_exp.sweep.frozen import freeze
 from atropos_exp.sweep.local import LocalBackend
 from atropos_exp.sweep.plan import Plan
 from atropos_exp.sweep.search import prepare_study, trial_is_claimed
@@ -231,12 +231,12 @@ def _freeze(sweep: SweepFolder, plan: Plan) -> None:
     for number, run in enumerate(plan.runs):
         if number in known:
             continue
-        text, frozen_hash = freeze(run.config, sweep.run_folder(number))
-        sweep.write_config(number, text)
+        config = run.config
+        freeze_config(config, sweep.config_path(number), run_dir=sweep.run_folder(number))
         sweep.add_record(
             RunRecord(
                 number=number, point=run.point, values=dict(run.values), seed=run.seed,
-                config_hash=frozen_hash, max_steps=run.checked.parts["trainer"].max_steps,
+                config_hash=config_hash(config), max_steps=run.checked.parts["trainer"].max_steps,
                 num_devices=run.checked.sizes.world_size,
             )
         )  # fmt: skip

@@ -29,7 +29,6 @@ from atropos_exp.sweep.axes import (
     parse_space,
     plain_value,
 )
-from atropos_exp.sweep.frozen import without_sweep
 from atropos_exp.sweep.search_space import SearchPlan, plan_search
 from atropos_exp.sweep.settings import GridSweep, OptunaSweep
 from atropos_exp.sweep_folder import describe_point
@@ -113,7 +112,15 @@ class _Composer:
             return None
         choices = {group: option for group, option in config.hydra.runtime.choices.items() if option}
         origin = Origin(overrides=(*self._fixed, *own), choices=choices, folders=(*self._folders, CONF_DIR))
-        return without_sweep(config), origin
+        return _without_sweep(config), origin
+
+
+def _without_sweep(config: DictConfig) -> DictConfig:
+    """A copy without the nodes that are none of a run's business."""
+    plain: Any = OmegaConf.to_container(config, resolve=False)
+    kept = OmegaConf.create({key: item for key, item in plain.items() if key not in ("hydra", "sweep")})
+    assert isinstance(kept, DictConfig)
+    return kept
 
 
 def _with_params(line: CommandLine, base: DictConfig) -> CommandLine:

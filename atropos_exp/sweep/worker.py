@@ -18,10 +18,10 @@ from typing import Any
 from atropos_exp.atomic import write_atomic
 from atropos_exp.config import build
 from atropos_exp.config_check import validate
+from atropos_exp.config_save import config_hash, freeze_config
 from atropos_exp.run_files import Row, read_metrics
 from atropos_exp.summary import eval_accuracy
 from atropos_exp.sweep.commands import run_command
-from atropos_exp.sweep.frozen import freeze
 from atropos_exp.sweep.search import Claim, Search
 from atropos_exp.sweep.settings import OptunaSweep
 from atropos_exp.sweep_folder import TRIAL_END, Phase, RunRecord, SweepFolder, TrialEnd, outcome, read_trial_end
@@ -100,11 +100,10 @@ class Worker:
         if found and self._sweep.config_path(number).exists():
             return found[0]
         checked = validate(self._search.space.config(claim.values))
-        text, frozen_hash = freeze(checked.config, self._sweep.run_folder(number))
-        self._sweep.write_config(number, text)
+        freeze_config(checked.config, self._sweep.config_path(number), run_dir=self._sweep.run_folder(number))
         record = RunRecord(
             number=number, point=number, values={key.lstrip("+"): item for key, item in claim.values.items()},
-            seed=checked.run.seed, config_hash=frozen_hash,
+            seed=checked.run.seed, config_hash=config_hash(checked.config),
             max_steps=checked.parts["trainer"].max_steps, num_devices=checked.sizes.world_size,
         )  # fmt: skip
         if not found:

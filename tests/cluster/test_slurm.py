@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from atropos_exp.cluster.slurm import Slurm
 from atropos_exp.cluster.slurm_attempts import Attempts, read_attempts
 from atropos_exp.cluster.slurm_board import Board, Pulse
-from atropos_exp.cluster.slurm_control import interface_towards
+from atropos_exp.cluster.slurm_control import interface_towards, job_state, own_job
 from atropos_exp.cluster.slurm_layout import ENGINE_DEVICES, Layout
 from atropos_exp.cluster.slurm_script import script_text
 from atropos_exp.config import build
@@ -141,12 +141,51 @@ def test_the_end_of_the_script_queues_again_what_the_ranks_could_not(tmp_path: P
     (own / "requeue_12").touch()
     assert shell(75) == 0 and (tmp_path / "called").read_text() == "requeue 12\n"
     assert not (own / "requeue_12").exists() and shell(75) == 75, "once"
+    (own / "requeue_12").touch()
+    environment |= {"SLURM_ARRAY_JOB_ID": "9", "SLURM_ARRAY_TASK_ID": "4"}
+    assert shell(75) == 0 and (tmp_path / "called").read_text() == "requeue 12\nrequeue 9_4\n"
+    (tmp_path / "called").write_text("requeue 12\n")
+    environment = {key: value for key, value in environment.items() if "ARRAY" not in key}
     (own / "attempt_12.1").rmdir()  # srun has failed before any rank was there: three times at most
     assert [shell(1) for _ in range(3)] == [0, 0, 1] and shell(0) == 0
     assert (tmp_path / "called").read_text() == "requeue 12\n" * 3
     (tmp_path / "not_started_12").unlink()
     (tmp_path / "state").write_text("JobId=12 JobState=CANCELLED Reason=None\n")
     assert shell(1) == 1 and (tmp_path / "called").read_text() == "requeue 12\n" * 3
+
+
+def test_what_becomes_of_a_job_whose_processes_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What Slurm 22.05 prints at that time, as it was seen: COMPLETING for a cancelled job and for one queued again."""
+    tool = tmp_path / "scontrol"
+    tool.write_text(f'#!/bin/sh\ncat "{tmp_path}/said"\n')
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+
+    def state(words: str) -> str | None:
+        (tmp_path / "said").write_text(f"JobId=3 {words} Reason=None\n")
+        return job_state("3", restarts=1)
+
+    assert state("JobState=RUNNING Restarts=1") == "RUNNING"
+    assert state("JobState=COMPLETING Restarts=1") == "CANCELLED"
+    assert state("JobState=COMPLETING Restarts=2") == "REQUEUED"
+    assert state("slurm_load_jobs error") is None
+
+
+def test_an_element_of_an_array_is_never_taken_for_the_array() -> None:
+    last = {"SLURM_JOB_ID": "3", "SLURM_ARRAY_JOB_ID": "3", "SLURM_ARRAY_TASK_ID": "2"}
+    assert (own_job(last), own_job({"SLURM_JOB_ID": "7"})) == ("3_2", "7")
+
+
+def test_how_long_attempts_took(tmp_path: Path) -> None:
+    rows = [
+        {"event": "start", "attempt": "1.0", "time": 100.0, "step": -1},
+        {"event": "signal", "attempt": "1.0", "time": 130.0, "signal": "SIGUSR2"},  # then its node died
+        {"event": "start", "attempt": "1.1", "time": 200.0, "step": 3, "earlier_until": 150.0},
+        {"event": "end", "attempt": "1.1", "time": 260.0, "how": "finished", "step": 9, "code": 0, "reason": ""},
+    ]
+    (tmp_path / "slurm").mkdir()
+    (tmp_path / "slurm" / "attempts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert [found.until - found.began for found in read_attempts(tmp_path)] == [50.0, 60.0]
 
 
 def record(folder: Path, step: int) -> None:
@@ -207,9 +246,9 @@ def test_the_interface_towards_this_machine_is_the_loopback() -> None:
     assert interface_towards("no.such.host.invalid") is None
 
 
-def composed(*overrides: str, folder: Path = CONF_DIR, name: str = "config") -> object:
-    with initialize_config_dir(version_base="1.3", config_dir=str(folder)):
-        return compose(name, overrides=list(overrides))
+def composed(*overrides: str) -> object:
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF_DIR)):
+        return compose("config", overrides=list(overrides))
 
 
 def test_a_frozen_configuration_is_the_same_one_and_private(tmp_path: Path) -> None:
@@ -217,12 +256,13 @@ def test_a_frozen_configuration_is_the_same_one_and_private(tmp_path: Path) -> N
         "cluster=slurm", "loss=gspo", "trainer.learning_rate=3e-7", f"output_dir={tmp_path}", "resume=never"
     )
     assert OmegaConf.is_config(config)
-    arguments = freeze_config(config, tmp_path / "slurm", run_dir=tmp_path / "run")  # type: ignore[arg-type]
-    assert arguments == ("-m", "atropos_exp.run", "--config-path", str(tmp_path / "slurm"), "--config-name", "config")
-    assert (tmp_path / "slurm" / "config.yaml").stat().st_mode & 0o777 == 0o600
-    again = composed(folder=tmp_path / "slurm")
+    path = tmp_path / "slurm" / "config.yaml"
+    arguments = freeze_config(config, path, run_dir=tmp_path / "run")  # type: ignore[arg-type]
+    assert arguments == ("-m", "atropos_exp.run", "--frozen", str(path))
+    assert path.stat().st_mode & 0o777 == 0o600
+    again = OmegaConf.load(path)
     assert config_hash(again) == config_hash(config)  # type: ignore[arg-type]
-    assert (again.run_dir, again.resume) == (str(tmp_path / "run"), "auto")  # type: ignore[attr-defined]
+    assert (again.run_dir, again.resume) == (str(tmp_path / "run"), "auto")
     assert again.cluster == config.cluster and again.trainer.learning_rate == 3e-7  # type: ignore[attr-defined]
 
 

@@ -59,9 +59,10 @@ def test_the_default_configuration_is_healthy_and_quick(tmp_path: Path) -> None:
     }
     assert {"environment", "tracking", "tokenizer", "data", "reward"} <= {*topics}
     assert " 0 warn, 0 fail" in lines[-1]
-    # Seconds of computation: other tests share the cores, and nothing here waits for anything but its own work.
+    # Seconds of computation: other tests share the cores, and nothing here waits for anything but its own work. Six, so
+    # that it takes less than 20 on a slower machine, too.
     spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    assert spent < 20
+    assert spent < 12
 
 
 def test_the_program_ends_with_the_worst_and_says_what_to_type(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""One real Slurm for all tests of this folder. Skipped, with the reason, where it cannot be had."""
+"""One real Slurm for all tests that a process runs here. Skipped, with the reason, where it cannot be had."""
 
 from __future__ import annotations
 
@@ -12,28 +12,35 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE), str(HERE.parent / "e2e")]  # `slurm_cluster`, and `experiments` of the tests beside these
+# `slurm_cluster`, and of the tests beside these `experiments` and `page_text`
+sys.path[:0] = [str(HERE), str(HERE.parent / "e2e"), str(HERE.parent / "sweep")]
 
 from slurm_cluster import Cluster  # noqa: E402
 
+LONG = ("test_sweep.py", "test_preemption.py", "test_failures.py", "test_runs.py")
 NEEDED = ("slurmctld", "slurmd", "slurmdbd", "mariadbd", "munged")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark every test here, and run them all in one process: they share the cluster."""
+    """Mark every test here, and begin with the files that take long: two processes share them."""
+    own = sorted((item for item in items if item.path.is_relative_to(HERE)), key=lambda item: _rank(item.path.name))
+    items[:] = [item for item in items if not item.path.is_relative_to(HERE)] + own
     reason = _obstacle()
-    for item in items:
-        if item.path.is_relative_to(HERE):
-            item.add_marker(pytest.mark.slurm)
-            item.add_marker(pytest.mark.timeout(1800))
-            if reason:
-                item.add_marker(pytest.mark.skip(reason=reason))
+    for item in own:
+        item.add_marker(pytest.mark.slurm)
+        item.add_marker(pytest.mark.timeout(1800))
+        if reason:
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def _rank(name: str) -> int:
+    return LONG.index(name) if name in LONG else len(LONG)
 
 
 def _obstacle() -> str:
     missing = [name for name in NEEDED if shutil.which(name) is None]
     if missing:
-        return f"no Slurm here ({', '.join(missing)} not found): make test-slurm installs it"
+        return f"no Slurm here ({', '.join(missing)} not found): make test-slurm installs it, as root"
     if os.geteuid() != 0:
         return "a Slurm of one's own needs root"
     return ""

@@ -9,25 +9,16 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from experiments import final_state, metrics
+from experiments import SMALL, final_state, metrics
 
 from atropos_exp.cluster.slurm_attempts import read_attempts
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = Path(__file__).with_name("slurm_up.sh")
-SMALL = (
-    "batch_size=4",
-    "group_size=4",
-    "max_response_length=6",
-    "eval.num_prompts=8",
-    "eval.samples_per_prompt=2",
-    "eval.every=0",
-    "trainer.learning_rate=1e-4",
-    "logger=none",
-)
+NOT_OVER = ("RUNNING", "PENDING", "REQUEUED", "UNKNOWN")  # the accounting hears of everything a little later
 ON_SLURM = ("cluster=slurm", "cluster.cpus_per_task=1", "cluster.time_minutes=20")
 
 
@@ -37,10 +28,14 @@ class Cluster:
     def __init__(self, root: Path, **settings: str) -> None:
         self.root = root
         self._settings = {"SLURM_ROOT": str(root), "SLURM_PORT": str(_free_ports()), **settings}
+        self._guard = subprocess.Popen(  # should this process be killed
+            [str(SCRIPT), "wipe_after", str(os.getpid())], env={**os.environ, **self._settings}, start_new_session=True,
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
         try:
             self.up()
         except BaseException:
-            self._run("wipe")
+            self.wipe()
             raise
 
     def up(self) -> None:
@@ -54,11 +49,26 @@ class Cluster:
         assert done.returncode == 0, done.stdout + done.stderr
 
     def wipe(self) -> None:
-        subprocess.run(["scancel", "--user=root"], env=self.environment, timeout=60, check=False)
-        deadline = time.monotonic() + 30
-        while self.output("squeue", "-h") and time.monotonic() < deadline:
-            time.sleep(0.5)
+        """End it; raises AssertionError if a process of it, or of its jobs, lives on."""
         self._run("wipe")
+        os.killpg(self._guard.pid, signal.SIGKILL)
+        self._guard.wait()
+        deadline = time.monotonic() + 60
+        while left := list(self._processes()):
+            assert time.monotonic() < deadline, [(entry / "cmdline").read_bytes() for entry in left]
+            time.sleep(0.2)
+
+    def _processes(self, node: str = "") -> Iterator[Path]:
+        """Entries of /proc that belong to this cluster; to the jobs on `node`, if given."""
+        for entry in Path("/proc").glob("[0-9]*"):
+            try:
+                words = (entry / "environ").read_bytes().split(b"\0")
+                is_zombie = not (entry / "cmdline").read_bytes()
+            except OSError:
+                continue
+            is_ours = any(word.startswith(b"SLURM") and str(self.root).encode() in word for word in words)
+            if is_ours and not is_zombie and (not node or f"SLURMD_NODENAME={node}".encode() in words):
+                yield entry
 
     @property
     def environment(self) -> dict[str, str]:
@@ -99,7 +109,7 @@ class Cluster:
     def wait_for_end(self, *job_ids: str, seconds: float = 300) -> list[str]:
         """Until none of the jobs is in the queue; their states."""
         self.wait_until(lambda: not set(self.output("squeue", "-h", "-o", "%i").split()) & set(job_ids), seconds)
-        ended = lambda: all(self.state(job_id) not in ("RUNNING", "PENDING", "REQUEUED") for job_id in job_ids)  # noqa: E731
+        ended = lambda: all(self.state(job_id) not in NOT_OVER for job_id in job_ids)  # noqa: E731
         self.wait_until(ended, 30)
         return [self.state(job_id) for job_id in job_ids]
 
@@ -108,6 +118,10 @@ class Cluster:
         while not condition():
             assert time.monotonic() < deadline, self.output("squeue") + "\n" + self.output("sinfo")
             time.sleep(0.2)
+
+    def wait_until_empty(self) -> None:
+        """Jobs of an earlier test may still be ending."""
+        self.wait_until(lambda: not self.output("squeue", "-h"))
 
     def preempt(self, job_id: str) -> None:
         """Let a job of partition `main` take all nodes for a moment; returns when `job_id` has given way."""
@@ -120,6 +134,17 @@ class Cluster:
         finally:
             self.output("scancel", other)
 
+    def limit(self, job_id: str, *, minutes_from_now: int) -> None:
+        """Change the time limit of a job, as an administrator may; Slurm counts it from the start of the attempt."""
+        found = self.output("squeue", "-h", "-j", job_id, "-o", "%M").split(":")  # such as 12:34
+        elapsed = int(found[-2]) + 60 * int(found[-3] if len(found) > 2 else 0)
+        self.output("scontrol", "update", f"JobId={job_id}", f"TimeLimit={elapsed + minutes_from_now}")
+
+    def seconds_of(self, *job_ids: str) -> float:
+        """That jobs ran, all attempts, by the accounting."""
+        text = self.output("sacct", "-D", "-X", "-n", "-P", "-o", "ElapsedRaw", "-j", ",".join(job_ids))
+        return float(sum(int(line) for line in text.split()))
+
     def pause(self, seconds: float) -> None:
         """A moment that no event marks."""
         time.sleep(seconds)
@@ -130,32 +155,31 @@ class Cluster:
 
     def kill_node(self, name: str) -> None:
         """As if it lost its power: the daemon and everything that ran on it."""
-        pids = []
-        for entry in Path("/proc").glob("[0-9]*"):
-            try:
-                words = (entry / "environ").read_bytes().split(b"\0")
-                command = (entry / "cmdline").read_bytes()
-            except OSError:
-                continue
-            is_step = f"SLURMD_NODENAME={name}".encode() in words and str(self.root).encode() in b" ".join(words)
-            if is_step or (command.startswith(b"slurmstepd: [") and self._spool(entry, name)):
-                pids.append(int(entry.name))
-        pids.insert(0, int((self.root / "run" / f"slurmd.{name}.pid").read_text()))
+        pids = [int((self.root / "run" / f"slurmd.{name}.pid").read_text())]
+        pids += [int(entry.name) for entry in Path("/proc").glob("[0-9]*") if self._is_step_daemon(entry, name)]
+        pids += [int(entry.name) for entry in self._processes(name)]
         for pid in pids:
             try:
                 os.kill(pid, signal.SIGKILL)
             except ProcessLookupError:
                 continue
 
-    def _spool(self, entry: Path, name: str) -> bool:
-        """Whether a step daemon belongs to node `name`: it holds that node's files open."""
+    def _is_step_daemon(self, entry: Path, name: str) -> bool:
+        """Of node `name`: it holds that node's files open."""
         try:
+            if not (entry / "cmdline").read_bytes().startswith(b"slurmstepd: ["):
+                return False
             targets = [os.readlink(link) for link in (entry / "fd").iterdir()]
             targets.append(os.readlink(entry / "cwd"))
         except OSError:
             return False
         own = (f"{self.root}/spool/{name}", f"{self.root}/log/slurmd.{name}.log")
         return any(target.startswith(own) for target in targets)
+
+
+def rank_pid(folder: Path) -> int:
+    """The process of rank 0 of the run that goes on in `folder`."""
+    return int((folder / "lock").read_text().split()[1])
 
 
 def output(folder: Path) -> str:

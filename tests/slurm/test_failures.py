@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from experiments import metrics, run, summary
-from slurm_cluster import Cluster, assert_same, ends, last_step, output
+from slurm_cluster import Cluster, assert_same, ends, last_step, output, rank_pid
 
 from atropos_exp.cluster.slurm_attempts import Attempt, read_attempts
 
@@ -56,7 +56,7 @@ def test_node_failure_and_a_killed_rank(cluster: Cluster, tmp_path: Path, undist
     node = json.loads((homeless / "slurm" / "attempts.jsonl").read_text().splitlines()[0])["nodes"][0]
     cluster.kill_node(node)
     cluster.wait_until(lambda: last_step(killed) >= 3, 240)
-    os.kill(int((killed / "lock").read_text().split()[1]), signal.SIGKILL)
+    os.kill(rank_pid(killed), signal.SIGKILL)
     cluster.wait_until(lambda: len(read_attempts(homeless)) == 2, 240)
     cluster.up()
     assert cluster.wait_for_end(*jobs, seconds=600) == ["COMPLETED"] * 2, output(homeless) + output(killed)

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import yaml
-from experiments import summary
+from experiments import SMALL, summary
 from hydra import compose, initialize_config_dir
-from slurm_cluster import SMALL, Cluster, output
+from slurm_cluster import Cluster, output
 
 from atropos_exp.cluster import slurm_jobs
 from atropos_exp.cluster.slurm_attempts import read_attempts
@@ -48,7 +48,7 @@ def test_an_array_with_a_failure(here: Cluster, tmp_path: Path) -> None:
         overrides = [*SMALL, "trainer.max_steps=2", "eval.num_prompts=0", f"output_dir={tmp_path}"]
         with initialize_config_dir(version_base="1.3", config_dir=str(CONF_DIR)):
             config = compose("config", overrides=overrides)
-        arguments = freeze_config(config, run_dir / "slurm", run_dir=run_dir)
+        arguments = freeze_config(config, run_dir / "slurm" / "config.yaml", run_dir=run_dir)
         runs.append(JobSpec(name=name, arguments=arguments, run_folder=run_dir))
     (tmp_path / "bad" / "rollouts" / "step_000002.parquet").mkdir(parents=True)
     show = "import os, time; print(os.environ['MARK']); time.sleep(3)"
@@ -117,7 +117,7 @@ def test_a_queued_job_keeps_its_configuration(cluster: Cluster, tmp_path: Path) 
     again = cluster.type("cluster=slurm", f"run_dir={folder}", f"output_dir={folder.parent}", *words, flags=flags)
     assert again.returncode == 2, "the edited file is wrong, as it should be"
     own.write_text(text.replace("norm_by_std: true", "norm_by_std: false"))
-    assert cluster.state(job) == "PENDING"
+    assert cluster.output("squeue", "-h", "-j", job, "-o", "%T") == "PENDING"
     assert cluster.wait_for_end(job) == ["COMPLETED"], output(folder)
     used = yaml.safe_load((folder / "config.yaml").read_text())["advantage"]
     assert (used["epsilon"], used["norm_by_std"]) == (2e-6, True)

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from test_sweep import Text
+from page_text import Text
 
+from atropos_exp.atomic import write_atomic
 from atropos_exp.report.sweep_data import load_sweep
 from atropos_exp.report.sweep_page import write_sweep_report
 from atropos_exp.run_files import RunFiles
@@ -44,7 +45,7 @@ def planted(folder: Path, points: dict[str, list[float | None]] = PLANTED, *, ki
             sweep.add_record(RunRecord(number=number, point=point, values={"kind": name}, seed=seed, config_hash="",
                                        max_steps=4, num_devices=2))  # fmt: skip
             prompts = 50 if name == "other" else NUM_PROMPTS
-            sweep.write_config(number, f"eval:\n  num_prompts: {prompts}\nreward: {{}}\n")
+            write_atomic(sweep.config_path(number), f"eval:\n  num_prompts: {prompts}\nreward: {{}}\n")
             write_run(sweep.run_folder(number), final, prompts)
             sweep.note(event="started", number=number, time=1000.0)
             sweep.note(event="ended", number=number, time=1036.0)
