@@ -114,7 +114,7 @@ class SyncContract:
             assert engine.digests() == {name: digest(tensor.bfloat16()) for name, tensor in parameters.items()}
             assert stats.num_bytes == sum(tensor.numel() * 2 for tensor in parameters.values())
             assert 1e-5 < stats.canary_gap_max < 0.2
-            trainer.disturb(0.2)
+            trainer.disturb()
             assert manage(trainer, engine, tolerance=None).publish(2).canary_gap_max < 0.2
         finally:
             engine.stop()

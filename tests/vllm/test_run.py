@@ -33,8 +33,6 @@ def assert_proven(folder: Path, found: dict[str, Any], steps: int, *, restarts: 
     rows = metrics(folder)
     assert [row["step"] for row in rows] == list(range(steps + 1))
     assert any((row.get("grad/norm") or 0.0) > 0.0 for row in rows)
-    # The trainer under its own attention and vLLM under its kernels.
-    assert max(row.get("policy/logprob_gap_max") or 0.0 for row in rows) < NATS
 
 
 def assert_came_through_atropos(folder: Path, found: dict[str, Any], num_groups: int) -> None:
@@ -84,12 +82,7 @@ def test_tiny_through_atropos(tmp_path: Path) -> None:
         else:
             export(folder / "checkpoints" / f"step_{version:06d}", weights, "float32")
         assert largest_gap(weights, rollouts, 1.0) < NATS
-    newest = versions[max(versions)]
-    assert largest_gap(WEIGHTS, newest, 1.0) > 3 * largest_gap(weights_of(tmp_path, newest), newest, 1.0)
-
-
-def weights_of(folder: Path, rollouts: list[Rollout]) -> Path:
-    return folder / f"version_{rollouts[0].policy_version}"
+    assert largest_gap(WEIGHTS, versions[max(versions)], 1.0) > NATS, "the weights of another version say other things"
 
 
 @pytest.mark.timeout(900)  # the first time, the weights are downloaded and converted
@@ -113,6 +106,8 @@ def test_an_adapter_is_trained(tmp_path: Path) -> None:
     found = run_here(folder, *VLLM, "trainer.max_steps=2", "model.lora.rank=8", "eval.num_prompts=0")
     assert found["status"] == "finished"
     assert_proven(folder, found, 2)
+    # The trainer under its own attention and vLLM under its kernels, with the same weights: these are local rollouts.
+    assert max(row.get("policy/logprob_gap_max") or 0.0 for row in metrics(folder)) < NATS
 
 
 @pytest.mark.timeout(900)

@@ -21,7 +21,8 @@ def test_what_can_be_read_back_is(engine: EngineClient) -> None:
     """Embedding, norms and biases; vLLM keeps CPU matrices repacked only, so their digests are of the arrival."""
     trainer = HeldModel(random_model(seed=1))
     manage(trainer, engine).publish(engine.version() + 1)
-    names = [name for name, _ in trainer.parameters()]
+    names = set(engine.digests())
+    assert names == {name for name, _ in trainer.parameters()}
     matrices = sum(name.endswith("proj.weight") for name in names)
     assert engine.info()["num_resident_digests"] == len(names) - matrices > 0
 
