@@ -89,9 +89,10 @@ def test_tiny_through_atropos(tmp_path: Path) -> None:
 def test_a_real_pretrained_model_through_atropos(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     found = run(
-        folder, "experiment=smollm2_reasoning", *VLLM, "rollout=atropos", "trainer.max_steps=2",
-        "group_size=6", "max_response_length=16", "eval.num_prompts=0", "trainer.learning_rate=1e-5",
-        timeout=850,
+        folder, *VLLM, "model=smollm2_135m", "reward=numeric", "rollout=atropos", "trainer.max_steps=2",
+        "data.prepare.arguments={operations: '+', digits: 1, num_train: 60, num_test: 16, seed: 0}",
+        "max_prompt_length=64", "max_response_length=12", "group_size=6", "eval.num_prompts=0", "temperature=0.7",
+        "trainer.learning_rate=1e-5", timeout=850,
     )  # fmt: skip
     shutil.rmtree(folder / "checkpoints")  # 1.6 GB
     assert found["status"] == "finished"
