@@ -27,8 +27,10 @@ NATS = 0.02  # between two implementations in float32
 
 
 def assert_proven(folder: Path, found: dict[str, Any], steps: int, *, restarts: int = 0) -> None:
+    """Every sync, but for those that the death of the server cut short."""
     assert (found["steps"], found["policy_version"]) == (steps, steps)
-    assert found["sync"]["count"] == found["sync"]["verified"] == steps + 1 + restarts
+    assert found["sync"]["count"] == steps + 1 + restarts
+    assert steps + 1 <= found["sync"]["verified"] and found["sync"]["count"] - found["sync"]["verified"] <= restarts
     assert found["sync"]["canary_gap_max"] < 0.002
     rows = metrics(folder)
     assert [row["step"] for row in rows] == list(range(steps + 1))
@@ -90,7 +92,7 @@ def test_a_real_pretrained_model_through_atropos(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     found = run(
         folder, *VLLM, "model=smollm2_135m", "reward=numeric", "rollout=atropos", "trainer.max_steps=2",
-        "data.prepare.arguments={operations: '+', digits: 1, num_train: 60, num_test: 16, seed: 0}",
+        "data.prepare.arguments={operations: '+', digits: 1, num_train: 60, num_test: 6, seed: 0}",
         "max_prompt_length=64", "max_response_length=12", "group_size=6", "eval.num_prompts=0", "temperature=0.7",
         "trainer.learning_rate=1e-5", timeout=850,
     )  # fmt: skip
