@@ -93,6 +93,7 @@ def test_a_real_pretrained_model_through_atropos(tmp_path: Path) -> None:
     found = run(
         folder, *VLLM, "model=smollm2_135m", "reward=numeric", "rollout=atropos", "trainer.max_steps=2",
         "data.prepare.arguments={operations: '+', digits: 1, num_train: 60, num_test: 6, seed: 0}",
+        "data.system_prompt='What is the sum? Answer with the number only, such as 2+2=4.'",  # right now and then
         "max_prompt_length=64", "max_response_length=12", "group_size=6", "eval.num_prompts=0", "temperature=0.7",
         "trainer.learning_rate=1e-5", timeout=850,
     )  # fmt: skip
