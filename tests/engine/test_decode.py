@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from random_models import VOCAB, completion_logprobs, greedy_tokens, random_model, random_prompts
 
 from atropos_exp.engine.hf_decode import Decoded, Decoder, Rows
 from atropos_exp.engine.hf_sampling import row_keys
@@ -48,38 +49,30 @@ def decoder(model: Any) -> Decoder:
 
 @pytest.mark.parametrize("kind", ["qwen2", "llama", "mistral", "untied"])
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_logprobs_are_those_of_a_plain_forward_pass(kind: str, temperature: float, helpers: Any) -> None:
+def test_logprobs_are_those_of_a_plain_forward_pass(kind: str, temperature: float) -> None:
     """Prompts of different lengths (left padding), several rows a prompt, rows that end early (compaction).
     `mistral` has a sliding window shorter than the prompts."""
     tied = kind != "untied"
-    model = helpers.random_model(tied=tied, kind="qwen2" if kind == "untied" else kind)
-    prompts = helpers.random_prompts([3, 3, 7, 11])
+    model = random_model(tied=tied, kind="qwen2" if kind == "untied" else kind)
+    prompts = random_prompts([3, 3, 7, 11])
     decoder = Decoder(model, prefill_tokens=16, on_step=lambda: None)
     rows = rows_of(prompts, 4, temperature=temperature, stops=[(1, 2, 3, 4, 5, 6)])
     decoded = decoder.decode(rows)
     assert len(set(decoded.length_N.tolist())) > 2
     for row, tokens in enumerate(completions(decoded)):
-        expected = helpers.teacher_forced(model, prompts[row // 4], np.array(tokens, dtype=np.int32), temperature)
+        expected = completion_logprobs(model, prompts[row // 4], np.array(tokens, dtype=np.int32), temperature)
         np.testing.assert_allclose(decoded.logprobs_NR[row, : len(tokens)], expected, atol=1e-5)
 
 
-def test_greedy_equals_transformers_generate(model: Any, decoder: Decoder, helpers: Any) -> None:
-    prompts = helpers.random_prompts([2, 5, 5, 9], seed=4)
+def test_greedy_equals_transformers_generate(model: Any, decoder: Decoder) -> None:
+    prompts = random_prompts([2, 5, 5, 9], seed=4)
     decoded = decoder.decode(rows_of(prompts, 1, temperature=0.0))
     for prompt, tokens in zip(prompts, completions(decoded), strict=True):
-        input_ids = torch.tensor(prompt[None, :].astype(np.int64))
-        output = model.generate(
-            input_ids,
-            attention_mask=torch.ones_like(input_ids),
-            do_sample=False,
-            max_new_tokens=MAX_TOKENS,
-            pad_token_id=0,
-        )
-        assert tokens == output[0, len(prompt) :].tolist()
+        assert tokens == greedy_tokens(model, prompt, MAX_TOKENS)
 
 
-def test_stop_tokens_end_a_row_and_are_part_of_it(decoder: Decoder, helpers: Any) -> None:
-    prompts = helpers.random_prompts([4])
+def test_stop_tokens_end_a_row_and_are_part_of_it(decoder: Decoder) -> None:
+    prompts = random_prompts([4])
     free = completions(decoder.decode(rows_of(prompts, 32)))
     stop = (7, 30)
     stopped = decoder.decode(rows_of(prompts, 32, stops=[(), stop], stop=1))
@@ -92,47 +85,46 @@ def test_stop_tokens_end_a_row_and_are_part_of_it(decoder: Decoder, helpers: Any
     assert 0 < ended < 32
 
 
-def test_each_row_has_its_own_limit(decoder: Decoder, helpers: Any) -> None:
+def test_each_row_has_its_own_limit(decoder: Decoder) -> None:
     limits = [1, 9, 4, 1, 2]
-    decoded = decoder.decode(rows_of(helpers.random_prompts([6]), 5, max_tokens=limits))
+    decoded = decoder.decode(rows_of(random_prompts([6]), 5, max_tokens=limits))
     assert decoded.length_N.tolist() == limits
     assert not decoded.stopped_N.any()
-    free = completions(decoder.decode(rows_of(helpers.random_prompts([6]), 5)))
+    free = completions(decoder.decode(rows_of(random_prompts([6]), 5)))
     assert completions(decoded) == [tokens[:limit] for tokens, limit in zip(free, limits, strict=True)]
 
 
-def test_company_does_not_change_a_row(decoder: Decoder, helpers: Any) -> None:
+def test_company_does_not_change_a_row(decoder: Decoder) -> None:
     """The same rows alone, among longer prompts (more padding) and among filtered and greedy rows."""
-    mine, others = helpers.random_prompts([4, 6]), helpers.random_prompts([1, 13, 13], seed=9)
+    mine, others = random_prompts([4, 6]), random_prompts([1, 13, 13], seed=9)
     alone = completions(decoder.decode(rows_of(mine, 8)))
     rows = rows_of([*mine, *others], 8, top_p=[1.0] * 16 + [0.5] * 24, temperature=[1.0] * 32 + [0.0] * 8)
     assert completions(decoder.decode(rows))[:16] == alone
     assert len({tuple(tokens) for tokens in alone}) > 12  # and samples of a prompt differ
 
 
-def test_probe_points_come_between_forward_passes(model: Any, helpers: Any) -> None:
+def test_probe_points_come_between_forward_passes(model: Any) -> None:
     calls = []
     decoder = Decoder(model, prefill_tokens=8, on_step=lambda: calls.append(1))
-    decoder.decode(rows_of(helpers.random_prompts([4, 4, 4]), 1))
+    decoder.decode(rows_of(random_prompts([4, 4, 4]), 1))
     assert len(calls) == 2 + MAX_TOKENS - 1  # two prefills (two prompts, one prompt), one per step but the last
 
 
-def test_score_equals_a_plain_forward_pass(model: Any, helpers: Any) -> None:
-    sequences = helpers.random_prompts([5, 2, 17, 9, 1, 9], seed=2)
+def test_score_equals_a_plain_forward_pass(model: Any) -> None:
+    sequences = random_prompts([5, 2, 17, 9, 1, 9], seed=2)
     for prefill_tokens in (8, 40, 4096):
         decoder = Decoder(model, prefill_tokens=prefill_tokens, on_step=lambda: None)
         for temperature in (1.0, 0.7):
             scored = decoder.score(sequences, temperature=temperature)
             for sequence, logprobs in zip(sequences, scored, strict=True):
-                expected = helpers.teacher_forced(model, sequence[:1], sequence[1:], temperature)
+                expected = completion_logprobs(model, sequence[:1], sequence[1:], temperature)
                 assert logprobs.dtype == np.float32
                 np.testing.assert_allclose(logprobs, expected, atol=1e-5)
 
 
-def test_the_likeliest_tokens_of_every_place(model: Any, helpers: Any) -> None:
-    import torch
+def test_the_likeliest_tokens_of_every_place(model: Any) -> None:
 
-    sequences = helpers.random_prompts([5, 1, 9], seed=2)
+    sequences = random_prompts([5, 1, 9], seed=2)
     decoder = Decoder(model, prefill_tokens=4096, on_step=lambda: None)
     for sequence, scored in zip(sequences, decoder.score_top(sequences, temperature=0.7, num_top=4), strict=True):
         with torch.inference_mode():
@@ -144,7 +136,7 @@ def test_the_likeliest_tokens_of_every_place(model: Any, helpers: Any) -> None:
         plain = decoder.score([sequence], temperature=0.7)[0]
         np.testing.assert_allclose(scored.logprobs, plain, atol=1e-5)  # alone and among others
     (everything,) = decoder.score_top(sequences[:1], temperature=1.0, num_top=10**6)
-    assert everything.top_token_ids.shape == (4, helpers.vocab)
+    assert everything.top_token_ids.shape == (4, VOCAB)
 
 
 def test_models_without_plain_attention_are_refused(model: Any) -> None:

@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from engines import start_engine
+from random_models import VOCAB, completion_logprobs, random_model, random_prompts
 
 from atropos_exp.engine.replicas import Replicas
 from atropos_exp.ranks import Ranks
@@ -29,48 +31,48 @@ ALONE = Ranks(rank=0, world_size=1)
 class Trainer:
     """Gives the weights of a plain model, and its logprobs."""
 
-    def __init__(self, model: Any, helpers: Any) -> None:
-        self.model, self.helpers = model, helpers
+    def __init__(self, model: Any) -> None:
+        self.model = model
 
     def parameters(self) -> Iterator[tuple[str, Any]]:
         yield from self.model.named_parameters()
 
     def logprobs(self, sequences: Any, *, temperature: float) -> list[Any]:
         return [
-            self.helpers.teacher_forced(self.model, sequence[:1], sequence[1:], temperature).astype(np.float32)
+            completion_logprobs(self.model, sequence[:1], sequence[1:], temperature).astype(np.float32)
             for sequence in sequences
         ]
 
 
 def manage(trainer: Any, engine: Any) -> ShardingManager:
-    canary = trainer.helpers.random_prompts([4, 9], seed=5)
+    canary = random_prompts([4, 9], seed=5)
     return ShardingManager(
         trainer, engine, is_rank_zero=True, bucket_bytes=40_000, canary=canary, temperature=0.8, tolerance=1e-4
     )
 
 
-def start(model_folder: Path, log_folder: Path, helpers: Any, **changes: Any) -> Any:
-    return helpers.settings(data_parallel_size=2, health_timeout_seconds=5.0, **changes).start(
-        model_folder=model_folder, device="cpu", log_folder=log_folder, max_sequence_length=helpers.max_length
+def start(model_folder: Path, log_folder: Path, **changes: Any) -> Any:
+    return start_engine(
+        "hf", log_folder, model_folder, max_length=48, data_parallel_size=2, health_timeout_seconds=5.0, **changes
     )
 
 
 @pytest.fixture(scope="module")
-def engines(model_folder: Path, helpers: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Replicas]:
-    client = start(model_folder, tmp_path_factory.mktemp("replicas"), helpers)
+def engines(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Replicas]:
+    client = start(model_folder, tmp_path_factory.mktemp("replicas"))
     yield client
     client.stop()
 
 
 @pytest.fixture
-def trainer(helpers: Any) -> Trainer:
-    return Trainer(helpers.random_model(seed=3), helpers)
+def trainer() -> Trainer:
+    return Trainer(random_model(seed=3))
 
 
-def test_the_same_tokens_as_one_server(engines: Replicas, engine: Any, model: Any, helpers: Any) -> None:
+def test_the_same_tokens_as_one_server(engines: Replicas, engine: Any, model: Any) -> None:
     """Of a request whose prompts are split unevenly, of one prompt, and of none."""
-    manage(Trainer(model, helpers), engines).publish(engines.version() + 1)  # the weights that `engine` has
-    prompts = helpers.random_prompts([3, 7, 2, 11, 5], seed=1)
+    manage(Trainer(model), engines).publish(engines.version() + 1)  # the weights that `engine` has
+    prompts = random_prompts([3, 7, 2, 11, 5], seed=1)
     before = [one.info()["num_rows"] for one in engines.replicas]
     for few in (prompts, prompts[:1]):
         ours, theirs = (one.generate(few, PARAMS, num_samples=3) for one in (engines, engine))
@@ -81,7 +83,7 @@ def test_the_same_tokens_as_one_server(engines: Replicas, engine: Any, model: An
     assert rows == [2 * 3, 3 * 3 + 1 * 3]
     assert engines.generate([], PARAMS, num_samples=3) == []
     with pytest.raises(UserError, match="outside the vocabulary"):
-        engines.generate([*prompts, np.array([helpers.vocab], np.int32)], PARAMS, num_samples=1)
+        engines.generate([*prompts, np.array([VOCAB], np.int32)], PARAMS, num_samples=1)
 
 
 def test_every_server_gets_every_bit(engines: Replicas, trainer: Trainer) -> None:
@@ -95,10 +97,10 @@ def test_every_server_gets_every_bit(engines: Replicas, trainer: Trainer) -> Non
     assert stats.canary_gap_max < 1e-5
 
 
-def test_one_server_with_other_weights_is_found(engines: Replicas, trainer: Trainer, helpers: Any) -> None:
+def test_one_server_with_other_weights_is_found(engines: Replicas, trainer: Trainer) -> None:
     """By its digests, and by the canary where they agree."""
     manage(trainer, engines).publish(engines.version() + 1)
-    other = helpers.random_model(seed=4)
+    other = random_model(seed=4)
     version = engines.version() + 1
     with engines.replicas[1].updating(version) as receiver:  # behind the engine's back
         receiver.receive(list(other.named_parameters()))
@@ -145,7 +147,7 @@ def test_a_lost_server_is_replaced_and_all_are_synced_again(engines: Replicas, t
     resync = Resync(manage(trainer, engines), engines, ALONE, max_restarts=1)
     version = engines.version() + 1
     resync.publish(version)
-    prompts = trainer.helpers.random_prompts([3, 7, 2, 11], seed=1)
+    prompts = random_prompts([3, 7, 2, 11], seed=1)
     before = engines.generate(prompts, PARAMS, num_samples=2)
     pids = [one.process.pid for one in engines.replicas]
     os.kill(pids[1], signal.SIGKILL)
@@ -165,7 +167,7 @@ def test_a_server_lost_in_the_middle_of_an_update_to_a_group(
     model_folder: Path, tmp_path: Path, trainer: Trainer
 ) -> None:
     """One broadcast reaches both; the one that is left does not wait for the other, and a new group forms."""
-    engines = start(model_folder, tmp_path, trainer.helpers, transport="gloo")
+    engines = start(model_folder, tmp_path, transport="gloo")
     try:
         assert manage(trainer, engines).publish(1).digests_compared == len(list(trainer.parameters()))
         expected = {name: digest(tensor) for name, tensor in trainer.model.named_parameters()}
@@ -181,7 +183,7 @@ def test_a_server_lost_in_the_middle_of_an_update_to_a_group(
                         os.kill(engines.replicas[0].process.pid, signal.SIGKILL)
                     yield pair
 
-        resync = Resync(manage(Kills(trainer.model, trainer.helpers), engines), engines, ALONE, max_restarts=1)
+        resync = Resync(manage(Kills(trainer.model), engines), engines, ALONE, max_restarts=1)
         survivor = engines.replicas[1].process.pid
         assert resync.publish(2).policy_version == 2
         assert (resync.num_restarts, resync.num_syncs, resync.num_verified) == (1, 2, 1)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from random_models import VOCAB, random_model, random_prompts
 
 from atropos_exp.engine.backend import Refused
 from atropos_exp.engine.hf_decode import Decoder
@@ -40,9 +41,9 @@ class Bench:
 
 
 @pytest.fixture
-def make_bench(helpers: Any) -> Any:
+def make_bench() -> Any:
     def make(max_batch_tokens: int = 4096) -> Bench:
-        model = helpers.random_model()
+        model = random_model()
         weights = WeightStore(model)
         decoder = Decoder(model, prefill_tokens=64, on_step=lambda: scheduler.on_step())
         scheduler = Scheduler(decoder, weights, max_batch_tokens=max_batch_tokens, batching_wait_seconds=0.0)
@@ -56,14 +57,14 @@ def tokens_of(generation: Generation) -> list[int]:
     return tokens
 
 
-def test_waiting_requests_share_a_batch_and_keep_their_own_parameters(make_bench: Any, helpers: Any) -> None:
+def test_waiting_requests_share_a_batch_and_keep_their_own_parameters(make_bench: Any) -> None:
     params = [
         {"temperature": 0.0, "max_tokens": 3},
         {"temperature": 1.3, "seed": 7},
         {"top_k": 2, "stop_token_ids": (3, 4, 5)},
         {"top_p": 0.6, "max_tokens": 6, "num_samples": 3},
     ]
-    prompts = [helpers.random_prompts([3, 6], seed=seed) for seed in range(4)]
+    prompts = [random_prompts([3, 6], seed=seed) for seed in range(4)]
     alone = []
     for asked, given in zip(prompts, params, strict=True):
         bench = make_bench()
@@ -79,8 +80,8 @@ def test_waiting_requests_share_a_batch_and_keep_their_own_parameters(make_bench
         assert [tokens_of(together[index]) for index in range(4)] == alone
 
 
-def test_work_beyond_the_batch_limit_is_cut_into_batches(make_bench: Any, helpers: Any) -> None:
-    prompts = helpers.random_prompts([9, 2, 5])
+def test_work_beyond_the_batch_limit_is_cut_into_batches(make_bench: Any) -> None:
+    prompts = random_prompts([9, 2, 5])
     whole, parts = make_bench(), make_bench(max_batch_tokens=40)  # 6 + 4 rows of 2 + 4 tokens, then fewer
     one, two = whole.ask(prompts, num_samples=4), parts.ask(prompts, num_samples=4)
     whole.scheduler.turn()
@@ -92,19 +93,19 @@ def test_work_beyond_the_batch_limit_is_cut_into_batches(make_bench: Any, helper
     assert tokens_of(one) == tokens_of(two)
 
 
-def test_a_single_row_above_the_limit_is_still_decoded(make_bench: Any, helpers: Any) -> None:
+def test_a_single_row_above_the_limit_is_still_decoded(make_bench: Any) -> None:
     bench = make_bench(max_batch_tokens=1)
-    generation = bench.ask(helpers.random_prompts([4]), num_samples=2)
+    generation = bench.ask(random_prompts([4]), num_samples=2)
     bench.scheduler.turn()
     assert not generation.done.done()
     bench.scheduler.turn()
     assert len(tokens_of(generation)) == 8
 
 
-def test_pause_holds_generations_but_not_scores_and_probes(make_bench: Any, helpers: Any) -> None:
+def test_pause_holds_generations_but_not_scores_and_probes(make_bench: Any) -> None:
     bench = make_bench()
     paused = bench.scheduler.pause(deadline=LATER)
-    held = bench.ask(helpers.random_prompts([4]))
+    held = bench.ask(random_prompts([4]))
     score = bench.scheduler.score(lambda: "scored", deadline=LATER)
     probe = bench.scheduler.probe(lambda: "alive", deadline=LATER)
     bench.scheduler.turn()
@@ -115,10 +116,10 @@ def test_pause_holds_generations_but_not_scores_and_probes(make_bench: Any, help
     assert len(tokens_of(held)) == 8
 
 
-def test_a_probe_cuts_into_a_running_batch(make_bench: Any, helpers: Any) -> None:
+def test_a_probe_cuts_into_a_running_batch(make_bench: Any) -> None:
     """It arrives with the first forward pass and is answered before the batch ends."""
     bench = make_bench()
-    generation = bench.ask(helpers.random_prompts([4]))
+    generation = bench.ask(random_prompts([4]))
     seen = []
     step = bench.scheduler.on_step
 
@@ -132,14 +133,14 @@ def test_a_probe_cuts_into_a_running_batch(make_bench: Any, helpers: Any) -> Non
     assert seen == [False] and generation.done.done()
 
 
-def test_incomplete_weights_hold_while_paused_and_refuse_otherwise(make_bench: Any, helpers: Any) -> None:
+def test_incomplete_weights_hold_while_paused_and_refuse_otherwise(make_bench: Any) -> None:
     bench = make_bench()
-    parameters = dict(helpers.random_model(seed=1).named_parameters())
+    parameters = dict(random_model(seed=1).named_parameters())
     (first, *rest) = parameters
     bench.scheduler.pause(deadline=LATER)
     bench.weights.begin(7)
     bench.weights.load(first, parameters[first])
-    held = bench.ask(helpers.random_prompts([4]))
+    held = bench.ask(random_prompts([4]))
     score = bench.scheduler.score(lambda: "scored", deadline=LATER)
     bench.scheduler.turn()
     assert not held.done.done() and not score.done()
@@ -152,46 +153,46 @@ def test_incomplete_weights_hold_while_paused_and_refuse_otherwise(make_bench: A
     for name in rest:
         bench.weights.load(name, parameters[name])
     bench.weights.finish()
-    served = bench.ask(helpers.random_prompts([4]))
+    served = bench.ask(random_prompts([4]))
     bench.scheduler.turn()
     assert served.done.result(timeout=0)["versions"].tolist() == [7, 7]
 
 
-def test_a_held_request_learns_at_its_deadline_what_it_waited_for(make_bench: Any, helpers: Any) -> None:
+def test_a_held_request_learns_at_its_deadline_what_it_waited_for(make_bench: Any) -> None:
     bench = make_bench()
     bench.scheduler.pause(deadline=LATER)
-    late = bench.ask(helpers.random_prompts([4]), seconds=-1.0)
-    patient = bench.ask(helpers.random_prompts([4]))
+    late = bench.ask(random_prompts([4]), seconds=-1.0)
+    patient = bench.ask(random_prompts([4]))
     bench.scheduler.expire()
     with pytest.raises(Refused, match="until its deadline: paused") as e:
         late.done.result(timeout=0)
     assert e.value.status == 503 and not patient.done.done()
 
 
-def test_a_failing_batch_is_told_to_its_requests_only(make_bench: Any, helpers: Any) -> None:
+def test_a_failing_batch_is_told_to_its_requests_only(make_bench: Any) -> None:
     bench = make_bench()
-    broken = bench.ask([np.array([helpers.vocab + 5], dtype=np.int32)])  # unchecked here: the embedding raises
+    broken = bench.ask([np.array([VOCAB + 5], dtype=np.int32)])  # unchecked here: the embedding raises
     bench.scheduler.turn()
     with pytest.raises(IndexError):
         broken.done.result(timeout=0)
-    fine = bench.ask(helpers.random_prompts([4]))
+    fine = bench.ask(random_prompts([4]))
     bench.scheduler.turn()
     assert len(tokens_of(fine)) == 8
 
 
-def test_a_cancelled_request_is_not_decoded(make_bench: Any, helpers: Any) -> None:
+def test_a_cancelled_request_is_not_decoded(make_bench: Any) -> None:
     bench = make_bench()
-    gone, kept = bench.ask(helpers.random_prompts([4])), bench.ask(helpers.random_prompts([5]))
+    gone, kept = bench.ask(random_prompts([4])), bench.ask(random_prompts([5]))
     gone.done.cancel()
     bench.scheduler.turn()
     assert bench.scheduler.num_rows == 2 and len(tokens_of(kept)) == 8
 
 
-def test_weight_store_accounts_for_every_tensor(helpers: Any) -> None:
+def test_weight_store_accounts_for_every_tensor() -> None:
     """Each mistake of a sender, by name."""
     for tied in (True, False):
-        store = WeightStore(helpers.random_model(tied=tied))
-        parameters = dict(helpers.random_model(tied=tied, seed=1).named_parameters())
+        store = WeightStore(random_model(tied=tied))
+        parameters = dict(random_model(tied=tied, seed=1).named_parameters())
         assert set(store.expected()) == set(parameters)
         name = "model.layers.0.mlp.down_proj.weight"
         with pytest.raises(Refused, match="without an update"):
@@ -213,9 +214,9 @@ def test_weight_store_accounts_for_every_tensor(helpers: Any) -> None:
         assert store.version == 0 and store.problem is not None
 
 
-def test_a_tied_head_sent_separately_must_agree(helpers: Any) -> None:
-    store = WeightStore(helpers.random_model())
-    parameters = dict(helpers.random_model(seed=1).named_parameters())
+def test_a_tied_head_sent_separately_must_agree() -> None:
+    store = WeightStore(random_model())
+    parameters = dict(random_model(seed=1).named_parameters())
     embedding = parameters["model.embed_tokens.weight"]
     for head, agrees in ((embedding, True), (embedding + 1, False)):
         store.begin(3)
@@ -231,8 +232,8 @@ def test_a_tied_head_sent_separately_must_agree(helpers: Any) -> None:
             assert store.problem is not None
 
 
-def test_versions_never_go_back(helpers: Any) -> None:
-    model = helpers.random_model()
+def test_versions_never_go_back() -> None:
+    model = random_model()
     store = WeightStore(model)
     store.begin(5)
     for name, parameter in model.named_parameters():

@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
+from engines import engine_settings
 
-from atropos_exp.config_origin import CONF_DIR
 from atropos_exp.engine.devices import choose_transport, visible_devices
 from atropos_exp.engine.process import DEVICES_VARIABLE
 from atropos_exp.types import UserError
-
-
-def load(option: str, **changes: Any) -> Any:
-    values = yaml.safe_load((CONF_DIR / f"engine/{option}.yaml").read_text())
-    module, name = values.pop("_target_").rsplit(".", 1)
-    settings = getattr(importlib.import_module(module), name)
-    assert {field.name for field in fields(settings)} == set(values)
-    return settings(**{**values, **changes})
 
 
 @pytest.mark.parametrize(
@@ -38,22 +27,22 @@ def load(option: str, **changes: Any) -> Any:
 )
 def test_wrong_settings(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError) as raised:
-        load("hf", **changes)
+        engine_settings("hf", **changes)
     assert str(raised.value) == message
 
 
 def test_hf_needs_nothing_more_here() -> None:
-    assert load("hf").preflight(device="cpu") == []
-    assert load("hf", python=sys.executable).preflight(device="cpu") == []
+    assert engine_settings("hf").preflight(device="cpu") == []
+    assert engine_settings("hf", python=sys.executable).preflight(device="cpu") == []
 
 
 def test_another_interpreter_is_asked(tmp_path: Path) -> None:
-    (problem,) = load("hf", python=str(tmp_path / "python")).preflight(device="cpu")
+    (problem,) = engine_settings("hf", python=str(tmp_path / "python")).preflight(device="cpu")
     assert "cannot serve engine=hf: it does not run" in problem
     bare = tmp_path / "bare"
     bare.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')  # an interpreter without installed packages
     bare.chmod(0o755)
-    (problem,) = load("hf", python=str(bare)).preflight(device="cpu")
+    (problem,) = engine_settings("hf", python=str(bare)).preflight(device="cpu")
     assert "it cannot import torch, transformers" in problem and "atropos_exp" not in problem.split(";")[0]
 
 
@@ -65,7 +54,7 @@ def test_engines_of_another_environment(option: str, title: str, install: str, t
     bare = tmp_path / "bare"
     bare.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')
     bare.chmod(0o755)
-    (problem,) = load(option, python=str(bare)).preflight(device="cpu")
+    (problem,) = engine_settings(option, python=str(bare)).preflight(device="cpu")
     assert problem.startswith(f"engine={option} needs an interpreter that can import {option}, but ")
     assert f"engine.python is {bare} and it cannot import {option}, msgpack" in problem
     assert f"set engine.python to the interpreter of an environment with {title}" in problem and install in problem
@@ -90,31 +79,31 @@ def test_engines_of_another_environment(option: str, title: str, install: str, t
 )
 def test_wrong_settings_of_other_engines(option: str, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError) as raised:
-        load(option, **changes)
+        engine_settings(option, **changes)
     assert str(raised.value) == message
 
 
 def test_gpus_that_do_not_fit() -> None:
     for option in ("vllm", "sglang"):
-        problems = load(option, gpus=[1, 2]).preflight(device="cpu")
+        problems = engine_settings(option, gpus=[1, 2]).preflight(device="cpu")
         assert "engine.gpus is [1, 2], but device is cpu; use engine.gpus=null" in problems
         assert "engine.gpus names 2 GPUs, but engine.tensor_parallel_size is 1; make them equal" in problems
-    problems = load("vllm", transport="cuda_ipc").preflight(device="cpu")
+    problems = engine_settings("vllm", transport="cuda_ipc").preflight(device="cpu")
     assert any(problem.startswith("engine.transport is cuda_ipc") for problem in problems)
 
 
 def test_what_the_engines_are_told() -> None:
-    on_cpu = load("vllm", kv_cache_gb=2.0).engine_arguments("cpu")
+    on_cpu = engine_settings("vllm", kv_cache_gb=2.0).engine_arguments("cpu")
     assert on_cpu["enforce_eager"] is True and on_cpu["kv_cache_memory_bytes"] == 2 << 30
     assert "gpu_memory_utilization" not in on_cpu
-    on_gpu = load("vllm").engine_arguments("cuda")
+    on_gpu = engine_settings("vllm").engine_arguments("cuda")
     assert on_gpu == {
         "tensor_parallel_size": 1,
         "max_num_seqs": 512,
         "enforce_eager": False,
         "gpu_memory_utilization": 0.4,
     }
-    arguments = load("sglang", attention_backend="triton").engine_arguments()
+    arguments = engine_settings("sglang", attention_backend="triton").engine_arguments()
     assert arguments["attention_backend"] == "triton" and "sampling_backend" not in arguments
     assert arguments["enable_deterministic_inference"] is False
 
@@ -150,7 +139,7 @@ def test_where_the_servers_are_and_how_weights_get_there(monkeypatch: pytest.Mon
 
 def test_replicas_and_groups_before_the_start() -> None:
     for option in ("hf", "vllm", "sglang"):
-        problems = load(option, transport="nccl", gpus=[1], data_parallel_size=2).preflight(device="cpu")
+        problems = engine_settings(option, transport="nccl", gpus=[1], data_parallel_size=2).preflight(device="cpu")
         assert any(problem.startswith("engine.transport is nccl, which sends weights from GPU") for problem in problems)
         product = "engine.data_parallel_size × engine.tensor_parallel_size"
         assert f"engine.gpus names 1 GPUs, but {product} is 2; make them equal" in problems

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import signal
 from collections.abc import Iterator, Sequence
@@ -12,6 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from engines import start_random
+from faulty_lines import SQUARE, TransposesOne
+from publishing import manage
+from random_models import random_model
 
 from atropos_exp.ranks import Ranks
 from atropos_exp.sharding.proof import SyncError
@@ -20,16 +23,6 @@ from atropos_exp.types import Floats, TokenIds
 from atropos_exp.wire_tensors import digest
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
-
-
-def _sharding() -> Any:
-    """The trainer and the faulty lines of the sharding tests."""
-    path = Path(__file__).resolve().parents[1] / "sharding" / "conftest.py"
-    spec = importlib.util.spec_from_file_location("sharding_conftest", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 class Trainer:
@@ -58,20 +51,17 @@ def test_weights_reach_an_engine_on_another_gpu(device: str, tmp_path: Path) -> 
         if torch.cuda.device_count() < 2:
             pytest.skip("needs two NVIDIA GPUs")
         where = {"transport": "nccl", "gpus": [1]}
-    sharding = _sharding()
-    from faulty_lines import SQUARE, TransposesOne
-
-    engine = sharding.start(tmp_path, sharding.random_model(tied=True, seed=0), device=device, dtype="float32", **where)
+    engine = start_random("hf", tmp_path, random_model(), max_length=32, device=device, **where)
     try:
         assert engine.transfers_on_device == (device == "cuda")
-        trainer = Trainer(sharding.random_model(tied=True, seed=1), device)
+        trainer = Trainer(random_model(seed=1), device)
         for version, bucket_bytes in ((1, 1), (2, 40_000), (3, 1 << 30)):
-            stats = sharding.manage(trainer, engine, bucket_bytes=bucket_bytes, tolerance=None).publish(version)
+            stats = manage(trainer, engine, bucket_bytes=bucket_bytes, tolerance=None).publish(version)
             assert engine.digests() == {name: digest(tensor) for name, tensor in trainer.parameters()}
             assert stats.digests_compared == stats.num_tensors
 
         with pytest.raises(SyncError, match=f"other bits than were sent of {SQUARE} "):
-            sharding.manage(trainer, TransposesOne(engine), tolerance=None).publish(4)
+            manage(trainer, TransposesOne(engine), tolerance=None).publish(4)
 
         class Kills(Trainer):
             killed = False
@@ -84,7 +74,7 @@ def test_weights_reach_an_engine_on_another_gpu(device: str, tmp_path: Path) -> 
                     yield pair
 
         kills = Kills(trainer.model, device)
-        manager = sharding.manage(kills, engine, bucket_bytes=1, tolerance=None)
+        manager = manage(kills, engine, bucket_bytes=1, tolerance=None)
         resync = Resync(manager, engine, Ranks(rank=0, world_size=1), max_restarts=1)
         assert resync.publish(4).policy_version == 4
         assert (resync.num_restarts, resync.num_verified) == (1, 1)

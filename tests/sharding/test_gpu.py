@@ -7,18 +7,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+from publishing import HeldModel, manage
+from random_models import random_model
 
 from atropos_exp.types import SamplingParams
 from atropos_exp.wire_tensors import digest
 
 
 @pytest.mark.gpu
-def test_a_gpu_server_is_synced_and_samples(tmp_path: Path, helpers: Any) -> None:
-    trainer = helpers.HeldModel(helpers.random_model(tied=True, seed=1))
-    engine = helpers.start(tmp_path, helpers.random_model(tied=True, seed=0), device="cuda", dtype="auto")
+def test_a_gpu_server_is_synced_and_samples(tmp_path: Path, start: Any) -> None:
+    trainer = HeldModel(random_model(seed=1))
+    engine = start(tmp_path, random_model(seed=0), device="cuda", dtype="auto")
     try:
         assert engine.dtype == "bfloat16"
-        stats = helpers.manage(trainer, engine, tolerance=None).publish(1)
+        stats = manage(trainer, engine, tolerance=None).publish(1)
         assert stats.canary_gap_max < 0.2
         parameters = dict(trainer.model.named_parameters())
         assert engine.digests() == {name: digest(tensor.bfloat16()) for name, tensor in parameters.items()}

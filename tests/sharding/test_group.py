@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 from faulty_lines import SQUARE, TransposesOne
+from publishing import HeldModel, manage
+from random_models import random_model
 
 from atropos_exp.engine.client import EngineClient
 from atropos_exp.engine.group import Group, GroupError, GroupSource, Transfer, store_file
@@ -27,38 +29,38 @@ ALONE = Ranks(rank=0, world_size=1)
 
 
 @pytest.fixture(scope="module")
-def engine(helpers: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineClient]:
-    model = helpers.random_model(tied=True, seed=0)
-    client = helpers.start(tmp_path_factory.mktemp("gloo"), model, transport="gloo", health_timeout_seconds=3.0)
+def engine(start: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineClient]:
+    model = random_model(seed=0)
+    client = start(tmp_path_factory.mktemp("gloo"), model, transport="gloo", health_timeout_seconds=3.0)
     yield client
     client.stop()
 
 
-def test_weights_arrive_bit_for_bit(engine: EngineClient, helpers: Any) -> None:
-    trainer = helpers.HeldModel(helpers.random_model(tied=True, seed=1))
+def test_weights_arrive_bit_for_bit(engine: EngineClient) -> None:
+    trainer = HeldModel(random_model(seed=1))
     for bucket_bytes in (1, 40_000, 1 << 30):  # a tensor a bucket, some, all in one: a longer one than before
         trainer.disturb()
         version = engine.version() + 1
-        stats = helpers.manage(trainer, engine, bucket_bytes=bucket_bytes).publish(version)
+        stats = manage(trainer, engine, bucket_bytes=bucket_bytes).publish(version)
         parameters = dict(trainer.model.named_parameters())
         assert engine.digests() == {name: digest(tensor) for name, tensor in parameters.items()}
         assert stats.num_tensors == stats.digests_compared == len(parameters)
         assert stats.canary_gap_max < 1e-5
 
 
-def test_a_fault_on_the_line_is_caught(engine: EngineClient, helpers: Any) -> None:
-    trainer = helpers.HeldModel(helpers.random_model(tied=True, seed=2))
+def test_a_fault_on_the_line_is_caught(engine: EngineClient) -> None:
+    trainer = HeldModel(random_model(seed=2))
     version = engine.version() + 1
     with pytest.raises(SyncError, match=rf"other bits than were sent of {SQUARE} \(1 tensors differ\)"):
-        helpers.manage(trainer, TransposesOne(engine)).publish(version)
+        manage(trainer, TransposesOne(engine)).publish(version)
     with pytest.raises(EngineError, match="weights incomplete"):
         engine.check()
-    helpers.manage(trainer, engine).publish(version)
+    manage(trainer, engine).publish(version)
     engine.check()
 
 
-def test_a_refused_bucket_leaves_nobody_waiting(engine: EngineClient, helpers: Any) -> None:
-    trainer = helpers.HeldModel(helpers.random_model(tied=True, seed=2))
+def test_a_refused_bucket_leaves_nobody_waiting(engine: EngineClient) -> None:
+    trainer = HeldModel(random_model(seed=2))
     version = engine.version() + 1
     name, tensor = next(iter(trainer.parameters()))
     began = time.monotonic()
@@ -66,14 +68,14 @@ def test_a_refused_bucket_leaves_nobody_waiting(engine: EngineClient, helpers: A
         receiver.receive([(name, tensor)])
         receiver.receive([(name, tensor)])
     assert time.monotonic() - began < 20
-    helpers.manage(trainer, engine).publish(version)
+    manage(trainer, engine).publish(version)
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["kill", "stop"])
-def test_a_server_lost_in_the_middle_of_a_bucket(engine: EngineClient, helpers: Any, number: int) -> None:
+def test_a_server_lost_in_the_middle_of_a_bucket(engine: EngineClient, number: int) -> None:
     """It has been told of the bucket and has not read it: the sender is not left waiting for it."""
-    trainer = helpers.HeldModel(helpers.random_model(tied=True, seed=3))
-    helpers.manage(trainer, engine).publish(engine.version() + 1)  # the group exists
+    trainer = HeldModel(random_model(seed=3))
+    manage(trainer, engine).publish(engine.version() + 1)  # the group exists
 
     class Loses:
         """Ends the server as the second bucket begins to move."""
@@ -87,7 +89,7 @@ def test_a_server_lost_in_the_middle_of_a_bucket(engine: EngineClient, helpers: 
                 os.kill(engine.process.pid, number)
 
     loses = Loses()
-    resync = Resync(helpers.manage(trainer, engine, bucket_bytes=1), engine, ALONE, max_restarts=1)
+    resync = Resync(manage(trainer, engine, bucket_bytes=1), engine, ALONE, max_restarts=1)
     with pytest.MonkeyPatch.context() as patch:
         start = Group.start
 
@@ -105,13 +107,13 @@ def test_a_server_lost_in_the_middle_of_a_bucket(engine: EngineClient, helpers: 
     engine.check()
 
 
-def test_a_lost_server_without_a_restart(helpers: Any, tmp_path: Path) -> None:
-    engine = helpers.start(tmp_path, helpers.random_model(tied=True, seed=0), transport="gloo")
+def test_a_lost_server_without_a_restart(start: Any, tmp_path: Path) -> None:
+    engine = start(tmp_path, random_model(seed=0), transport="gloo")
     try:
-        trainer = helpers.HeldModel(helpers.random_model(tied=True, seed=1))
+        trainer = HeldModel(random_model(seed=1))
         os.kill(engine.process.pid, signal.SIGKILL)
         with pytest.raises(EngineLost, match="killed by SIGKILL"):
-            helpers.manage(trainer, engine).publish(1)
+            manage(trainer, engine).publish(1)
     finally:
         began = time.monotonic()
         engine.stop()
@@ -139,25 +141,28 @@ def test_a_receiver_does_not_wait_for_a_sender_that_gave_up() -> None:
     assert time.monotonic() - began < 5
 
 
-def test_a_process_ends_well_after_its_groups(helpers: Any, tmp_path: Path) -> None:
+def test_a_process_ends_well_after_its_groups(tmp_path: Path) -> None:
     """Its engine is stopped, the descriptors are used for something else, and it ends with exit code 0."""
     code = (
-        "import os, sys, runpy, tempfile\n"
+        "import os, sys\n"
         "from pathlib import Path\n"
-        "helpers = runpy.run_path(sys.argv[1])\n"
-        "engine = helpers['start'](Path(sys.argv[2]), helpers['random_model'](tied=True, seed=0), transport='gloo')\n"
-        "trainer = helpers['HeldModel'](helpers['random_model'](tied=True, seed=1))\n"
-        "helpers['manage'](trainer, engine).publish(1)\n"
+        "sys.path.insert(0, sys.argv[1])\n"
+        "from engines import start_random\n"
+        "from publishing import HeldModel, manage\n"
+        "from random_models import random_model\n"
+        "engine = start_random('hf', Path(sys.argv[2]), random_model(), max_length=32, transport='gloo')\n"
+        "trainer = HeldModel(random_model(seed=1))\n"
+        "manage(trainer, engine).publish(1)\n"
         "os.kill(engine.process.pid, 9)\n"
         "try:\n"
-        "    helpers['manage'](trainer, engine).publish(2)\n"
+        "    manage(trainer, engine).publish(2)\n"
         "except RuntimeError as error:\n"
         "    print(type(error).__name__)\n"
         "engine.stop()\n"
         "folders = [os.open('.', os.O_RDONLY) for _ in range(64)]\n"
     )
-    conftest = str(Path(__file__).with_name("conftest.py"))
+    shared = str(Path(__file__).parents[1] / "shared")
     done = subprocess.run(
-        [sys.executable, "-c", code, conftest, str(tmp_path)], capture_output=True, text=True, timeout=200, check=False
+        [sys.executable, "-c", code, shared, str(tmp_path)], capture_output=True, text=True, timeout=200, check=False
     )
     assert (done.returncode, done.stdout) == (0, "EngineLost\n"), done.stderr

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from publishing import HeldModel, manage
+from random_models import random_model
 
 from atropos_exp.ranks import Ranks
 from atropos_exp.sharding.resync import Resync, ResyncedEvaluator, ResyncedSource
@@ -54,11 +56,11 @@ class Once:
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_lost_engine_samples_from_the_published_weights_again(tmp_path: Path, helpers: Any, number: int) -> None:
-    engine = helpers.start(tmp_path, helpers.random_model(tied=True, seed=0), health_timeout_seconds=3.0)
+def test_a_lost_engine_samples_from_the_published_weights_again(tmp_path: Path, start: Any, number: int) -> None:
+    engine = start(tmp_path, random_model(seed=0), health_timeout_seconds=3.0)
     try:
-        trainer = helpers.HeldModel(helpers.random_model(tied=True, seed=1))
-        publisher = helpers.manage(trainer, engine)
+        trainer = HeldModel(random_model(seed=1))
+        publisher = manage(trainer, engine)
         resync = Resync(publisher, engine, ALONE, max_restarts=2)
         resync.publish(3)
         ((before,),) = engine.generate([PROMPT], GREEDY, num_samples=1)
@@ -83,20 +85,20 @@ def test_a_lost_engine_samples_from_the_published_weights_again(tmp_path: Path, 
         engine.stop()
 
 
-def test_a_server_lost_under_a_sync_gets_it_whole(tmp_path: Path, helpers: Any) -> None:
-    engine = helpers.start(tmp_path, helpers.random_model(tied=True, seed=0))
+def test_a_server_lost_under_a_sync_gets_it_whole(tmp_path: Path, start: Any) -> None:
+    engine = start(tmp_path, random_model(seed=0))
     try:
         kill = Once(engine, signal.SIGKILL)
 
-        class Kills(helpers.HeldModel):  # type: ignore[misc, name-defined]
+        class Kills(HeldModel):
             def parameters(self) -> Any:
                 for index, pair in enumerate(super().parameters()):
                     if index == 5:
                         kill()
                     yield pair
 
-        trainer = Kills(helpers.random_model(tied=True, seed=1))
-        resync = Resync(helpers.manage(trainer, engine, bucket_bytes=1), engine, ALONE, max_restarts=1)
+        trainer = Kills(random_model(seed=1))
+        resync = Resync(manage(trainer, engine, bucket_bytes=1), engine, ALONE, max_restarts=1)
         assert resync.publish(1).policy_version == 1
         assert (resync.num_restarts, resync.num_syncs, resync.num_verified) == (1, 2, 1)
         engine.check()
@@ -104,15 +106,15 @@ def test_a_server_lost_under_a_sync_gets_it_whole(tmp_path: Path, helpers: Any) 
         engine.stop()
 
 
-def test_a_new_server_refuses_until_it_is_synced(tmp_path: Path, helpers: Any) -> None:
-    engine = helpers.start(tmp_path, helpers.random_model(tied=True, seed=0))
+def test_a_new_server_refuses_until_it_is_synced(tmp_path: Path, start: Any) -> None:
+    engine = start(tmp_path, random_model(seed=0))
     try:
         engine.restart()
         for refused in (engine.check, lambda: engine.generate([PROMPT], GREEDY, num_samples=1)):
             with pytest.raises(EngineError, match="weights incomplete: the engine was started anew and not synced yet"):
                 refused()
-        trainer = helpers.HeldModel(helpers.random_model(tied=True, seed=1))
-        helpers.manage(trainer, engine).publish(7)
+        trainer = HeldModel(random_model(seed=1))
+        manage(trainer, engine).publish(7)
         engine.check()
     finally:
         engine.stop()

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 from faulty_lines import SQUARE, TransposesOne
+from publishing import HeldModel, manage
+from random_models import random_model, random_prompts
 
 from atropos_exp.ranks import Ranks
 from atropos_exp.sharding.proof import SyncError
@@ -25,37 +27,35 @@ ALONE = Ranks(rank=0, world_size=1)
 
 
 @pytest.mark.timeout(600)
-def test_two_servers_in_one_group(tmp_path: Path, helpers: Any, engine: Any) -> None:
+def test_two_servers_in_one_group(tmp_path: Path, start: Any, engine: Any) -> None:
     """Proven for both; the same tokens as one server gives; a fault is caught; one that is killed comes back."""
-    trainer = helpers.HeldModel(helpers.random_model(tied=True, seed=1))
-    pair = helpers.start(
-        tmp_path, helpers.random_model(tied=True, seed=0), transport="gloo", data_parallel_size=2, kv_cache_gb=0.25
-    )
+    trainer = HeldModel(random_model(seed=1))
+    pair = start(tmp_path, random_model(seed=0), transport="gloo", data_parallel_size=2, kv_cache_gb=0.25)
     try:
         for bucket_bytes in (1, 1 << 30):
             trainer.disturb()
             version = pair.version() + 1
-            stats = helpers.manage(trainer, pair, bucket_bytes=bucket_bytes).publish(version)
+            stats = manage(trainer, pair, bucket_bytes=bucket_bytes).publish(version)
             expected = {name: digest(tensor) for name, tensor in trainer.model.named_parameters()}
             assert [one.digests() for one in pair.replicas] == [expected, expected]
             assert stats.digests_compared == len(expected) and stats.canary_gap_max < 1e-4
 
-        helpers.manage(trainer, engine).publish(engine.version() + 1)
-        prompts = helpers.prompts([5, 130, 9], seed=2)
+        manage(trainer, engine).publish(engine.version() + 1)
+        prompts = random_prompts([5, 130, 9], seed=2)
         ours, theirs = (one.generate(prompts, PARAMS, num_samples=2) for one in (pair, engine))
         for mine, other in zip(sum(ours, start=[]), sum(theirs, start=[]), strict=True):  # noqa: RUF017
             assert mine.token_ids.tolist() == other.token_ids.tolist()
             np.testing.assert_allclose(mine.logprobs, other.logprobs, atol=1e-4)
 
         with pytest.raises(SyncError, match=f"other bits than were sent of {SQUARE} "):
-            helpers.manage(trainer, TransposesOne(pair)).publish(version + 1)
+            manage(trainer, TransposesOne(pair)).publish(version + 1)
         with pytest.raises(EngineError, match="weights incomplete"):
             pair.check()
         with pytest.raises(EngineError, match="sent twice"), pair.updating(version + 1) as receiver:
             receiver.receive([next(trainer.parameters())])
             receiver.receive([next(trainer.parameters())])  # refused before it is read
 
-        resync = Resync(helpers.manage(trainer, pair), pair, ALONE, max_restarts=1)
+        resync = Resync(manage(trainer, pair), pair, ALONE, max_restarts=1)
         os.kill(pair.replicas[1].process.pid, signal.SIGKILL)
         assert resync.publish(version + 1).policy_version == version + 1
         assert (resync.num_restarts, resync.num_verified) == (1, 1)

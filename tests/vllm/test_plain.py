@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 from faulty_lines import SQUARE, BreaksHalfWay, DeliversOld, LosesOne, TransposesOne
+from publishing import HeldModel, manage
+from random_models import completion_logprobs, random_model, random_prompts
 
 from atropos_exp.engine import vllm
 from atropos_exp.engine.client import EngineClient
@@ -29,29 +31,29 @@ def faults(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def plain(faults: Path, tmp_path_factory: pytest.TempPathFactory, helpers: Any) -> Iterator[EngineClient]:
+def plain(faults: Path, tmp_path_factory: pytest.TempPathFactory, start: Any) -> Iterator[EngineClient]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(vllm, "SERVER", "plain_server")
         tests = Path(__file__).parents[1]
         paths = [str(tests / "vllm"), str(tests / "sharding"), os.environ.get("PYTHONPATH", "")]
         patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
         patch.setenv("VLLM_FAULTS", str(faults))
-        client = helpers.start(tmp_path_factory.mktemp("plain"), helpers.random_model(tied=True, seed=0))
+        client = start(tmp_path_factory.mktemp("plain"), random_model(seed=0))
     yield client
     client.stop()
 
 
 @pytest.fixture
-def trainer(helpers: Any) -> Any:
-    return helpers.HeldModel(helpers.random_model(tied=True, seed=7))
+def trainer() -> Any:
+    return HeldModel(random_model(seed=7))
 
 
-def test_every_digest_is_of_a_resident_tensor(plain: EngineClient, trainer: Any, helpers: Any) -> None:
+def test_every_digest_is_of_a_resident_tensor(plain: EngineClient, trainer: Any) -> None:
     parameters = dict(trainer.model.named_parameters())
     for bucket_bytes in (1, 40_000, 1 << 30):
         trainer.disturb()
         version = plain.version() + 1
-        stats = helpers.manage(trainer, plain, bucket_bytes=bucket_bytes).publish(version)
+        stats = manage(trainer, plain, bucket_bytes=bucket_bytes).publish(version)
         assert stats.canary_gap_max < 1e-4 and stats.digests_compared == len(parameters)
         assert plain.digests() == {name: digest(tensor) for name, tensor in parameters.items()}
         info = plain.info()
@@ -61,16 +63,16 @@ def test_every_digest_is_of_a_resident_tensor(plain: EngineClient, trainer: Any,
             sum(stats.seconds_by_part[part] for part in ("open", "gather", "send", "commit"))
         )
         assert stats.seconds_by_part["send"] > info["update_seconds"]["load"] > 0
-    (prompt,) = helpers.prompts([40], seed=3)
+    (prompt,) = random_prompts([40], seed=3)
     ((sample,),) = plain.generate([prompt], GREEDY, num_samples=1)
-    expected = helpers.logprobs(trainer.model, prompt, sample.token_ids, 1.0)
+    expected = completion_logprobs(trainer.model, prompt, sample.token_ids, 1.0)
     np.testing.assert_allclose(sample.logprobs, expected, atol=1e-4)
 
 
-def test_a_tied_head_under_its_own_name_is_compared_with_the_embedding(plain: EngineClient, helpers: Any) -> None:
-    model = helpers.random_model(tied=True, seed=3)
+def test_a_tied_head_under_its_own_name_is_compared_with_the_embedding(plain: EngineClient) -> None:
+    model = random_model(seed=3)
 
-    class WithHead(helpers.HeldModel):  # type: ignore[misc, name-defined]
+    class WithHead(HeldModel):
         offset = 0.0
 
         def parameters(self) -> Any:
@@ -79,12 +81,12 @@ def test_a_tied_head_under_its_own_name_is_compared_with_the_embedding(plain: En
 
     trainer = WithHead(model)
     version = plain.version() + 1
-    helpers.manage(trainer, plain).publish(version)
+    manage(trainer, plain).publish(version)
     trainer.offset = 0.5
     with pytest.raises(EngineError, match=r"lm_head\.weight is tied to model\.embed_tokens\.weight"):
-        helpers.manage(trainer, plain).publish(version + 1)
+        manage(trainer, plain).publish(version + 1)
     trainer.offset = 0.0
-    helpers.manage(trainer, plain).publish(version + 1)
+    manage(trainer, plain).publish(version + 1)
 
 
 @pytest.mark.parametrize(
@@ -95,36 +97,34 @@ def test_a_tied_head_under_its_own_name_is_compared_with_the_embedding(plain: En
         (BreaksHalfWay, ConnectionError, "the line is cut"),
     ],
 )
-def test_faults_on_the_line(
-    plain: EngineClient, trainer: Any, helpers: Any, line: Any, error: type[Exception], message: str
-) -> None:
+def test_faults_on_the_line(plain: EngineClient, trainer: Any, line: Any, error: type[Exception], message: str) -> None:
     version = plain.version() + 1
     with pytest.raises(error, match=message):
-        helpers.manage(trainer, line(plain), bucket_bytes=1).publish(version)
+        manage(trainer, line(plain), bucket_bytes=1).publish(version)
     with pytest.raises(EngineError, match=f"answered 409: weights incomplete: update to version {version} interr"):
         plain.check()
-    assert helpers.manage(trainer, plain).publish(version).canary_gap_max < 1e-4
+    assert manage(trainer, plain).publish(version).canary_gap_max < 1e-4
 
 
-def test_stale_weights_under_a_new_version(plain: EngineClient, trainer: Any, helpers: Any) -> None:
+def test_stale_weights_under_a_new_version(plain: EngineClient, trainer: Any) -> None:
     version = plain.version() + 1
     stale = DeliversOld(plain, trainer.model)
-    helpers.manage(trainer, plain).publish(version)
+    manage(trainer, plain).publish(version)
     trainer.disturb()
     with pytest.raises(SyncError, match=r"the engine holds other bits than were sent of .* and \d+ more"):
-        helpers.manage(trainer, stale).publish(version + 1)
-    helpers.manage(trainer, plain).publish(version + 1)
+        manage(trainer, stale).publish(version + 1)
+    manage(trainer, plain).publish(version + 1)
 
 
-def test_a_tensor_that_arrives_and_is_not_loaded(plain: EngineClient, faults: Path, trainer: Any, helpers: Any) -> None:
+def test_a_tensor_that_arrives_and_is_not_loaded(plain: EngineClient, faults: Path, trainer: Any) -> None:
     """A digest of what arrived would be right."""
     version = plain.version() + 1
-    helpers.manage(trainer, plain).publish(version)
+    manage(trainer, plain).publish(version)
     trainer.disturb(0.001)
     (faults / "loses_one_inside").touch()
     try:
         with pytest.raises(SyncError, match=rf"other bits than were sent of {SQUARE} \(1 tensors differ\)"):
-            helpers.manage(trainer, plain).publish(version + 1)
+            manage(trainer, plain).publish(version + 1)
     finally:
         (faults / "loses_one_inside").unlink()
-    helpers.manage(trainer, plain).publish(version + 1)
+    manage(trainer, plain).publish(version + 1)

@@ -1,85 +1,144 @@
-"""Whole experiments that sample with real vLLM."""
+"""Whole experiments that sample with real vLLM, most of them through the gateway and the real Atropos."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import signal
-import subprocess
-import time
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from experiments import command, environment, metrics, run_here, summary
+from background_run import Run, group_ids, journals
+from experiments import metrics, run, run_here, summary
+from random_models import plain_logprobs
+
+from atropos_exp.export import export
+from atropos_exp.model.smollm2 import converted_folder
+from atropos_exp.model.tiny import WEIGHTS
+from atropos_exp.types import Rollout
 
 pytestmark = pytest.mark.vllm
 
 VLLM = ("engine=vllm", "engine.num_threads=1")
+NATS = 0.02  # between two implementations in float32
 
 
-def assert_proven(folder: Path, found: dict[str, Any], steps: int) -> None:
-    assert (found["status"], found["steps"], found["policy_version"]) == ("finished", steps, steps)
-    assert found["sync"]["count"] == found["sync"]["verified"] == steps + 1
+def assert_proven(folder: Path, found: dict[str, Any], steps: int, *, restarts: int = 0) -> None:
+    """Every sync, but for those that the death of the server cut short."""
+    assert (found["steps"], found["policy_version"]) == (steps, steps)
+    assert found["sync"]["count"] == steps + 1 + restarts
+    assert steps + 1 <= found["sync"]["verified"] and found["sync"]["count"] - found["sync"]["verified"] <= restarts
     assert found["sync"]["canary_gap_max"] < 0.002
     rows = metrics(folder)
+    assert [row["step"] for row in rows] == list(range(steps + 1))
     assert any((row.get("grad/norm") or 0.0) > 0.0 for row in rows)
-    # The trainer under its own attention and vLLM under its kernels, both in float32.
-    assert max(row.get("policy/logprob_gap_max") or 0.0 for row in rows) < 0.02
+
+
+def assert_came_through_atropos(folder: Path, found: dict[str, Any], num_groups: int) -> None:
+    assert found["rollouts"]["local"] == 0 < found["rollouts"]["atropos"]
+    ids = group_ids(folder)
+    assert len(ids) == len(set(ids)) == sum(len(journal.groups) for journal in journals(folder)) == num_groups
+
+
+def by_version(folder: Path) -> dict[int, list[Rollout]]:
+    found = defaultdict(list)
+    for journal in journals(folder):
+        for group in journal.groups:
+            for rollout in group.rollouts:
+                found[rollout.policy_version].append(rollout)
+    return found
+
+
+def largest_gap(model_folder: Path, rollouts: list[Rollout], temperature: float) -> float:
+    """Between the journalled logprobs and those of plain transformers with these weights, in nats."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype="float32", attn_implementation="sdpa")
+    gaps = []
+    for rollout in rollouts:
+        assert rollout.logprobs is not None and not rollout.trained[0]
+        expected = plain_logprobs(model, rollout.token_ids, temperature)
+        gaps += np.abs(rollout.logprobs[1:] - expected)[rollout.trained[1:]].tolist()
+    return max(gaps)
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("overrides", [["trainer.max_steps=4"], ["trainer.max_steps=2", "model.lora.rank=8"]], ids=str)
-def test_it_trains(overrides: list[str], tmp_path: Path) -> None:
+def test_tiny_through_atropos(tmp_path: Path) -> None:
+    """What is journalled under a version is what the weights of that version say."""
     folder = tmp_path / "run"
-    found = run_here(folder, *VLLM, *overrides)
-    assert_proven(folder, found, int(overrides[0].split("=")[1]))
+    found = run(
+        folder, *VLLM, "rollout=atropos", "trainer.max_steps=6", "checkpoint.every=1", "checkpoint.keep=6", timeout=500
+    )
+    assert found["status"] == "finished"
+    assert_proven(folder, found, 6)
+    assert_came_through_atropos(folder, found, 6 * 4)
+    versions = by_version(folder)
+    assert len(versions) >= 3
+    for version, rollouts in versions.items():
+        weights = tmp_path / f"version_{version}"
+        if version == 0:
+            shutil.copytree(WEIGHTS, weights)
+        else:
+            export(folder / "checkpoints" / f"step_{version:06d}", weights, "float32")
+        assert largest_gap(weights, rollouts, 1.0) < NATS
+    assert largest_gap(WEIGHTS, versions[max(versions)], 1.0) > NATS, "the weights of another version say other things"
+
+
+@pytest.mark.timeout(900)  # the first time, the weights are downloaded and converted
+def test_a_real_pretrained_model_through_atropos(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    found = run(
+        folder, *VLLM, "model=smollm2_135m", "reward=numeric", "rollout=atropos", "trainer.max_steps=2",
+        "data.prepare.arguments={operations: '+', digits: 1, num_train: 60, num_test: 6, seed: 0}",
+        "data.system_prompt='What is the sum? Answer with the number only, such as 2+2=4.'",  # right now and then
+        "max_prompt_length=64", "max_response_length=12", "group_size=6", "eval.num_prompts=0", "temperature=0.7",
+        "trainer.learning_rate=1e-5", timeout=850,
+    )  # fmt: skip
+    shutil.rmtree(folder / "checkpoints")  # 1.6 GB
+    assert found["status"] == "finished"
+    assert_proven(folder, found, 2)
+    assert_came_through_atropos(folder, found, 2 * 4)
+    assert largest_gap(converted_folder(), by_version(folder)[0], 0.7) < NATS
 
 
 @pytest.mark.timeout(600)
-def test_greedy_answers_are_those_of_engine_hf(tmp_path: Path) -> None:
-    """Held-out answers at temperature 0 of the same weights, by two engines."""
-    accuracy = {}
-    for option, more in (("hf", ()), ("vllm", VLLM)):
-        folder = tmp_path / option
-        run_here(folder, *more, "trainer.max_steps=1", "eval.num_prompts=64", "eval.samples_per_prompt=0")
-        accuracy[option] = metrics(folder)[0]["eval/arithmetic/accuracy"]
-    assert accuracy["hf"] == accuracy["vllm"] > 0
+def test_an_adapter_is_trained(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    found = run_here(folder, *VLLM, "trainer.max_steps=2", "model.lora.rank=8", "eval.num_prompts=0")
+    assert found["status"] == "finished"
+    assert_proven(folder, found, 2)
+    # The trainer under its own attention and vLLM under its kernels, with the same weights: these are local rollouts.
+    assert max(row.get("policy/logprob_gap_max") or 0.0 for row in metrics(folder)) < NATS
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["kill", "stop"])
-def test_a_run_survives_the_loss_of_its_engine(number: int, tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    with (tmp_path / "output.log").open("w") as output:
-        process = subprocess.Popen(
-            command(folder, *VLLM, "trainer.max_steps=24", "checkpoint.every=0"),
-            env=environment(), stdout=output, stderr=subprocess.STDOUT,
-        )  # fmt: skip
+def test_a_run_through_atropos_survives_the_loss_of_its_engine(tmp_path: Path) -> None:
+    """Killed, then stopped: noticed, started anew, synced with the whole proof, and nothing is trained twice."""
+    running = Run(
+        tmp_path / "run", *VLLM, "rollout=atropos", "trainer.max_steps=1000000", "checkpoint.every=0",
+        "eval.num_prompts=0",
+    )  # fmt: skip
     try:
-        deadline = time.monotonic() + 300
-        while not (folder / "metrics.jsonl").exists() or len(metrics(folder)) < 3:
-            assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "output.log").read_text()[-3000:]
-            time.sleep(0.02)
-        os.kill(_engine_of(process.pid), number)
-        assert process.wait(timeout=400) == 0, (tmp_path / "output.log").read_text()[-3000:]
+        running.wait_until(lambda: len(running.steps("atropos")) >= 2, "two steps", 300)
+        for number in (signal.SIGKILL, signal.SIGSTOP):
+            lost, before = running.programs()["engine"], len(running.steps("atropos"))
+            os.kill(lost, number)
+            running.wait_until(
+                lambda lost=lost: running.programs().get("engine", lost) != lost, f"a new engine after {number!r}", 120
+            )
+            running.wait_until(
+                lambda before=before: len(running.steps("atropos")) >= before + 3, f"steps after {number!r}", 200
+            )
+        running.process.send_signal(signal.SIGTERM)
+        running.wait(120)
     finally:
-        process.kill()
-        process.wait()
-    found = summary(folder)
-    assert (found["status"], found["steps"]) == ("finished", 24)
-    assert [row["step"] for row in metrics(folder)] == list(range(25))
-    assert "engine lost, restart 1 of 2" in (tmp_path / "output.log").read_text()
-    assert (folder / "log" / "engine.log").read_text().count("serving ") == 2
-
-
-def _engine_of(pid: int) -> int:
-    """The vLLM server among the descendants of a run."""
-    todo = [pid]
-    while todo:
-        for task in Path(f"/proc/{todo.pop()}/task").iterdir():
-            children = [int(child) for child in (task / "children").read_text().split()]
-            for child in children:
-                if "atropos_exp.engine.vllm_server" in Path(f"/proc/{child}/cmdline").read_text().split("\0")[:4]:
-                    return child
-            todo += children
-    raise AssertionError("no vLLM server runs")
+        running.stop()
+    found = summary(running.folder)
+    assert found["status"] == "stopped"
+    assert_proven(running.folder, found, found["steps"], restarts=2)
+    assert_came_through_atropos(running.folder, found, found["steps"] * 4)
+    assert "engine lost, restart 2 of 2" in running.output
+    assert (running.folder / "log" / "engine.log").read_text().count("serving ") == 3
