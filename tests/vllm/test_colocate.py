@@ -10,7 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from engines import engine_settings
 from faulty_lines import BreaksHalfWay
+from publishing import HeldModel, manage
+from random_models import completion_logprobs, random_model, random_prompts
 
 from atropos_exp.colocated import ColocatedTrainer
 from atropos_exp.engine import vllm
@@ -25,33 +28,33 @@ CACHE_BYTES = 2**27
 
 
 @pytest.fixture(scope="module")
-def sleepy(tmp_path_factory: pytest.TempPathFactory, helpers: Any) -> Iterator[EngineClient]:
+def sleepy(tmp_path_factory: pytest.TempPathFactory, start: Any) -> Iterator[EngineClient]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(vllm, "SERVER", "sleepy_server")
         tests = Path(__file__).parents[1]
-        paths = [str(tests / "vllm"), str(tests / "sharding"), os.environ.get("PYTHONPATH", "")]
+        paths = [str(tests / "vllm"), str(tests / "shared"), os.environ.get("PYTHONPATH", "")]
         patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
         folder = tmp_path_factory.mktemp("sleepy")
         patch.setenv("VLLM_FAULTS", str(folder))
-        model = helpers.random_model(tied=True, seed=0)
-        client = helpers.start(folder, model, colocate=True, kv_cache_gb=CACHE_BYTES / 2**30)
+        model = random_model(seed=0)
+        client = start(folder, model, colocate=True, kv_cache_gb=CACHE_BYTES / 2**30)
         yield client
     client.stop()
 
 
-def assert_serves(engine: EngineClient, trainer: Any, helpers: Any) -> None:
-    prompts = helpers.prompts([40, 280], seed=3)
+def assert_serves(engine: EngineClient, trainer: Any) -> None:
+    prompts = random_prompts([40, 280], seed=3)
     for prompt, (sample,) in zip(prompts, engine.generate(prompts, GREEDY, num_samples=1), strict=True):
-        expected = helpers.logprobs(trainer.model, prompt, sample.token_ids, 1.0)
+        expected = completion_logprobs(trainer.model, prompt, sample.token_ids, 1.0)
         np.testing.assert_allclose(sample.logprobs, expected, atol=1e-4)
 
 
 @pytest.mark.vllm
-def test_an_update_wakes_it_with_new_weights_and_an_empty_cache(sleepy: EngineClient, helpers: Any) -> None:
-    trainer = helpers.HeldModel(helpers.random_model(tied=True, seed=1))
+def test_an_update_wakes_it_with_new_weights_and_an_empty_cache(sleepy: EngineClient) -> None:
+    trainer = HeldModel(random_model(seed=1))
     sleepy.sleep()
-    helpers.manage(trainer, sleepy).publish(sleepy.version() + 1)  # now every page of it is in use
-    assert_serves(sleepy, trainer, helpers)  # leaves a long prompt in the prefix cache
+    manage(trainer, sleepy).publish(sleepy.version() + 1)  # now every page of it is in use
+    assert_serves(sleepy, trainer)  # leaves a long prompt in the prefix cache
     num_cached = sleepy.info()["num_cached_tokens"]
     before, after = sleepy.sleep()
     assert before - after > CACHE_BYTES * 0.9
@@ -60,48 +63,48 @@ def test_an_update_wakes_it_with_new_weights_and_an_empty_cache(sleepy: EngineCl
     assert info["is_asleep"] is True and "asleep since version" in info["problem"]
 
     trainer.disturb()
-    stats = helpers.manage(trainer, sleepy, bucket_bytes=40_000).publish(sleepy.version() + 1)
+    stats = manage(trainer, sleepy, bucket_bytes=40_000).publish(sleepy.version() + 1)
     assert stats.canary_gap_max < 1e-4 and stats.digests_compared == stats.num_tensors
     info = sleepy.info()
     assert (info["is_asleep"], info["problem"]) == (False, None) and info["update_seconds"]["wake"] > 0
-    assert_serves(sleepy, trainer, helpers)
+    assert_serves(sleepy, trainer)
     assert sleepy.info()["num_cached_tokens"] == num_cached, "nothing was found in the cache after it slept"
 
 
 @pytest.mark.vllm
-def test_an_update_that_breaks_leaves_it_refusing_until_a_whole_one(sleepy: EngineClient, helpers: Any) -> None:
-    trainer = helpers.HeldModel(helpers.random_model(tied=True, seed=2))
+def test_an_update_that_breaks_leaves_it_refusing_until_a_whole_one(sleepy: EngineClient) -> None:
+    trainer = HeldModel(random_model(seed=2))
     version = sleepy.version() + 1
     sleepy.sleep()
     with pytest.raises(ConnectionError, match="the line is cut"):
-        helpers.manage(trainer, BreaksHalfWay(sleepy), bucket_bytes=1).publish(version)
+        manage(trainer, BreaksHalfWay(sleepy), bucket_bytes=1).publish(version)
     with pytest.raises(EngineError, match=f"answered 409: weights incomplete: update to version {version} interr"):
         sleepy.check()
     sleepy.sleep()  # half awake: the rest goes on sleeping, the next update wakes it
     assert sleepy.info()["is_asleep"] is True
-    helpers.manage(trainer, sleepy).publish(version)
-    assert_serves(sleepy, trainer, helpers)
+    manage(trainer, sleepy).publish(version)
+    assert_serves(sleepy, trainer)
 
 
 @pytest.mark.vllm
-def test_it_sleeps_during_the_trainer_s_update_also_after_a_restart(sleepy: EngineClient, helpers: Any) -> None:
-    class Training(helpers.HeldModel):  # type: ignore[misc, name-defined]
+def test_it_sleeps_during_the_trainer_s_update_also_after_a_restart(sleepy: EngineClient) -> None:
+    class Training(HeldModel):
         def update(self, batch: Any) -> Any:
             seen.append(sleepy.info()["is_asleep"])
             self.disturb()
             return batch
 
     seen: list[bool] = []
-    inner = Training(helpers.random_model(tied=True, seed=4))
+    inner = Training(random_model(seed=4))
     ranks = Ranks(rank=0, world_size=1)
-    resync = Resync(helpers.manage(inner, sleepy), sleepy, ranks, max_restarts=1)
+    resync = Resync(manage(inner, sleepy), sleepy, ranks, max_restarts=1)
     trainer = ColocatedTrainer(inner, resync)
     resync.publish(sleepy.version() + 1)
     assert resync.counters() == {"engine/restarts": 0}
     for step in range(2):
         assert trainer.update(step) == step  # type: ignore[arg-type, comparison-overlap]
         resync.publish(sleepy.version() + 1)
-        assert_serves(sleepy, inner, helpers)
+        assert_serves(sleepy, inner)
     counters = resync.counters()
     assert counters["engine/memory_freed_gb"] > CACHE_BYTES * 0.9 / 2**30
     left = counters["engine/memory_awake_gb"] - counters["engine/memory_freed_gb"]
@@ -110,20 +113,20 @@ def test_it_sleeps_during_the_trainer_s_update_also_after_a_restart(sleepy: Engi
     os.kill(sleepy.process.pid, signal.SIGKILL)
     trainer.update(2)  # type: ignore[arg-type]
     resync.publish(sleepy.version() + 1)
-    assert_serves(sleepy, inner, helpers)
+    assert_serves(sleepy, inner)
     assert seen == [True] * 3 and resync.num_restarts == 1
 
 
 @pytest.mark.vllm
-def test_a_server_without_it_says_so_and_goes_on(engine: EngineClient, helpers: Any) -> None:
+def test_a_server_without_it_says_so_and_goes_on(engine: EngineClient) -> None:
     with pytest.raises(EngineError, match=r"answered 400: this engine was started without engine\.colocate=true"):
         engine.sleep()
-    assert engine.generate(helpers.prompts([5]), GREEDY, num_samples=1)
+    assert engine.generate(random_prompts([5]), GREEDY, num_samples=1)
 
 
-def test_it_is_refused_where_nothing_is_shared(helpers: Any) -> None:
+def test_it_is_refused_where_nothing_is_shared() -> None:
     def problems(device: str, **changes: Any) -> list[str]:
-        found = helpers.settings(colocate=True, **changes).preflight(device=device)
+        found = engine_settings("vllm", colocate=True, **changes).preflight(device=device)
         return [problem for problem in found if "engine.colocate=true" in problem]
 
     (problem,) = problems("cpu")
@@ -131,5 +134,5 @@ def test_it_is_refused_where_nothing_is_shared(helpers: Any) -> None:
     (problem,) = problems("cuda", gpus=[1])
     assert "got engine.gpus=[1]" in problem
     assert problems("cuda") == []
-    assert helpers.settings(colocate=True).engine_arguments("cuda")["enable_sleep_mode"] is True
-    assert "enable_sleep_mode" not in helpers.settings().engine_arguments("cuda")
+    assert engine_settings("vllm", colocate=True).engine_arguments("cuda")["enable_sleep_mode"] is True
+    assert "enable_sleep_mode" not in engine_settings("vllm").engine_arguments("cuda")

@@ -35,7 +35,7 @@ def plain(faults: Path, tmp_path_factory: pytest.TempPathFactory, start: Any) ->
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(vllm, "SERVER", "plain_server")
         tests = Path(__file__).parents[1]
-        paths = [str(tests / "vllm"), str(tests / "sharding"), os.environ.get("PYTHONPATH", "")]
+        paths = [str(tests / "vllm"), str(tests / "shared"), os.environ.get("PYTHONPATH", "")]
         patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
         patch.setenv("VLLM_FAULTS", str(faults))
         client = start(tmp_path_factory.mktemp("plain"), random_model(seed=0))
