@@ -123,7 +123,7 @@ def test_one_server_with_other_weights_is_found(engines: Replicas, trainer: Trai
         def digests(self) -> Mapping[str, str]:
             return {}
 
-    with pytest.raises(SyncError, match=r"server 1: canary prompt 0, token .* does not serve the trainer's weights"):
+    with pytest.raises(SyncError, match=r"server 1: canary prompt ., token .* does not serve the trainer's weights"):
         manage(trainer, CannotTell()).publish(version)
     assert manage(trainer, engines).publish(version).policy_version == version
 

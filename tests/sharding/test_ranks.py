@@ -34,6 +34,10 @@ class MemoryEngine:
         self.weights = {"matrix": torch.zeros(4, 4), "unused": torch.zeros(3)}
         self.served = 0
 
+    @property
+    def replicas(self) -> list[MemoryEngine]:
+        return [self]
+
     @contextlib.contextmanager
     def updating(self, version: int) -> Iterator[MemoryEngine]:
         yield self
