@@ -130,7 +130,7 @@ def point_series(point: Point) -> dict[str, Any]:
     }  # fmt: skip
     values: dict[str, list[float | None]] = {}
     for name, column in columns.items():
-        bounds = ACCURACY if name == "eval" and not runs[0].metric else None
+        bounds = ACCURACY if name == "eval" and not point.runs[0].metric else None
         means = [seed_mean(cell, bounds=bounds) if len(cell) == len(runs) and cell else None for cell in column]
         values[name] = [found.mean if found else None for found in means]
         values[f"{name}_low"] = [found.interval[0] if found and found.interval else None for found in means]
