@@ -121,7 +121,7 @@ def measure_syncs(trainer: PlainTrainer, engine: Any, options: argparse.Namespac
         trainer.step()
         synchronize(options.device)  # the update's own work is not the sync's
         stats.append(manager.publish(engine.version() + 1))
-        engine_seconds.append(engine.info().get("update_seconds", {}))
+        engine_seconds.append(engine.replicas[0].info().get("update_seconds", {}))
         if number == 1:
             used = device_bytes(options.device)
     later = stats[2:]
@@ -143,7 +143,7 @@ def measure_syncs(trainer: PlainTrainer, engine: Any, options: argparse.Namespac
             f"engine {part}_s": statistics.median(one[part] for one in engine_seconds[2:])
             for part in engine_seconds[-1]
         },
-        "engine loads plainly": float(engine.info().get("loads_plainly", False)),
+        "engine loads plainly": float(engine.replicas[0].info().get("loads_plainly", False)),
         "gb_per_s": stats[-1].num_bytes / statistics.median(one.seconds for one in later) / 1e9,
         "canary_gap_max": max(one.canary_gap_max for one in stats),
         "memory_growth_mb": (device_bytes(options.device) - used) / 2**20,

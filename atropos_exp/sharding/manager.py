@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from atropos_exp.interfaces import Engine, PolicyTrainer, WeightReceiver
 
 # Mean |engine - trainer| logprob of the canary's tokens, in nats, that rounding explains, by the dtype of the served
-# weights. SmolLM2-135M in bfloat16 at temperature 0.7 was seen at 0.09 to 0.17, plain transformers against itself in
+# weights. SmolLM2-135M in bfloat16 at temperature 0.7 was seen at 0.09 to 0.18, plain transformers against itself in
 # float32 at 0.07, single tokens up to 1.5 (docs/results/smollm2.md).
-DEFAULT_TOLERANCE = {"float32": 2e-4, "float16": 0.05, "bfloat16": 0.3}
+DEFAULT_TOLERANCE = {"float32": 2e-4, "float16": 0.05, "bfloat16": 0.5}
 # What a sync spends its time on: to hold the engine, gather and cast, hand over and load, accept; and the two proofs.
 TRANSFER = ("open", "gather", "send", "commit")
 PROOF = ("digest", "canary")
