@@ -1,21 +1,18 @@
-"""What every engine server process does around its model: options, life and death with its parent, the web server.
+"""What every engine server process does around its model: options, signals, the web server.
 
-It listens on a loopback socket inherited from its parent, answers only requests that carry the run's token, and ends
-when its parent does.
+It listens on a loopback socket that it inherited and answers only requests that carry the run's token.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import logging
 import os
 import signal
 import socket
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,19 +23,15 @@ from atropos_exp.engine.bucket import BucketSource, inherited
 from atropos_exp.engine.group import BACKENDS, GroupSource
 from atropos_exp.engine.process import TOKEN_VARIABLE
 
-PARENT_POLL_SECONDS = 0.25
-_PR_SET_PDEATHSIG = 1
-
 logger = logging.getLogger(__name__)
 
 
 def prepare(options: argparse.Namespace) -> str:
-    """First thing in the process: log, signals, its end with its parent. Returns the bearer token."""
+    """First thing in the process: log and signals. Returns the bearer token."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     # The trainer decides when to stop: a signal to the whole job must not take the engine away under its last step.
     for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(ignored, signal.SIG_IGN)
-    die_with(options.parent_pid, at_once=options.parent_death_signal)
     return os.environ.pop(TOKEN_VARIABLE)
 
 
@@ -88,8 +81,6 @@ def parser(module: str, description: str | None) -> argparse.ArgumentParser:
     options.add_argument("--group-backend", choices=BACKENDS, help="new weights are sent to a group of processes")
     options.add_argument("--group-fd", type=int, help="memory file through which the group finds together")
     options.add_argument("--group-rank", type=int, help="of this server's first receiver in the group")
-    options.add_argument("--parent-pid", type=int, required=True)
-    options.add_argument("--parent-death-signal", action="store_true")
     return options
 
 
@@ -104,20 +95,6 @@ def bucket_source(options: argparse.Namespace) -> BucketSource:
         cuda_ipc=options.weights_cuda_ipc,
         group=group,
     )
-
-
-def die_with(parent_pid: int, *, at_once: bool) -> None:
-    """End this process when its parent has ended, however that happened."""
-
-    def watch() -> None:
-        while os.getppid() == parent_pid:
-            time.sleep(PARENT_POLL_SECONDS)
-        os._exit(71)
-
-    if at_once:
-        # Also reaches a stopped process. The kernel ties it to the parent's *thread*, hence only on request.
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    threading.Thread(target=watch, name="parent", daemon=True).start()
 
 
 def _web_server(config: Any) -> Any:
