@@ -1,8 +1,8 @@
 """One update of the trainer on GPUs: seconds, tokens per second, MFU and memory of each way to run it.
 
-    python -m benchmarks.trainer_gpu FOLDER                                    one GPU
-    torchrun --nproc-per-node 2 -m benchmarks.trainer_gpu FOLDER               two
-    python -m benchmarks.trainer_gpu FOLDER --smoke --device cpu               tiny, to try the script itself
+    python benchmarks/trainer_gpu.py FOLDER                                    one GPU
+    torchrun --nproc-per-node 2 benchmarks/trainer_gpu.py FOLDER               two
+    python benchmarks/trainer_gpu.py FOLDER --smoke --device cpu               tiny, to try the script itself
 
 A random model of the shape of Qwen2.5-0.5B trains on 32 prompts x 16 samples x (128 + 256) tokens with the shipped
 loss and optimizer. FOLDER takes `trainer_N.json` (every number; N = ranks) and a profile of one update.
@@ -20,13 +20,13 @@ import statistics
 import tempfile
 import time
 import traceback
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import yaml
+from trainer_variants import FULL, ONE_GPU, SEVERAL_GPUS, SMOKE, Size, Variant  # beside this file
 
 from atropos_exp.config_origin import CONF_DIR
 from atropos_exp.loss.ppo_clip import PPOClip
@@ -37,93 +37,6 @@ from atropos_exp.trainer.fsdp2 import VerlFSDP2
 from atropos_exp.types import TrainBatch
 
 WARM_UPS, REPEATS = 1, 2
-QWEN_0_5B = {
-    "hidden_size": 896,
-    "intermediate_size": 4864,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 14,
-    "num_key_value_heads": 2,
-    "vocab_size": 151936,
-    "max_position_embeddings": 32768,
-}
-TINY = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 512,
-    "max_position_embeddings": 256,
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Size:
-    model: dict[str, int]
-    num_sequences: int
-    prompt: int
-    response: int
-
-
-FULL = Size(model=QWEN_0_5B, num_sequences=32 * 16, prompt=128, response=256)
-SMOKE = Size(model=TINY, num_sequences=16, prompt=4, response=12)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Lora:
-    rank: int = 0
-    alpha: int = 32
-    target_modules: list[str] = field(
-        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Model:
-    """The model settings that the trainer reads."""
-
-    lora: Lora = Lora()
-    gradient_checkpointing: bool = False
-    attn_implementation: str = "auto"
-    trust_remote_code: bool = False
-
-    def compute_dtype(self, device: str) -> str:
-        return "bfloat16"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Variant:
-    """A way to run the update. `trainer` holds what differs from the shipped settings."""
-
-    name: str
-    model: Model = Model()
-    trainer: dict[str, Any] = field(default_factory=dict)
-    chunk: int = logprob_head.MAX_CHUNK_LOGITS
-
-
-BUDGET = {"max_tokens_per_micro_batch": 49152}
-ONE_GPU = (
-    Variant(name="shipped settings"),
-    Variant(name="48k tokens a pass", trainer=BUDGET),
-    Variant(name="chunks of logits x 4", chunk=4 * logprob_head.MAX_CHUNK_LOGITS),
-    Variant(name="checkpointing", model=Model(gradient_checkpointing=True)),
-    Variant(name="checkpointing, 96k", model=Model(gradient_checkpointing=True),
-            trainer={"max_tokens_per_micro_batch": 98304}),
-    Variant(name="offload", trainer={"offload_parameters": True, "offload_optimizer": True}),
-    Variant(name="LoRA 16", model=Model(lora=Lora(rank=16))),
-    Variant(name="LoRA 16, checkp., offload", model=Model(lora=Lora(rank=16), gradient_checkpointing=True),
-            trainer={"offload_parameters": True, "offload_optimizer": True}),
-)  # fmt: skip
-SEVERAL_GPUS = (
-    Variant(name="by data"),
-    Variant(name="by data, no reshard", trainer={"reshard_after_forward": False}),
-    Variant(name="by data, 48k", trainer=BUDGET),
-    Variant(name="by sequence (Ulysses)", trainer={"sequence_parallel_size": 2}),
-    Variant(name="by sequence, 48k", trainer={"sequence_parallel_size": 2, **BUDGET}),
-    Variant(name="by data, checkp., offload", model=Model(gradient_checkpointing=True),
-            trainer={"offload_parameters": True, "offload_optimizer": True}),
-    Variant(name="by data, LoRA 16", model=Model(lora=Lora(rank=16))),
-)  # fmt: skip
 
 
 def write_model(folder: Path, size: Size, device: str) -> Path:
