@@ -72,9 +72,11 @@ def assert_explained(text: str, file: str) -> None:
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_experiment_is_consistent(experiment: str) -> None:
-    # Elsewhere than here a file may be missing (hub weights, a prepared data set); sizes and types may not be wrong.
+    # Something may be missing here (hub weights, a prepared data set, vLLM); sizes and types may not be wrong.
     _, mistakes = check(composed(f"experiment={experiment}", "device=cpu"))
-    assert [mistake for mistake in mistakes if mistake.path.split(".")[0] not in ("data", "model")] == []
+    missing = [mistake for mistake in mistakes if mistake.message.startswith("engine=vllm needs an interpreter")]
+    wrong = [mistake for mistake in mistakes if mistake.path.split(".")[0] not in ("data", "model")]
+    assert [mistake for mistake in wrong if mistake not in missing] == []
 
 
 def test_the_default_run_is_valid_and_demo_is_the_default_run() -> None:

@@ -123,9 +123,10 @@ class SGLangBackend:
             try:
                 return await asyncio.wait_for(work, max(0.0, deadline - time.monotonic()))
             except TimeoutError:
-                state = "paused" if self._paused else "busy"
                 problem = f"; {self._account.problem}" if self._account.problem else ""
-                raise Refused(503, f"held by the engine until its deadline: {state}{problem}") from None
+                raise Refused(
+                    503, f"held by the engine until its deadline: {'paused' if self._paused else 'busy'}{problem}"
+                ) from None
 
         return asyncio.run_coroutine_threadsafe(bounded(), self.loop)
 
@@ -291,8 +292,7 @@ class SGLangBackend:
 
     async def _num_cached(self) -> int:
         """Tokens of the sentinel prompt that the prefix cache knows; afterwards it knows them all."""
-        length = min(SENTINEL_TOKENS, self.max_sequence_length)
-        (output,) = await self._ask([np.zeros(length, np.int32)], [GREEDY])
+        (output,) = await self._ask([np.zeros(min(SENTINEL_TOKENS, self.max_sequence_length), np.int32)], [GREEDY])
         return int(output["meta_info"]["cached_tokens"])
 
     async def _ask(self, prompts: Sequence[TokenIds], sampling: list[dict[str, Any]], **more: Any) -> list[Any]:

@@ -4,8 +4,11 @@ import os
 import signal
 
 import pytest
+from background_run import Run
 from experiments import metrics, run_here, summary
-from test_atropos import START_SECONDS, Run, command_line, descendants
+from processes import command_line, descendants
+
+START_SECONDS = 150.0
 
 NAMES = (
     "reward/mean",
@@ -18,7 +21,9 @@ NAMES = (
 
 
 def engines(run):
-    return [pid for pid in descendants(run.process.pid) if "atropos_exp.engine.hf_server" in command_line(pid)]
+    lines = {pid: command_line(pid) for pid in descendants(run.process.pid)}
+    servers = [pid for pid, words in lines.items() if "atropos_exp.engine.hf_server" in words]
+    return [pid for pid in servers if not any(word.endswith("guard.py") for word in lines[pid])]
 
 
 def rows_of(log):
