@@ -1,7 +1,6 @@
 """The backend of engine `sglang`: one event loop owns SGLang's engine, and every request is a coroutine on it.
 
-Written against SGLang 0.5.12: `Engine.async_generate` and the tokenizer manager's `update_weights_from_tensor` and
-`flush_cache`.
+Written against SGLang 0.5.12: `async_generate`, and its manager's `update_weights_from_tensor` and `flush_cache`.
 """
 
 from __future__ import annotations
@@ -123,10 +122,9 @@ class SGLangBackend:
             try:
                 return await asyncio.wait_for(work, max(0.0, deadline - time.monotonic()))
             except TimeoutError:
+                state = "paused" if self._paused else "busy"
                 problem = f"; {self._account.problem}" if self._account.problem else ""
-                raise Refused(
-                    503, f"held by the engine until its deadline: {'paused' if self._paused else 'busy'}{problem}"
-                ) from None
+                raise Refused(503, f"held by the engine until its deadline: {state}{problem}") from None
 
         return asyncio.run_coroutine_threadsafe(bounded(), self.loop)
 
