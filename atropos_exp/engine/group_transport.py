@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import threading
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,7 @@ class GroupTransport:
         self._group: Group | None = None
         self._given_up: list[Group] = []
         self._buffer: Tensor | None = None
+        self._resetting = threading.Lock()
 
     @property
     def inherited_fds(self) -> tuple[int, ...]:
@@ -89,10 +91,11 @@ class GroupTransport:
         """The buffer stays for the next update."""
 
     def reset(self) -> None:
-        if self._group is not None:
-            self._group.give_up()
-            self._given_up.append(self._group)
-        self._group, self._buffer = None, None  # a transfer that hangs still has the old buffer
+        with self._resetting:  # servers that share this transport are restarted side by side
+            group, self._group, self._buffer = self._group, None, None  # a transfer that hangs still has the old buffer
+            if group is not None:
+                group.give_up()
+                self._given_up.append(group)
 
     def close(self) -> None:
         """After the servers have ended, so that nothing waits for them any more."""

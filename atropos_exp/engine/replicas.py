@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from typing import TYPE_CHECKING
 
 from atropos_exp.engine.update import together, update
@@ -89,4 +89,7 @@ class Replicas:
         together(lost or self._clients, lambda client: client.restart())
 
     def stop(self) -> None:
-        together(self._clients, lambda client: client.stop())
+        """One after the other: each closes the transport that they share."""
+        with ExitStack() as stack:
+            for client in self._clients:
+                stack.callback(client.stop)

@@ -183,11 +183,16 @@ def test_a_server_lost_in_the_middle_of_an_update_to_a_group(
                         os.kill(engines.replicas[0].process.pid, signal.SIGKILL)
                     yield pair
 
-        resync = Resync(manage(Kills(trainer.model), engines), engines, ALONE, max_restarts=1)
+        resync = Resync(manage(Kills(trainer.model), engines), engines, ALONE, max_restarts=2)
         survivor = engines.replicas[1].process.pid
         assert resync.publish(2).policy_version == 2
         assert (resync.num_restarts, resync.num_syncs, resync.num_verified) == (1, 2, 1)
         assert engines.replicas[1].process.pid == survivor
+
+        for one in engines.replicas:  # started anew side by side, on the transport that they share
+            os.kill(one.process.pid, signal.SIGKILL)
+            one.process.wait(10)
+        assert (resync.publish(3).policy_version, resync.num_restarts) == (3, 2)
         engines.check()
     finally:
         engines.stop()
