@@ -184,6 +184,27 @@ def resolve_lanes(lanes: Tensor) -> list[str]:
     return ["".join(f"{lane & 0xFFFFFFFFFFFFFFFF:016x}" for lane in pair) for pair in lanes.tolist()]
 
 
+class Digests:
+    """Digests of tensors that come bucket by bucket; those on a device are waited for only when they are read."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, str] = {}
+        self._lanes: list[tuple[list[str], Tensor]] = []
+
+    def add(self, bucket: Sequence[tuple[str, Tensor]]) -> None:
+        if any(tensor.device.type == "cpu" for _, tensor in bucket):
+            self._known.update((name, digest(tensor)) for name, tensor in bucket)
+        elif bucket:
+            self._lanes.append(([name for name, _ in bucket], digest_lanes([tensor for _, tensor in bucket])))
+
+    def read(self) -> dict[str, str]:
+        """Of every tensor so far."""
+        for names, lanes in self._lanes:
+            self._known.update(zip(names, resolve_lanes(lanes), strict=True))
+        self._lanes.clear()
+        return self._known
+
+
 def dtype_name(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 

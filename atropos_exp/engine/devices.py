@@ -40,8 +40,7 @@ def transport_problems(transport: str, gpus: Sequence[int] | None, *, device: st
 def choose_transport(transport: str, gpus: Sequence[int] | None, *, device: str) -> str:
     """`auto` resolved. Raises UserError for one that needs the engine on other GPUs where it is not."""
     on_gpu = device.startswith("cuda")
-    kept = os.environ.get(DEVICES_VARIABLE)
-    others = kept.split(",") if kept else [str(gpu) for gpu in gpus or ()]
+    others = _own(gpus) or []
     if transport == "nccl" and (not on_gpu or not others or _name(device) in others):
         raise UserError(
             "engine.transport is nccl, which sends weights to other GPUs than the trainer's, but the engine has "
@@ -53,6 +52,13 @@ def choose_transport(transport: str, gpus: Sequence[int] | None, *, device: str)
     if not on_gpu or _name(device) in others:
         return "shm"  # NCCL takes a GPU once, and not every server is on the trainer's
     return "nccl" if others else "cuda_ipc"
+
+
+def _own(gpus: Sequence[int] | None) -> list[str] | None:
+    """The engine's own GPUs: those that a launcher keeps for it, else `gpus`."""
+    if kept := os.environ.get(DEVICES_VARIABLE):
+        return kept.split(",")
+    return None if gpus is None else [str(gpu) for gpu in gpus]
 
 
 def _name(device: str) -> str:
@@ -69,8 +75,7 @@ def visible_devices(
     Raises UserError."""
     if not device.startswith("cuda"):
         return [None] * data_parallel_size
-    kept = os.environ.get(DEVICES_VARIABLE)
-    names = kept.split(",") if kept else None if gpus is None else [str(gpu) for gpu in gpus]
+    names = _own(gpus)
     needed = tensor_parallel_size * data_parallel_size
     if names is None:
         if data_parallel_size > 1:

@@ -8,13 +8,13 @@ without quantisation, `load_weights` alone is many times faster), and `compute_l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from atropos_exp.engine.backend import Message
 from atropos_exp.engine.bucket import BucketSource, Kind
-from atropos_exp.wire_tensors import digest_lanes, digests, resolve_lanes
+from atropos_exp.wire_tensors import Digests, digests
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,23 +34,7 @@ class Arrived:
     kinds: Mapping[str, Kind]  # of every tensor that an update brings
     is_plain: bool = False  # loaded straight into the parameters
     names: set[str] = field(default_factory=set)
-    digests: dict[str, str] = field(default_factory=dict)
-    lanes: list[tuple[list[str], Tensor]] = field(default_factory=list)  # of tensors on a device, read when asked for
-
-    def digest(self, bucket: Sequence[tuple[str, Tensor]]) -> None:
-        """Of tensors as they arrive."""
-        if not bucket:
-            return
-        if bucket[0][1].device.type == "cpu":
-            self.digests.update(zip([name for name, _ in bucket], digests([t for _, t in bucket]), strict=True))
-        else:
-            self.lanes.append(([name for name, _ in bucket], digest_lanes([tensor for _, tensor in bucket])))
-
-    def resolved(self) -> dict[str, str]:
-        for names, lanes in self.lanes:
-            self.digests.update(zip(names, resolve_lanes(lanes), strict=True))
-        self.lanes.clear()
-        return self.digests
+    digests: Digests = field(default_factory=Digests)  # as tensors arrived
 
 
 class WeightWorker:
@@ -90,7 +74,7 @@ class WeightWorker:
         arrived = self.atropos_arrived
         bucket = list(source.read(message, receiver=self.rank))
         arrived.names.update(name for name, _ in bucket)
-        arrived.digest([(name, tensor) for name, tensor in bucket if name in tied or not arrived.is_plain])
+        arrived.digests.add([(name, tensor) for name, tensor in bucket if name in tied or not arrived.is_plain])
 
         def weights() -> Iterator[tuple[str, Tensor]]:
             for name, tensor in bucket:
@@ -123,7 +107,7 @@ class WeightWorker:
         resident = {name: tensor for name, tensor in self.atropos_resident().items() if name in arrived.names}
         tensors = [tensor if on_device else tensor.cpu() for tensor in resident.values()]
         found = dict(zip(resident, digests(tensors), strict=True))
-        held = {**arrived.resolved(), **found}
+        held = {**arrived.digests.read(), **found}
         return {name: (held[name], name in resident) for name in sorted(arrived.names)}
 
     def atropos_score_at(self, temperature: float) -> None:

@@ -15,7 +15,7 @@ from atropos_exp.gateway.sampling import Completion, SamplingRequest
 from atropos_exp.gateway.text import Text
 from atropos_exp.gateway.upstream import Answer, Scored
 from atropos_exp.gateway.upstreams import Upstreams
-from atropos_exp.types import Floats, TokenIds
+from atropos_exp.types import Floats, SamplingParams, TokenIds
 
 LOWEST_LOGPROB = -9999.0  # in the place of minus infinity, which JSON cannot carry; vLLM's choice too
 
@@ -45,17 +45,17 @@ class Sampler:
         stop_token_ids = request.stop_token_ids
         if not request.ignore_eos:
             stop_token_ids = tuple(sorted({*stop_token_ids, *self.stop_token_ids}))
-        await self.gate.enter()
-        answer = await self.upstream.generate(
-            request.prompts,
-            num_samples=request.num_samples,
+        params = SamplingParams(
             temperature=request.temperature,
             top_p=request.top_p,
             top_k=request.top_k,
             max_tokens=max_tokens,
             stop_token_ids=stop_token_ids,
             seed=seed,
-            seconds=self._seconds_left(started),
+        )
+        await self.gate.enter()
+        answer = await self.upstream.generate(
+            request.prompts, params, num_samples=request.num_samples, seconds=self._seconds_left(started)
         )
         return self._completions(request, answer)
 

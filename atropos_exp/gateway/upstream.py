@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from atropos_exp.gateway.refusal import Refusal
-from atropos_exp.types import Endpoint, Floats, Mask, TokenIds
+from atropos_exp.types import Endpoint, Floats, Mask, SamplingParams, TokenIds
 from atropos_exp.wire import HEARTBEAT, WireError, flatten, pack, unpack
 
 KINDS = ("hf",)  # engines whose protocol is spoken here
@@ -65,29 +65,19 @@ class Upstream:
         await self._session.close()
 
     async def generate(
-        self,
-        prompts: tuple[TokenIds, ...],
-        *,
-        num_samples: int,
-        temperature: float,
-        top_p: float,
-        top_k: int,
-        max_tokens: int,
-        stop_token_ids: tuple[int, ...],
-        seed: int,
-        seconds: float,
+        self, prompts: tuple[TokenIds, ...], params: SamplingParams, *, num_samples: int, seconds: float
     ) -> Answer:
         flat, lengths = flatten(prompts, np.int32)
         message = {
             "token_ids": flat,
             "lengths": lengths,
             "num_samples": num_samples,
-            "temperature": temperature,
-            "top_p": top_p,
-            "top_k": top_k,
-            "max_tokens": max_tokens,
-            "stop_token_ids": list(stop_token_ids),
-            "seed": seed,
+            "temperature": params.temperature,
+            "top_p": params.top_p,
+            "top_k": params.top_k,
+            "max_tokens": params.max_tokens,
+            "stop_token_ids": list(params.stop_token_ids),
+            "seed": params.seed,
         }
         answer = await self._exchange("/generate", message, seconds)
         return Answer(

@@ -11,7 +11,7 @@ from typing import TypeVar
 from atropos_exp.gateway.counters import Counters
 from atropos_exp.gateway.refusal import Refusal
 from atropos_exp.gateway.upstream import Answer, Scored, Upstream
-from atropos_exp.types import TokenIds
+from atropos_exp.types import SamplingParams, TokenIds
 
 Value = TypeVar("Value")
 BLOCK_TOKENS = 64  # a prompt is remembered by its first block, its first two, …, and as a whole
@@ -40,32 +40,12 @@ class Upstreams:
             await server.close()
 
     async def generate(
-        self,
-        prompts: tuple[TokenIds, ...],
-        *,
-        num_samples: int,
-        temperature: float,
-        top_p: float,
-        top_k: int,
-        max_tokens: int,
-        stop_token_ids: tuple[int, ...],
-        seed: int,
-        seconds: float,
+        self, prompts: tuple[TokenIds, ...], params: SamplingParams, *, num_samples: int, seconds: float
     ) -> Answer:
         """See `Upstream.generate`. All rows of a request are drawn by one server."""
 
         def work(server: Upstream, seconds: float) -> Awaitable[Answer]:
-            return server.generate(
-                prompts,
-                num_samples=num_samples,
-                temperature=temperature,
-                top_p=top_p,
-                top_k=top_k,
-                max_tokens=max_tokens,
-                stop_token_ids=stop_token_ids,
-                seed=seed,
-                seconds=seconds,
-            )
+            return server.generate(prompts, params, num_samples=num_samples, seconds=seconds)
 
         return await self._ask(prompts[0], len(prompts) * num_samples, work, seconds)
 

@@ -98,7 +98,7 @@ class ShardingManager:
                     laps("open")
                     for bucket in self._buckets(parameters, account):
                         laps("gather")
-                        account.digest(bucket)
+                        account.digests.add(bucket)
                         laps("digest")
                         receiver.receive(bucket)
                         laps("send")
@@ -137,7 +137,7 @@ class ShardingManager:
         expected = receiver.expected()
         check_complete(account.kinds, expected)
         held = receiver.digests()  # asked for while the device may still be at ours
-        return check_digests(account.resolve_digests(), held, expected)
+        return check_digests(account.digests.read(), held, expected)
 
     def _score_canary(self, version: int, ours: Sequence[Floats]) -> tuple[float, float]:
         """Largest and mean gap on rank 0, zeros elsewhere."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from atropos_exp.types import Floats, TokenIds
-from atropos_exp.wire_tensors import digest, digest_lanes, dtype_name, resolve_lanes
+from atropos_exp.wire_tensors import Digests, dtype_name
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,8 +27,7 @@ class Account:
     """What the sender handed over during one update."""
 
     kinds: dict[str, tuple[str, tuple[int, ...]]] = field(default_factory=dict)  # name -> (dtype, shape)
-    digests: dict[str, str] = field(default_factory=dict)
-    lanes: list[tuple[list[str], Tensor]] = field(default_factory=list)  # of buckets on a device, read at the end
+    digests: Digests = field(default_factory=Digests)  # of what went on the line
     num_bytes: int = 0
 
     def add(self, name: str, tensor: Tensor) -> None:
@@ -36,20 +35,6 @@ class Account:
             raise SyncError(f"the trainer gave {name} twice")
         self.kinds[name] = (dtype_name(tensor), tuple(tensor.shape))
         self.num_bytes += tensor.nbytes
-
-    def digest(self, bucket: Sequence[tuple[str, Tensor]]) -> None:
-        """Of tensors that were added, before they go on the line."""
-        if any(tensor.device.type == "cpu" for _, tensor in bucket):
-            self.digests.update((name, digest(tensor)) for name, tensor in bucket)
-        else:
-            self.lanes.append(([name for name, _ in bucket], digest_lanes([tensor for _, tensor in bucket])))
-
-    def resolve_digests(self) -> dict[str, str]:
-        """Of every tensor that was digested."""
-        for names, lanes in self.lanes:
-            self.digests.update(zip(names, resolve_lanes(lanes), strict=True))
-        self.lanes.clear()
-        return self.digests
 
 
 def check_complete(sent: TensorKinds, expected: TensorKinds) -> None:

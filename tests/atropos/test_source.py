@@ -4,48 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import httpx
-import numpy as np
 import pytest
+from ledger_book import Book
 
 from atropos_exp.atropos.client import AtroposClient, Registration
 from atropos_exp.atropos.intake import Intake
 from atropos_exp.atropos.registration import ForeignRun
 from atropos_exp.atropos.source import AtroposSource
 from atropos_exp.atropos.supervisor import Supervisor
-from atropos_exp.gateway.ledger import Ledger
-from atropos_exp.types import Floats, Mask, Provenance, SourceUnavailable, TokenIds
+from atropos_exp.types import SourceUnavailable
 
 OURS = Registration(
     wandb_group="g", wandb_project="p", batch_size=4, max_token_len=9, checkpoint_dir="c",
     save_checkpoint_interval=2, starting_step=0, num_steps=9,
 )  # fmt: skip
-
-
-class Book:
-    """The gateway's ledger without the gateway."""
-
-    def __init__(self) -> None:
-        self.ledger = Ledger(max_tokens=100_000, name="book")
-
-    def sampled(self, tag: int, version: int) -> None:
-        for _ in range(2):
-            self.ledger.add(
-                np.array([1], np.int32), np.array([tag], np.int32), np.array([-0.5], np.float32),
-                policy_version=version, temperature=1.0,
-            )  # fmt: skip
-
-    def lookup(
-        self,
-        sequences: Sequence[tuple[TokenIds, Mask]],
-        *,
-        claim: bool,
-        logprobs: Sequence[Floats | None] | None = None,
-    ) -> list[Provenance | None]:
-        return [self.ledger.lookup(ids, trained, claim=claim) for ids, trained in sequences]
 
 
 @pytest.fixture
@@ -89,7 +65,8 @@ def test_batches_that_were_formed_together_are_trained_oldest_first(
 ) -> None:
     assert source.connect(step=1) is None
     for tag, version in ((10, 0), (11, 0), (12, 2), (13, 2), (14, 1), (15, 1)):
-        book.sampled(tag, version)
+        for _ in range(2):
+            book.sampled([1], [tag], version=version)
         send(api, tag)
     assert [tags(source.take(2, step=3)[0]) for _ in range(3)] == [[10, 11], [14, 15], [12, 13]]
     assert source.counters()["atropos/batches"] == 3.0

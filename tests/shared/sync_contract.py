@@ -52,27 +52,7 @@ class SyncContract:
         assert sample.policy_version == version
 
     def test_a_tied_head_may_come_under_its_own_name_if_equal(self, engine: EngineClient) -> None:
-        model = random_model(seed=3)
-
-        class WithHead(HeldModel):
-            offset = 0.0
-
-            def parameters(self) -> Any:
-                yield "lm_head.weight", model.lm_head.weight + self.offset
-                yield from super().parameters()
-
-        trainer = WithHead(model)
-        version = engine.version() + 1
-        stats = manage(trainer, engine).publish(version)
-        assert stats.num_tensors == stats.digests_compared + 1
-        trainer.offset = 0.5
-        with pytest.raises(EngineError, match=r"lm_head\.weight is tied to model\.embed_tokens\.weight"):
-            manage(trainer, engine).publish(version + 1)
-        with pytest.raises(EngineError, match="weights incomplete: update to version"):
-            engine.check()
-        trainer.offset = 0.0
-        manage(trainer, engine).publish(version + 1)  # a complete update makes it whole again
-        engine.check()
+        check_tied_head_under_its_own_name(engine)
 
     def test_requests_during_an_update_wait_for_its_weights(self, engine: EngineClient) -> None:
         trainer = HeldModel(random_model(seed=5))
@@ -119,3 +99,27 @@ class SyncContract:
         finally:
             engine.stop()
         assert {path.name for path in tmp_path.iterdir()} == {"model", "engine.log"}
+
+
+def check_tied_head_under_its_own_name(engine: EngineClient) -> None:
+    model = random_model(seed=3)
+
+    class WithHead(HeldModel):
+        offset = 0.0
+
+        def parameters(self) -> Any:
+            yield "lm_head.weight", model.lm_head.weight + self.offset
+            yield from super().parameters()
+
+    trainer = WithHead(model)
+    version = engine.version() + 1
+    stats = manage(trainer, engine).publish(version)
+    assert stats.num_tensors == stats.digests_compared + 1
+    trainer.offset = 0.5
+    with pytest.raises(EngineError, match=r"lm_head\.weight is tied to model\.embed_tokens\.weight"):
+        manage(trainer, engine).publish(version + 1)
+    with pytest.raises(EngineError, match="weights incomplete: update to version"):
+        engine.check()
+    trainer.offset = 0.0
+    manage(trainer, engine).publish(version + 1)  # a complete update makes it whole again
+    engine.check()

@@ -15,6 +15,7 @@ HERE = Path(__file__).parent
 # `slurm_cluster`, and of the tests beside these `experiments` and `page_text`
 sys.path[:0] = [str(HERE), str(HERE.parent / "e2e"), str(HERE.parent / "sweep")]
 
+from experiments import run  # noqa: E402
 from slurm_cluster import Cluster  # noqa: E402
 
 LONG = ("test_sweep.py", "test_preemption.py", "test_failures.py", "test_runs.py")
@@ -54,3 +55,11 @@ def cluster() -> Iterator[Cluster]:
         yield found
     finally:
         found.wipe()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of the test file's `RUN` that nothing disturbs, not under Slurm."""
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    run(folder, *request.module.RUN, timeout=400)
+    return folder

@@ -7,21 +7,13 @@ import os
 import signal
 from pathlib import Path
 
-import pytest
-from experiments import metrics, run, summary
+from experiments import metrics, summary
 from slurm_cluster import Cluster, assert_same, ends, last_step, output, rank_pid
 
 from atropos_exp.cluster.slurm_attempts import Attempt, read_attempts
 
 NUM_STEPS = 60
 RUN = (f"trainer.max_steps={NUM_STEPS}", "checkpoint.every=6", "eval.num_prompts=0")
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("undisturbed") / "run"
-    run(folder, *RUN, timeout=400)
-    return folder
 
 
 def test_a_time_limit(cluster: Cluster, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from experiments import run, summary
+from experiments import summary
 from slurm_cluster import Cluster, assert_same, ends, last_step, output
 
 from atropos_exp.cluster.slurm_attempts import read_attempts
@@ -16,13 +16,6 @@ from atropos_exp.cluster.slurm_attempts import read_attempts
 NUM_PREEMPTIONS = 10
 NUM_STEPS = 100
 RUN = (f"trainer.max_steps={NUM_STEPS}", "checkpoint.every=6", "eval.num_prompts=0")
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("undisturbed") / "run"
-    run(folder, *RUN, timeout=400)
-    return folder
 
 
 @pytest.fixture

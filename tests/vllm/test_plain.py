@@ -12,6 +12,7 @@ import pytest
 from faulty_lines import SQUARE, BreaksHalfWay, DeliversOld, LosesOne, TransposesOne
 from publishing import HeldModel, manage
 from random_models import completion_logprobs, random_model, random_prompts
+from sync_contract import check_tied_head_under_its_own_name
 
 from atropos_exp.engine import vllm
 from atropos_exp.engine.client import EngineClient
@@ -70,23 +71,7 @@ def test_every_digest_is_of_a_resident_tensor(plain: EngineClient, trainer: Any)
 
 
 def test_a_tied_head_under_its_own_name_is_compared_with_the_embedding(plain: EngineClient) -> None:
-    model = random_model(seed=3)
-
-    class WithHead(HeldModel):
-        offset = 0.0
-
-        def parameters(self) -> Any:
-            yield "lm_head.weight", model.lm_head.weight + self.offset
-            yield from super().parameters()
-
-    trainer = WithHead(model)
-    version = plain.version() + 1
-    manage(trainer, plain).publish(version)
-    trainer.offset = 0.5
-    with pytest.raises(EngineError, match=r"lm_head\.weight is tied to model\.embed_tokens\.weight"):
-        manage(trainer, plain).publish(version + 1)
-    trainer.offset = 0.0
-    manage(trainer, plain).publish(version + 1)
+    check_tied_head_under_its_own_name(plain)
 
 
 @pytest.mark.parametrize(
