@@ -9,6 +9,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from atropos_exp.types import UserError
 from data_prep.builder import Builder, defaults_of
 from data_prep.folder import build_into
@@ -51,6 +53,8 @@ def _option(name: str) -> str:
 
 
 def _listed(value: Any, builder: type[Builder], name: str) -> Any:
-    """Command-line text for a list argument: 'a,b,c'."""
+    """Command-line text for a list argument, 'a,b,c', or for a table, in YAML: '{a: 1}'."""
     annotation = {one.name: str(one.type) for one in fields(builder)}[name]
+    if isinstance(value, str) and annotation.startswith("dict"):
+        return yaml.safe_load(value)
     return value.split(",") if isinstance(value, str) and annotation.startswith("list") else value

@@ -6,7 +6,8 @@ python -m data_prep.reasoning_gym --out outputs/data/reasoning_gym --tasks chain
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from atropos_exp.data.raw import make_row
@@ -34,6 +35,9 @@ class ReasoningGymTasks:
     MAY_HANG: ClassVar[bool] = False
 
     tasks: list[str] = field(default_factory=lambda: list(TASKS), metadata={"help": "names of the library's tasks"})
+    options: dict[str, dict[str, Any]] = field(
+        default_factory=dict, metadata={"help": "by task, options of the library's generator: how hard it is"}
+    )
     num_train: int = argument(2100, "training entries over all tasks, before duplicates are dropped")
     num_test: int = argument(210, "held-out entries over all tasks, before duplicates are dropped")
     seed: int = argument(0, "of the entries")
@@ -41,6 +45,8 @@ class ReasoningGymTasks:
     def __post_init__(self) -> None:
         if not self.tasks or len(set(self.tasks)) != len(self.tasks):
             raise UserError(f"tasks: got {self.tasks}, expected different names of reasoning_gym's tasks")
+        if unused := sorted(set(self.options) - set(self.tasks)):
+            raise UserError(f"options: {', '.join(unused)}: not among the tasks {', '.join(self.tasks)}")
         at_least(len(self.tasks), num_train=self.num_train, num_test=self.num_test)
         at_least(0, seed=self.seed)
 
@@ -55,7 +61,7 @@ class ReasoningGymTasks:
         columns: dict[str, list[list[dict[str, Any]]]] = {"test": [], "train": []}
         for place, task in enumerate(self.tasks):
             num_test, num_train = shares["test"][place], shares["train"][place]
-            entries = _entries(task, num_test + num_train, self.seed)
+            entries = _entries(task, num_test + num_train, self.seed, self.options.get(task, {}))
             columns["test"].append(entries[:num_test])
             columns["train"].append(entries[num_test:])
         rows = {
@@ -99,7 +105,7 @@ class ReasoningGymTasks:
         ]
 
 
-def _entries(task: str, count: int, seed: int) -> list[dict[str, Any]]:
+def _entries(task: str, count: int, seed: int, options: Mapping[str, Any]) -> list[dict[str, Any]]:
     import reasoning_gym
     from reasoning_gym.factory import DATASETS
 
@@ -109,7 +115,13 @@ def _entries(task: str, count: int, seed: int) -> list[dict[str, Any]]:
         raise UserError(
             f"tasks: reasoning_gym has no task {task!r}; it has {len(DATASETS)}.{did_you_mean(task, DATASETS)}"
         )
-    dataset = reasoning_gym.create_dataset(task, size=count, seed=seed)
+    known = {one.name for one in fields(DATASETS[task][1])} - {"seed", "size"}
+    if unknown := sorted(set(options) - known):
+        raise UserError(f"options.{task}.{unknown[0]}: unknown; expected {', '.join(sorted(known))}")
+    try:
+        dataset = reasoning_gym.create_dataset(task, size=count, seed=seed, **options)
+    except (AssertionError, TypeError, ValueError) as error:  # the library's own checks
+        raise UserError(f"options.{task}: {dict(options)} is refused by reasoning_gym: {error}") from error
     return [dataset[index] for index in range(count)]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -140,6 +141,28 @@ def test_reasoning_gym_tasks_in_equal_shares() -> None:
 def test_an_unknown_task_is_told_with_the_nearest() -> None:
     with pytest.raises(UserError, match=r"no task 'chain_summ'; it has \d+\. Did you mean 'chain_sum'\?"):
         ReasoningGymTasks(tasks=["chain_summ"]).draft()
+
+
+def test_options_of_a_task_set_how_hard_it_is() -> None:
+    easy = {"chain_sum": {"max_terms": 2, "max_digits": 1}}
+    rows = ReasoningGymTasks(tasks=["chain_sum", "syllogism"], options=easy, num_train=60, num_test=10).draft().train
+    sums = [row["prompt"][0]["content"] for row in rows if row["extra_info"]["task"] == "chain_sum"]
+    assert len(sums) == 30
+    assert all(re.search(r"[ :]\d [+-] \d =", text) for text in sums)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"gcd": {}}, r"options: gcd: not among the tasks chain_sum"),
+        ({"chain_sum": {"digits": 1}}, r"options\.chain_sum\.digits: unknown; expected .*max_digits"),
+        ({"chain_sum": {"max_terms": 1}}, r"options\.chain_sum: .* is refused by reasoning_gym: max_terms must be"),
+        ({"chain_sum": {"max_terms": "x"}}, r"options\.chain_sum: .* is refused by reasoning_gym: "),
+    ],
+)
+def test_wrong_options_are_told(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        ReasoningGymTasks(tasks=["chain_sum"], options=options).draft()
 
 
 def test_a_scorer_with_a_flaw_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
