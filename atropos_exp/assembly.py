@@ -133,6 +133,7 @@ def _start_trainer_and_engine(
 ) -> tuple[PolicyTrainer, Engine | None]:
     """Both load at the same time. The engine is rank 0's; None elsewhere."""
     parts = checked.parts
+    adapter = {"lora": parts["model"].lora} if getattr(parts["engine"], "lora", "merged") == "adapter" else {}
 
     def start_engine() -> Engine:
         engine: Engine = parts["engine"].start(
@@ -140,6 +141,7 @@ def _start_trainer_and_engine(
             device=checked.device,
             log_folder=folder.path / "log",
             max_sequence_length=checked.run.max_prompt_length + checked.run.max_response_length,
+            **adapter,
         )
         return engine
 

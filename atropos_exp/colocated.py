@@ -39,6 +39,9 @@ class ColocatedTrainer:
     def parameters(self) -> Iterator[tuple[str, Tensor]]:
         return self._trainer.parameters()
 
+    def adapter(self, *, with_base: bool) -> Iterator[tuple[str, Tensor]]:
+        return self._trainer.adapter(with_base=with_base)
+
     def save(self, folder: Path) -> None:
         self._trainer.save(folder)
 

@@ -104,6 +104,7 @@ def check(config: DictConfig) -> tuple[Checked | None, list[Mistake]]:
         **_facts(run),
         "device": device,
         "world_size": sizes.world_size,
+        "lora": getattr(parts.get("model"), "lora", None),
         "uses_atropos": uses_atropos,
         "launches_atropos": uses_atropos and bool(getattr(parts.get("atropos"), "launch", False)),
     }

@@ -147,7 +147,8 @@ class WeightReceiver(Protocol):
     """The engine's side of one weight update."""
 
     def expected(self) -> Mapping[str, tuple[str, tuple[int, ...]]]:
-        """name -> (dtype, shape) of every tensor the engine must be given."""
+        """name -> (dtype, shape) of every tensor the engine must be given in this update. Names of LoRA matrices among
+        them (`wire_tensors.is_adapter`) ask for `PolicyTrainer.adapter`, nothing else for it without the base."""
         ...
 
     def receive(self, bucket: Sequence[tuple[str, Tensor]]) -> None:
@@ -170,6 +171,11 @@ class PolicyTrainer(Protocol):
 
     def parameters(self) -> Iterator[tuple[str, Tensor]]:
         """Full tensors one by one under their Hugging Face names, LoRA merged. Consume all of it on every rank."""
+        ...
+
+    def adapter(self, *, with_base: bool) -> Iterator[tuple[str, Tensor]]:
+        """LoRA's matrices one by one, `<module>.lora_A.weight` [rank, in] and `<module>.lora_B.weight` [out, rank], B
+        already multiplied by alpha / rank; and the frozen base under its Hugging Face names, if it is wanted too."""
         ...
 
     def save(self, folder: Path) -> None:

@@ -17,6 +17,7 @@ TENSOR_DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}  # name -> bytes of 
 _DIGEST_CHUNK = 1 << 22  # words of 8 bytes at once: bounds the work space on the device to some 200 MiB
 _DIGEST_GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as int64: SplitMix64's constants
 _DIGEST_MIX = -4658895280553007687  # 0xBF58476D1CE4E5B9
+LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"  # after the name of the module that they adapt, as PEFT has it
 ALIGNMENT = 64  # bytes; every tensor of a bucket starts at a multiple of it
 
 
@@ -203,6 +204,11 @@ class Digests:
             self._known.update(zip(names, resolve_lanes(lanes), strict=True))
         self._lanes.clear()
         return self._known
+
+
+def is_adapter(name: str) -> bool:
+    """Of a LoRA matrix that is sent by itself."""
+    return name.endswith((LORA_A, LORA_B))
 
 
 def dtype_name(tensor: Tensor) -> str:

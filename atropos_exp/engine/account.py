@@ -11,10 +11,20 @@ from atropos_exp.engine.bucket import Kind
 class UpdateAccount:
     """Says no to what does not fit. It holds no tensor. One thread uses it."""
 
-    def __init__(self, expected: Mapping[str, Kind], aliases: Mapping[str, str], *, problem: str | None = None) -> None:
-        """`aliases`: tied name -> the expected name that owns the tensor. `problem`: why not to sample yet."""
-        self.expected = dict(expected)
+    def __init__(
+        self,
+        base: Mapping[str, Kind],
+        aliases: Mapping[str, str],
+        *,
+        adapter: Mapping[str, Kind] | None = None,
+        problem: str | None = None,
+    ) -> None:
+        """`base`, `adapter`: what an update brings; with an adapter, the base only where it is not held already.
+        `aliases`: tied name -> the expected name that owns the tensor. `problem`: why not to sample yet."""
+        self.adapter = dict(adapter or {})
+        self.kinds = {**base, **self.adapter}  # of every tensor that may come
         self.aliases = dict(aliases)
+        self._holds_base = False  # it came in a complete update, and nothing has touched it since
         self.version = 0  # of the last complete update; 0: as loaded from the folder
         self.problem = problem  # why the weights are not one consistent policy
         self._next_version: int | None = None  # of the update in progress
@@ -25,8 +35,14 @@ class UpdateAccount:
         """An update is in progress."""
         return self._next_version is not None
 
+    @property
+    def expected(self) -> dict[str, Kind]:
+        """Every tensor that the next update must bring, or the one in progress."""
+        return self.adapter if self._holds_base and self.adapter else self.kinds
+
     def begin(self, version: int) -> None:
         """Start over with an empty account, whatever came before."""
+        self._holds_base = self._holds_base and self.problem is None
         if version < self.version:
             raise Refused(409, f"update to version {version} refused: version {self.version} is already served")
         self._next_version = version
@@ -39,6 +55,7 @@ class UpdateAccount:
     def fall_asleep(self) -> None:
         """The weights are gone, until an update brings new ones."""
         assert self._next_version is None, "not during an update"
+        self._holds_base = False
         self.problem = f"asleep since version {self.version}: the trainer has the memory; the next update wakes it"
 
     def admit(self, name: str, kind: Kind) -> None:
@@ -47,7 +64,7 @@ class UpdateAccount:
             raise Refused(409, f"{name} sent without an update in progress")
         if name in self._received:
             raise Refused(400, f"{name} sent twice in the update to version {self._next_version}")
-        want = self.expected.get(self.aliases.get(name, name))
+        want = self.kinds.get(self.aliases.get(name, name))
         if want is None:
             raise Refused(400, f"{name} is not a parameter of the served model")
         if kind != want:
@@ -57,6 +74,7 @@ class UpdateAccount:
         """It is loaded now: from the first one on the weights are incomplete until `finish`."""
         if name not in self.aliases:
             self._received.add(name)
+            self._holds_base = self._holds_base and name in self.adapter
             self.problem = self._interrupted()
 
     def check_complete(self) -> None:
@@ -72,6 +90,7 @@ class UpdateAccount:
     def finish(self) -> None:
         assert self._next_version is not None, "check_complete comes first"
         self.version, self._next_version = self._next_version, None
+        self._holds_base = True
         self.problem = None
 
     def abort(self) -> None:
@@ -79,6 +98,7 @@ class UpdateAccount:
         if self._next_version is not None:
             self.problem = self._interrupted()
             self._next_version = None
+            self._holds_base = False
 
     def _interrupted(self) -> str:
         return (

@@ -6,7 +6,7 @@ import json
 import mmap
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from atropos_exp.engine.backend import Message, Refused
 from atropos_exp.engine.group import GroupSource
 from atropos_exp.wire import WireError
-from atropos_exp.wire_tensors import Piece, read_piece
+from atropos_exp.wire_tensors import LORA_A, LORA_B, Piece, read_piece
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -124,6 +124,18 @@ def expected_tensors(folder: Path, *, dtype: str, is_tied: bool) -> dict[str, Ki
                 found[name] = (dtype, shape)
     if not found:
         raise SystemExit(f"no weights in {folder}: this engine needs them as *.safetensors")
+    return found
+
+
+def adapter_tensors(base: Mapping[str, Kind], *, rank: int, target_modules: Sequence[str]) -> dict[str, Kind]:
+    """The LoRA matrices of a model with these tensors: of every linear layer with the name of a target, as PEFT has
+    it."""
+    found: dict[str, Kind] = {}
+    for name, (dtype, shape) in base.items():
+        module = name.removesuffix(".weight")
+        if len(shape) == 2 and module != name and module.endswith(tuple(f".{target}" for target in target_modules)):
+            found[module + LORA_A] = (dtype, (rank, shape[1]))
+            found[module + LORA_B] = (dtype, (shape[0], rank))
     return found
 
 

@@ -44,10 +44,12 @@ def update(clients: Sequence[EngineClient], transport: Transport, version: int) 
         client.exchange("/weights/abort", {}, what="the update to be given up", seconds=GIVE_UP_SECONDS)
         client.resume()
 
-    expected = together(clients, lambda client: client.info()["expected"])
-    if any(other != expected[0] for other in expected):
+    expected = together(
+        clients, lambda client: {name: (kind, tuple(shape)) for name, kind, shape in client.info()["expected"]}
+    )
+    kinds = max(expected, key=len)  # a server that was started anew needs the base, the others then get it as well
+    if any(not other.items() <= kinds.items() for other in expected):
         raise EngineError("the engine's servers expect different tensors")
-    kinds = {name: (kind, tuple(shape)) for name, kind, shape in expected[0]}
     try:
         together(clients, lambda client: client.pause())
         ask("/weights/begin", f"the update to version {version} to begin", {"version": version})

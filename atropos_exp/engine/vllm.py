@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from atropos_exp.engine.client import EngineClient
 from atropos_exp.engine.devices import gpu_problems, transport_problems
@@ -22,6 +23,18 @@ INSTALL = (
     "on a GPU `pip install vllm==0.24.0 msgpack xxhash` in an environment of its own"
 )
 DEFAULT_CPU_CACHE_GB = 1.0
+LORA = ("merged", "adapter")
+MAX_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM reserves room for
+
+
+class LoraChoice(Protocol):
+    """Of `model.lora`."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def target_modules(self) -> Sequence[str]: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +52,7 @@ class VLLMEngine:
     max_num_seqs: int
     enforce_eager: bool | None
     seeded: bool
+    lora: str
     num_threads: int | None
     transport: str
     start_timeout_seconds: float
@@ -50,7 +64,7 @@ class VLLMEngine:
     def __post_init__(self) -> None:
         check_settings(
             self,
-            choices={"dtype": DTYPES, "transport": TRANSPORTS},
+            choices={"dtype": DTYPES, "transport": TRANSPORTS, "lora": LORA},
             positive=(
                 *("tensor_parallel_size", "data_parallel_size", "gpu_memory_utilization", "kv_cache_gb"),
                 *("max_num_seqs", "num_threads"),
@@ -64,7 +78,7 @@ class VLLMEngine:
     def _python(self) -> str:
         return interpreter(self.python, environment=BESIDE_CHECKOUT)
 
-    def preflight(self, *, device: str) -> list[str]:
+    def preflight(self, *, device: str, lora: LoraChoice | None = None) -> list[str]:
         """What stands in the way of `start`, one sentence each, found without starting a server."""
         problems = environment_problems(
             option="vllm", title="vLLM", python=self._python, is_own=self.python is None, install=INSTALL
@@ -82,15 +96,42 @@ class VLLMEngine:
                 "engine.colocate=true gives the engine's memory to the trainer during an update, so the two must share "
                 f"a GPU; got {where}. Leave engine.colocate=false"
             )
+        if self.lora == "adapter" and lora is not None:
+            reasons = self._against_adapter(lora, on_gpu=device != "cpu")
+            problems += [f"engine.lora=adapter {reason}; use engine.lora=merged" for reason in reasons]
         return problems
 
+    def _against_adapter(self, lora: LoraChoice, *, on_gpu: bool) -> list[str]:
+        """Why these LoRA matrices cannot be served beside the base."""
+        if not lora.rank:
+            return ["sends LoRA matrices by themselves, but model.lora.rank is 0: there are none"]
+        found = []
+        if lora.rank > MAX_LORA_RANKS[-1]:
+            found.append(f"has room for a rank of {MAX_LORA_RANKS[-1]} in vLLM; model.lora.rank is {lora.rank}")
+        if unfit := sorted(set(lora.target_modules) & {"embed_tokens", "lm_head"}):
+            found.append(f"is for linear layers inside the blocks; model.lora.target_modules has {', '.join(unfit)}")
+        if on_gpu and self.dtype == "float32":
+            found.append("needs vLLM's LoRA kernels, which know no float32 on a GPU; engine.dtype is float32")
+        if self.colocate:
+            found.append("keeps the base in the engine, but engine.colocate=true throws it away at every update")
+        return found
+
     def start(
-        self, *, model_folder: Path, device: str, log_folder: Path, max_sequence_length: int
+        self,
+        *,
+        model_folder: Path,
+        device: str,
+        log_folder: Path,
+        max_sequence_length: int,
+        lora: LoraChoice | None = None,
     ) -> EngineClient | Replicas:
         """Start the server on a Hugging Face folder and wait for its first token; raises EngineError.
 
-        `max_sequence_length` is the most tokens that a prompt and its answer have together. The caller stops it.
+        `max_sequence_length` is the most tokens that a prompt and its answer have together. `lora`: of the model, for
+        `engine.lora=adapter`. The caller stops it.
         """
+        assert self.lora == "merged" or lora is not None
+        served = None if lora is None or self.lora == "merged" else lora
         launch = Launch(
             kind="vllm",
             module=SERVER,
@@ -112,14 +153,15 @@ class VLLMEngine:
         )
         launch.check_model()
         return launch.start(
-            *("--engine-arguments", json.dumps(self.engine_arguments(device))),
+            *("--engine-arguments", json.dumps(self.engine_arguments(device, served))),
             *("--step-timeout-seconds", str(self.step_timeout_seconds)),
             *(["--seeded"] if self.seeded else []),
+            *(["--lora-rank", str(served.rank), "--lora-targets", *served.target_modules] if served else []),
             environment=self._environment(),
         )
 
-    def engine_arguments(self, device: str) -> dict[str, Any]:
-        """For vLLM's EngineArgs, besides what every run needs."""
+    def engine_arguments(self, device: str, adapter: LoraChoice | None = None) -> dict[str, Any]:
+        """For vLLM's EngineArgs, besides what every run needs. `adapter`: LoRA matrices to be served by themselves."""
         on_cpu = device == "cpu"
         arguments: dict[str, Any] = {
             "tensor_parallel_size": self.tensor_parallel_size,
@@ -131,6 +173,11 @@ class VLLMEngine:
             arguments["kv_cache_memory_bytes"] = int(cache_gb * 2**30)
         if self.colocate:
             arguments["enable_sleep_mode"] = True
+        if adapter is not None:
+            arguments["enable_lora"] = True
+            arguments["max_loras"] = 1
+            arguments["max_lora_rank"] = min(rank for rank in MAX_LORA_RANKS if rank >= adapter.rank)
+            arguments["lora_target_modules"] = list(adapter.target_modules)  # other layers stay as quick as without
         if not on_cpu:
             arguments["gpu_memory_utilization"] = self.gpu_memory_utilization
         return arguments

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from atropos_exp.engine.backend import Refused, Scored
+from atropos_exp.engine.vllm_adapter import ADAPTER
 from atropos_exp.engine.vllm_generation import Generation
 from atropos_exp.types import TokenIds
 
@@ -24,6 +25,7 @@ class Core:
         self._running: dict[str, tuple[Generation, int]] = {}
         self._single: dict[str, Any] = {}  # request id -> its output, of scores and probes
         self._num_single = 0
+        self._adapter: Any = None  # vLLM's LoRARequest, which goes with every prompt
         self.ended: list[Generation] = []  # their last row has ended; whoever steps takes them out
         self.step_started: float | None = None  # of time.monotonic(), while a step runs
         self.num_steps = 0
@@ -102,6 +104,14 @@ class Core:
         completion = output.outputs[0]
         return completion.token_ids[0], completion.logprobs.logprobs[0], output.num_cached_tokens or 0
 
+    def serve_adapter(self) -> None:
+        """From now on every prompt is for the adapter that the workers hold. It has one number and one name whatever
+        is in it, so vLLM's prefix cache cannot tell an old one from a new one: whoever changes it empties the cache."""
+        from vllm.lora.request import LoRARequest
+
+        path = "brought by weight updates"  # where vLLM would look for it, and fail, had the workers lost it
+        self._adapter = LoRARequest(lora_name="policy", lora_int_id=ADAPTER, lora_path=path)
+
     def ask_workers(self, method: str, *arguments: Any) -> list[Any]:
         answers: list[Any] = self.engine.collective_rpc(method, args=arguments)
         return answers
@@ -141,7 +151,7 @@ class Core:
         return [self._single.pop(name) for name in names]
 
     def _add(self, request_id: str, prompt: TokenIds, sampling: Any) -> None:
-        self.engine.add_request(request_id, {"prompt_token_ids": prompt.tolist()}, sampling)
+        self.engine.add_request(request_id, {"prompt_token_ids": prompt.tolist()}, sampling, lora_request=self._adapter)
 
     def _sampling(self, **values: Any) -> Any:
         from vllm import SamplingParams

@@ -12,8 +12,8 @@ import json
 import logging
 import threading
 
-from atropos_exp.engine.account import UpdateAccount
-from atropos_exp.engine.bucket import expected_tensors
+from atropos_exp.engine.account import UpdateAccount, some
+from atropos_exp.engine.bucket import adapter_tensors, expected_tensors
 from atropos_exp.engine.server import bucket_source, parser, prepare, run_model_thread, serve
 from atropos_exp.engine.vllm_backend import VLLMBackend
 from atropos_exp.engine.vllm_core import Core
@@ -67,7 +67,11 @@ def make_backend(options: argparse.Namespace) -> VLLMBackend:
     core = Core(engine, seeded=options.seeded)
     is_tied = bool(getattr(engine.vllm_config.model_config.hf_text_config, "tie_word_embeddings", False))
     expected = expected_tensors(options.model, dtype=options.dtype, is_tied=is_tied)
-    account = UpdateAccount(expected, {HEAD: EMBEDDING} if is_tied else {}, problem=options.problem)
+    adapter = adapter_tensors(expected, rank=options.lora_rank, target_modules=options.lora_targets)
+    if unserved := core.ask_workers("atropos_unserved", adapter)[0]:
+        raise SystemExit(f"engine.lora=adapter: vLLM adapts no layer {some(unserved)}; use engine.lora=merged")
+    aliases = {HEAD: EMBEDDING} if is_tied else {}
+    account = UpdateAccount(expected, aliases, adapter=adapter, problem=options.problem)
     update = WorkerUpdate(
         core,
         account,
@@ -99,6 +103,8 @@ def _options() -> argparse.Namespace:
     options = parser("atropos_exp.engine.vllm_server", __doc__)
     options.add_argument("--engine-arguments", required=True, help="JSON, for vLLM's EngineArgs")
     options.add_argument("--seeded", action="store_true", help="each row has a random generator of its own")
+    options.add_argument("--lora-rank", type=int, default=0, help="of LoRA matrices that come by themselves")
+    options.add_argument("--lora-targets", nargs="*", default=[], help="layers that they adapt")
     options.add_argument("--step-timeout-seconds", type=float, required=True, help="longer: the model counts as hung")
     return options.parse_args()
 

@@ -63,9 +63,9 @@ class WorkerUpdate:
                 self.core.draw(self._sentinel)
         self._wake("weights")
         self._tied = set()
-        self._account.mark_incomplete()  # vLLM takes its layers apart for the time of the update
+        self._account.mark_incomplete()  # vLLM may take its layers apart for the time of the update
         with self._spent("begin"):
-            self.is_plain = all(self.core.ask_workers("atropos_begin", self._account.expected))
+            self.core.ask_workers("atropos_begin", self._account.kinds)
 
     def load(self, message: Message) -> None:
         kinds = self._source.kinds(message)
@@ -74,7 +74,7 @@ class WorkerUpdate:
         tied = tuple(self._account.aliases)
         self._on_device = self._source.on_device
         with self._spent("load"):
-            self.core.ask_workers("atropos_load", self._source, message, tied)
+            self.is_plain = all(self.core.ask_workers("atropos_load", self._source, message, tied))
         for name, _ in kinds:
             self._account.received(name)
             if name in self._account.aliases:
@@ -87,6 +87,8 @@ class WorkerUpdate:
             self._check_tied()
             with self._spent("finish"):
                 self.core.ask_workers("atropos_end")
+            if self._account.adapter:
+                self.core.serve_adapter()
             self._wake("kv_cache")  # not before: a reload may need the room
             with self._spent("prefixes"):
                 self._forget_prefixes()

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from atropos_exp.engine.backend import Message
 from atropos_exp.engine.bucket import BucketSource, Kind
-from atropos_exp.wire_tensors import Digests, digests
+from atropos_exp.engine.vllm_adapter import AdapterWorker
+from atropos_exp.wire_tensors import Digests, digests, is_adapter
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,13 +32,15 @@ PLAIN_METHODS = ("UnquantizedLinearMethod", "UnquantizedEmbeddingMethod")
 class Arrived:
     """What the last update brought to this worker."""
 
-    kinds: Mapping[str, Kind]  # of every tensor that an update brings
-    is_plain: bool = False  # loaded straight into the parameters
+    kinds: Mapping[str, Kind]  # of every tensor that an update may bring
+    has_base: bool = False  # some of the base came
+    is_plain: bool = True  # nothing is reloaded layer by layer
     names: set[str] = field(default_factory=set)
+    adapter: dict[str, Tensor] = field(default_factory=dict)  # LoRA matrices, copied out of their buckets
     digests: Digests = field(default_factory=Digests)  # as tensors arrived
 
 
-class WeightWorker:
+class WeightWorker(AdapterWorker):
     """Mixed into vLLM's worker; its names all start with `atropos_` so that they meet no others."""
 
     model_runner: Any  # vLLM's
@@ -53,43 +56,59 @@ class WeightWorker:
         free, total = torch.cuda.mem_get_info()
         return int(total - free)
 
-    def atropos_begin(self, kinds: Mapping[str, Kind]) -> bool:
-        """`kinds`: of all tensors to come. Returns whether they go straight into the model's parameters."""
+    def atropos_begin(self, kinds: Mapping[str, Kind]) -> None:
+        """`kinds`: of all tensors that may come."""
         self.atropos_arrived = Arrived(kinds=kinds)
-        resident = self.atropos_resident()
-        self.atropos_arrived.is_plain = self.atropos_computes_plainly() and set(kinds) <= set(resident)
-        self.atropos_reloading = not self.atropos_arrived.is_plain
-        if self.atropos_reloading:
-            from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
 
-            self.atropos_on_device(lambda: initialize_layerwise_reload(self.atropos_model()))
-        return self.atropos_arrived.is_plain
-
-    def atropos_load(self, source: BucketSource, message: Message, tied: tuple[str, ...]) -> None:
-        """Load one bucket. Those that are `tied` to another are only noted.
+    def atropos_load(self, source: BucketSource, message: Message, tied: tuple[str, ...]) -> bool:
+        """Load one bucket. Those that are `tied` to another are only noted. Returns whether all went straight into what
+        the model computes with.
 
         Into plain parameters vLLM copies at once, and they are digested there, at the end. Otherwise it keeps tensors
         until their layer is complete, so each is copied out of the bucket, and its digest taken as it arrives.
         """
         arrived = self.atropos_arrived
         bucket = list(source.read(message, receiver=self.rank))
+        base = [(name, tensor) for name, tensor in bucket if not is_adapter(name)]
+        if base and not arrived.has_base:
+            arrived.has_base = True
+            self.atropos_open_base()
         arrived.names.update(name for name, _ in bucket)
-        arrived.digests.add([(name, tensor) for name, tensor in bucket if name in tied or not arrived.is_plain])
+        arrived.digests.add(
+            [(name, tensor) for name, tensor in bucket if name in tied or is_adapter(name) or not arrived.is_plain]
+        )
 
         def weights() -> Iterator[tuple[str, Tensor]]:
-            for name, tensor in bucket:
+            for name, tensor in base:
                 if name not in tied:
                     own = tensor if arrived.is_plain else tensor.to(self.device, copy=True)
                     yield name, own
                     if name == EMBEDDING and self.atropos_head_has_a_copy():
                         yield HEAD, own
 
-        # In one call: each looks up all parameters of the model.
-        self.atropos_on_device(lambda: self.atropos_model().load_weights(weights()))
+        if base:  # in one call: each looks up all parameters of the model
+            self.atropos_on_device(lambda: self.atropos_model().load_weights(weights()))
+        arrived.adapter |= {name: tensor.to(self.device, copy=True) for name, tensor in bucket if is_adapter(name)}
+        if len(base) < len(bucket) and len(arrived.adapter) == sum(map(is_adapter, arrived.kinds)):
+            self.atropos_place_adapter(arrived.adapter)
         if self.device.type == "cuda":
             import torch
 
             torch.cuda.synchronize()  # the bucket is free again when this returns
+        return arrived.is_plain
+
+    def atropos_open_base(self) -> None:
+        """Before the first tensor of the base."""
+        arrived = self.atropos_arrived
+        self.atropos_unwrap(True)
+        resident = self.atropos_resident()
+        base = {name for name in arrived.kinds if not is_adapter(name)}
+        arrived.is_plain = self.atropos_computes_plainly() and base <= set(resident)
+        self.atropos_reloading = not arrived.is_plain
+        if self.atropos_reloading:
+            from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
+
+            self.atropos_on_device(lambda: initialize_layerwise_reload(self.atropos_model()))
 
     def atropos_end(self) -> None:
         """After the last bucket, and also after an update that was given up: layers get their kernels' weights back."""
@@ -99,6 +118,7 @@ class WeightWorker:
             self.atropos_reloading = False
             config = self.vllm_config.model_config
             self.atropos_on_device(lambda: finalize_layerwise_reload(self.atropos_model(), config))
+        self.atropos_unwrap(False)
 
     def atropos_digests(self, on_device: bool) -> dict[str, tuple[str, bool]]:
         """name -> (digest, whether it is of the tensor that the model uses). Otherwise it is of what arrived here:
@@ -139,10 +159,10 @@ class WeightWorker:
         if self.vllm_config.parallel_config.tensor_parallel_size > 1:
             return {}
         model = self.atropos_model()
-        parameters: dict[str, Tensor] = dict(model.named_parameters())
+        parameters = {name.replace(".base_layer.", "."): tensor for name, tensor in model.named_parameters()}
         packed: dict[str, list[str]] = getattr(model, "packed_modules_mapping", {})
         kinds = self.atropos_arrived.kinds
-        found = {}
+        found = self.atropos_resident_adapter(kinds)
         for name, (_, shape) in kinds.items():
             tensor, start, rows = parameters.get(name), 0, None
             for fused, parts in packed.items():

@@ -12,7 +12,7 @@ from atropos_exp.sharding.agreement import from_rank_zero, same_outcome
 from atropos_exp.sharding.proof import Account, SyncError, check_canary, check_complete, check_digests
 from atropos_exp.types import Floats, SyncStats, TokenIds
 from atropos_exp.wire import EngineError
-from atropos_exp.wire_tensors import torch_dtype
+from atropos_exp.wire_tensors import is_adapter, torch_dtype
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -89,13 +89,17 @@ class ShardingManager:
 
     def _transfer(self, version: int, laps: Laps) -> tuple[Account, int]:
         """Send every tensor and compare what the engine then holds; the number of digests compared."""
-        parameters = self._trainer.parameters()
         account = Account()
         compared = 0
-        try:
-            if self._engine is not None:
-                with self._engine.updating(version) as receiver:
-                    laps("open")
+        with contextlib.ExitStack() as update:
+            receiver: WeightReceiver | None = None
+            with same_outcome(f"the begin of the weight sync to version {version}"):
+                if self._engine is not None:
+                    receiver = update.enter_context(self._engine.updating(version))
+            parameters = self._needed(receiver)
+            laps("open")
+            try:
+                if receiver is not None:
                     for bucket in self._buckets(parameters, account):
                         laps("gather")
                         account.digests.add(bucket)
@@ -105,12 +109,19 @@ class ShardingManager:
                     laps("gather")
                     compared = self._compare(receiver, account)
                     laps("digest")
-                laps("commit")
-        finally:
-            # The gathering is collective: the other ranks need this one to the end, also when the engine failed.
-            for _ in parameters:
-                pass
+            finally:
+                # The gathering is collective: the other ranks need this one to the end, also when the engine failed.
+                for _ in parameters:
+                    pass
+        laps("commit")
         return account, compared
+
+    def _needed(self, receiver: WeightReceiver | None) -> Iterator[tuple[str, Tensor]]:
+        """What the engine asks for, which every rank has to gather: all weights with LoRA merged, or LoRA's matrices by
+        themselves, with or without the base that they adapt."""
+        names = [] if receiver is None else list(receiver.expected())
+        has_adapter, has_base = from_rank_zero((any(map(is_adapter, names)), not all(map(is_adapter, names))))
+        return self._trainer.adapter(with_base=has_base) if has_adapter else self._trainer.parameters()
 
     def _buckets(
         self, parameters: Iterator[tuple[str, Tensor]], account: Account

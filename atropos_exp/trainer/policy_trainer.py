@@ -151,6 +151,10 @@ class FSDP2Trainer:
         ones. Consume all of it on every rank."""
         return weights.full_parameters(self._engine.module, self._device)
 
+    def adapter(self, *, with_base: bool) -> Iterator[tuple[str, Tensor]]:
+        """See `PolicyTrainer.adapter`; float32, and empty tensors on other ranks than 0."""
+        return weights.adapter_parameters(self._engine.module, self._device, with_base=with_base)
+
     def save(self, folder: Path) -> None:
         """Write model, optimizer, counters and RNG into `folder` (rank 0 writes), as safetensors and JSON."""
         state.save(Path(folder), self._engine, vars(self._progress), self._device)

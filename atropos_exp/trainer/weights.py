@@ -10,6 +10,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from atropos_exp.wire_tensors import LORA_A, LORA_B
+
 
 def is_adapter(name: str) -> bool:
     """True for LoRA's own matrices."""
@@ -63,6 +65,23 @@ def full_parameters(module: nn.Module, device: torch.device) -> Iterator[tuple[s
             layer = module.get_submodule(name.removesuffix(".base_layer.weight"))
             full = _merged(full, layer, device)
         yield hugging_face_name(name), full.float() if wanted else nothing
+
+
+@torch.no_grad()
+def adapter_parameters(module: nn.Module, device: torch.device, *, with_base: bool) -> Iterator[tuple[str, Tensor]]:
+    """(name, float32 tensor) of LoRA's matrices, B multiplied by its scaling, and of the frozen base if it is wanted:
+    on rank 0 the tensors, on other ranks empty ones. At most one gathered tensor is alive here."""
+    wanted = dist.get_rank() == 0
+    nothing = torch.empty(0, device=device)
+    for name, tensor in named_tensors(module).items():
+        owner, _, matrix = name.partition(".lora_")  # matrix: "B.default.weight"; "" of a tensor of the base
+        if not (matrix or with_base):
+            continue
+        full = gather(tensor, device)
+        if matrix.startswith("B."):
+            full = full.float() * module.get_submodule(owner).scaling[matrix.split(".")[1]]  # type: ignore[index]
+        ending = {"A": LORA_A, "B": LORA_B, "": ""}[matrix[:1]]
+        yield hugging_face_name(owner) + ending, full.float() if wanted else nothing
 
 
 @torch.no_grad()

@@ -26,10 +26,21 @@ def engine_settings(option: str, **changes: Any) -> Any:
 
 
 def start_engine(
-    option: str, log_folder: Path, model_folder: Path, *, max_length: int, device: str = "cpu", **changes: Any
+    option: str,
+    log_folder: Path,
+    model_folder: Path,
+    *,
+    max_length: int,
+    device: str = "cpu",
+    adapter: Any = None,
+    **changes: Any,
 ) -> EngineClient:
+    """`adapter`: rank and target modules of LoRA matrices that it is sent by themselves."""
+    model: dict[str, Any] = {} if adapter is None else {"lora": adapter}
+    if adapter is not None:
+        changes["lora"] = "adapter"
     client: EngineClient = engine_settings(option, **changes).start(
-        model_folder=model_folder, device=device, log_folder=log_folder, max_sequence_length=max_length
+        model_folder=model_folder, device=device, log_folder=log_folder, max_sequence_length=max_length, **model
     )
     return client
 

@@ -42,13 +42,22 @@ class FaultyLine:
 
 
 class LosesOne(FaultyLine):
+    which = SQUARE
+
     def receive(self, bucket: Bucket) -> None:
-        super().receive([(name, tensor) for name, tensor in bucket if name != SQUARE])
+        super().receive([(name, tensor) for name, tensor in bucket if name != self.which])
 
 
 class TransposesOne(FaultyLine):
+    """Its elements come in the order of the transposed; the shape is as it was."""
+
+    which = SQUARE
+
     def receive(self, bucket: Bucket) -> None:
-        super().receive([(name, tensor.T.contiguous() if name == SQUARE else tensor) for name, tensor in bucket])
+        def transposed(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.T.contiguous().view(tensor.shape)
+
+        super().receive([(name, transposed(tensor) if name == self.which else tensor) for name, tensor in bucket])
 
 
 class DeliversOld(FaultyLine):
