@@ -83,9 +83,9 @@ class UpdateAccount:
             raise Refused(409, "finish without an update in progress")
         missing = [name for name in self.expected if name not in self._received]
         if missing:
-            reason = f"update to version {self._next_version} misses {some(missing)}"
+            reason = f"update to version {self._next_version} misses {some(missing)} of {len(self.expected)} tensors"
             self.abort()
-            raise Refused(400, f"{reason} of {len(self.expected)} tensors")
+            raise Refused(400, reason)
 
     def finish(self) -> None:
         assert self._next_version is not None, "check_complete comes first"

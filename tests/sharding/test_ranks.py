@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-FAULTS = ("nothing", "receive", "stale", "trainer")
+FAULTS = ("nothing", "receive", "stale", "trainer", "adapter")  # the last is none
 CANARY = [np.array([1, 2, 3], dtype=np.int32)]
 
 
@@ -34,6 +34,9 @@ class MemoryEngine:
         self.weights = {"matrix": torch.zeros(4, 4), "unused": torch.zeros(3)}
         self.served = 0
 
+        if fails_at == "adapter":  # not a fault: it asks for the base once, then for the matrices of rank 1 alone
+            self.weights |= {"matrix.lora_A.weight": torch.zeros(1, 4), "matrix.lora_B.weight": torch.zeros(4, 1)}
+
     @property
     def replicas(self) -> list[MemoryEngine]:
         return [self]
@@ -44,7 +47,8 @@ class MemoryEngine:
         self.served = version
 
     def expected(self) -> Mapping[str, tuple[str, tuple[int, ...]]]:
-        return {name: ("float32", tuple(tensor.shape)) for name, tensor in self.weights.items()}
+        only = ".lora_" if self.served and self.fails_at == "adapter" else ""
+        return {name: ("float32", tuple(tensor.shape)) for name, tensor in self.weights.items() if only in name}
 
     def receive(self, bucket: Sequence[tuple[str, Any]]) -> None:
         if self.fails_at == "receive":
@@ -61,7 +65,10 @@ class MemoryEngine:
         return self.served
 
     def score(self, sequences: Any, *, temperature: float) -> list[Any]:
-        return score(self.weights["matrix"], sequences, temperature)
+        matrix = self.weights["matrix"]
+        if self.fails_at == "adapter":
+            matrix = matrix + self.weights["matrix.lora_B.weight"] @ self.weights["matrix.lora_A.weight"]
+        return score(matrix, sequences, temperature)
 
 
 def score(matrix: Any, sequences: Any, temperature: float) -> list[Any]:
@@ -76,14 +83,23 @@ class ShardedTrainer:
 
     def __init__(self, fails_at: str, rank: int) -> None:
         self.fails = fails_at == "trainer" and rank == 1
+        self.adapts = fails_at == "adapter"
         self.num_given = 0
 
     def parameters(self) -> Iterator[tuple[str, Any]]:
-        for name, shape in (("matrix", (4, 4)), ("unused", (3,))):
-            yield name, self._gather(shape)
-            self.num_given += 1
+        yield from self._give({"matrix": (4, 4), "unused": (3,)})
         if self.fails:
             raise RuntimeError("rank 1 has lost its shard")
+
+    def adapter(self, *, with_base: bool) -> Iterator[tuple[str, Any]]:
+        if with_base:
+            yield from self.parameters()
+        yield from self._give({"matrix.lora_A.weight": (1, 4), "matrix.lora_B.weight": (4, 1)})
+
+    def _give(self, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, Any]]:
+        for name, shape in shapes.items():
+            yield name, self._gather(shape)
+            self.num_given += 1
 
     def _gather(self, shape: tuple[int, ...]) -> Any:
         import torch
@@ -96,7 +112,10 @@ class ShardedTrainer:
         return full.view(shape)
 
     def logprobs(self, sequences: Any, *, temperature: float) -> list[Any]:
-        return score(self._gather((4, 4)), sequences, temperature)
+        matrix = self._gather((4, 4))
+        if self.adapts:
+            matrix = matrix + self._gather((4, 1)) @ self._gather((1, 4))
+        return score(matrix, sequences, temperature)
 
 
 def main(rank: int, meeting: str) -> None:
@@ -114,6 +133,8 @@ def main(rank: int, meeting: str) -> None:
         )
         try:
             outcome = f"{manager.publish(3)} {manager.num_verified} of {manager.num_syncs}"
+            if fails_at == "adapter":
+                outcome = f"{manager.publish(4)} {manager.num_verified} of {manager.num_syncs}"
         except Exception as error:  # the outcome that the test reads
             outcome = f"{type(error).__name__}: {error}"
         print(json.dumps({"outcome": outcome, "given": trainer.num_given}))
@@ -147,6 +168,12 @@ def test_two_ranks_share_one_outcome(outcomes: Any) -> None:
     zero, one = outcomes["nothing"]
     assert zero == one and zero["given"] == 2
     assert "policy_version=3, num_tensors=2, num_bytes=76" in zero["outcome"] and zero["outcome"].endswith(" 1 of 1")
+
+
+def test_both_ranks_gather_what_the_engine_asks_for(outcomes: Any) -> None:
+    zero, one = outcomes["adapter"]
+    assert zero == one and zero["given"] == 4 + 2
+    assert "policy_version=4, num_tensors=2, num_bytes=32" in zero["outcome"] and zero["outcome"].endswith(" 2 of 2")
 
 
 @pytest.mark.parametrize(

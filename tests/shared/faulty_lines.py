@@ -12,6 +12,7 @@ from atropos_exp.engine.client import EngineClient
 
 Bucket = Sequence[tuple[str, torch.Tensor]]
 SQUARE = "model.layers.1.self_attn.q_proj.weight"
+MATRIX = "model.layers.1.self_attn.q_proj.lora_B.weight"
 
 
 class FaultyLine:

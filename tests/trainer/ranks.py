@@ -98,6 +98,11 @@ def main(folder: Path) -> None:
         }
         if rank == 0:
             save_file(tensors, folder / f"{name}.safetensors")
+        if name == "lora":
+            matrices = dict(trainer.adapter(with_base=False))
+            results[name]["empty"] &= all(tensor.numel() == 0 for tensor in matrices.values())
+            if rank == 0:
+                save_file(matrices, folder / "adapter.safetensors")
         if name in ("adam", "lora"):
             trainer.save(folder / f"{name}_saved_by_two")
             trainer.load(folder / f"{name}_saved_by_one")

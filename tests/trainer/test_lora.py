@@ -47,6 +47,28 @@ def test_export_is_the_hand_merge(start: Any, model_folder: Path, tmp_path: Path
     assert all(torch.equal(again[name], merged[name]) for name in merged)
 
 
+def test_matrices_are_given_by_themselves_scaled_and_beside_the_frozen_base(start: Any, model_folder: Path) -> None:
+    trainer = start(model=LORA, **ADAM)
+    for _ in range(2):
+        trainer.update(make_batch(behaviour="none"))
+    alone = dict(trainer.adapter(with_base=False))
+    assert len(alone) == 2 * 2 * 3 and all(name.endswith((".lora_A.weight", ".lora_B.weight")) for name in alone)
+    assert alone["model.layers.1.mlp.down_proj.lora_A.weight"].shape == (4, 96)
+    assert alone["model.layers.1.mlp.down_proj.lora_B.weight"].shape == (64, 4)
+    whole = dict(trainer.adapter(with_base=True))
+    base = {name: p.detach() for name, p in plain_model(model_folder).named_parameters()}
+    assert whole.keys() == base.keys() | alone.keys()
+    for name, merged in full_weights(trainer).items():
+        torch.testing.assert_close(whole[name], base[name], atol=0, rtol=0)
+        module = name.removesuffix(".weight")
+        if f"{module}.lora_A.weight" in alone:  # B is scaled already
+            low, high = alone[f"{module}.lora_A.weight"], alone[f"{module}.lora_B.weight"]
+            assert (high @ low).abs().max() > 1e-3
+            torch.testing.assert_close(base[name] + high @ low, merged, atol=1e-6, rtol=1e-6)
+        else:
+            torch.testing.assert_close(base[name], merged, atol=0, rtol=0)
+
+
 def test_merged_weights_give_the_logprobs_of_the_adapted_model(start: Any, model_folder: Path) -> None:
     trainer = start(model=LORA, **ADAM)
     batch = make_batch()

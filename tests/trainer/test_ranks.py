@@ -85,6 +85,14 @@ def test_two_ranks_are_one(two_ranks: Path, name: str) -> None:
         np.testing.assert_allclose(actual, expected, atol=2e-4)
 
 
+def test_two_ranks_give_the_matrices_of_one(two_ranks: Path) -> None:
+    trainer, _ = ranks.run(two_ranks, "lora", num_updates=2)
+    expected, gathered = dict(trainer.adapter(with_base=False)), load_file(two_ranks / "adapter.safetensors")
+    assert gathered.keys() == expected.keys() and len(expected) == 2 * 2 * 3
+    for name, tensor in gathered.items():
+        torch.testing.assert_close(tensor, expected[name], **CLOSE)
+
+
 def test_all_ranks_report_the_same(two_ranks: Path) -> None:
     zero, one = results(two_ranks, 0), results(two_ranks, 1)
     for name in ranks.CASES:

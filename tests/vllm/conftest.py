@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from engines import start_random
+from held_adapter import CHOICE
 from random_models import random_model
 
 from atropos_exp.engine import vllm
@@ -37,14 +38,29 @@ def model() -> Any:
     return random_model()
 
 
-@pytest.fixture(scope="session")
-def engine(model: Any, faults: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineClient]:
-    """Serves `model` until a test publishes another one. Without a fault turned on it is the real server."""
+def start_faulty(folder: Path, model: Any, faults: Path, **settings: Any) -> EngineClient:
+    """`faulty_server.py`: without a fault turned on it is the real server."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(vllm, "SERVER", "faulty_server")
-        paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+        tests = Path(__file__).parents[1]
+        paths = [str(tests / "vllm"), str(tests / "shared"), os.environ.get("PYTHONPATH", "")]
         patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
         patch.setenv("VLLM_FAULTS", str(faults))
-        client = start_vllm(tmp_path_factory.mktemp("vllm"), model)
+        return start_vllm(folder, model, **settings)
+
+
+@pytest.fixture(scope="session")
+def engine(model: Any, faults: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineClient]:
+    """Serves `model` until a test publishes another one."""
+    client = start_faulty(tmp_path_factory.mktemp("vllm"), model, faults)
     yield client
     client.stop()
+
+
+@pytest.fixture(scope="session")
+def adapted(model: Any, faults: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """Two servers of `model` that take LoRA matrices by themselves."""
+    folder = tmp_path_factory.mktemp("adapted")
+    pair = start_faulty(folder, model, faults, adapter=CHOICE, data_parallel_size=2, kv_cache_gb=0.25)
+    yield pair
+    pair.stop()

@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from faulty_lines import MATRIX
+
 from atropos_exp.engine import vllm_server
 from atropos_exp.engine.vllm_core import Core
 from atropos_exp.engine.vllm_worker import WeightWorker
@@ -33,6 +35,15 @@ def main() -> None:
         token, logprob, num_cached = draw(self, prompt)
         return token, logprob, 0 if is_on("hides_prefixes") else num_cached
 
+    place = WeightWorker.atropos_place_adapter
+
+    def place_adapter(self: Any, tensors: Any) -> None:
+        if is_on("loses_one_inside"):
+            tensors = {name: tensor for name, tensor in tensors.items() if name != MATRIX}
+        if not is_on("keeps_adapter"):
+            place(self, tensors)
+
+    WeightWorker.atropos_place_adapter = place_adapter  # type: ignore[method-assign]
     Core.draw = draw_anything  # type: ignore[method-assign]
     vllm_server.main()
 

@@ -14,6 +14,7 @@ import pytest
 from background_run import Run, group_ids, journals
 from experiments import metrics, run, run_here, summary
 from random_models import plain_logprobs
+from safetensors.torch import load_file
 
 from atropos_exp.export import export
 from atropos_exp.model.smollm2 import converted_folder
@@ -105,11 +106,21 @@ def test_a_real_pretrained_model_through_atropos(tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(600)
-def test_an_adapter_is_trained(tmp_path: Path) -> None:
+@pytest.mark.parametrize("lora", ["merged", "adapter"])
+def test_an_adapter_is_trained(tmp_path: Path, lora: str) -> None:
     folder = tmp_path / "run"
-    found = run_here(folder, *VLLM, "trainer.max_steps=2", "model.lora.rank=8", "eval.num_prompts=0")
+    found = run_here(
+        folder, *VLLM, f"engine.lora={lora}", "trainer.max_steps=2", "model.lora.rank=8", "eval.num_prompts=0"
+    )
     assert found["status"] == "finished"
     assert_proven(folder, found, 2)
+    first, *later = [row["sync/bytes"] for row in metrics(folder)]
+    if lora == "merged":
+        assert later == [first] * 2
+    else:  # the base comes once
+        (saved,) = (folder / "checkpoints").rglob("adapter*.safetensors")
+        matrices = load_file(saved)
+        assert later == [sum(4 * matrix.numel() for matrix in matrices.values())] * 2 and first > 5 * later[0]
     # The trainer under its own attention and vLLM under its kernels, with the same weights: these are local rollouts.
     assert max(row.get("policy/logprob_gap_max") or 0.0 for row in metrics(folder)) < NATS
 
