@@ -6,8 +6,12 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from publishing import HeldModel
+from random_models import completion_logprobs, random_prompts
+
+from atropos_exp.types import SamplingParams
 
 # Not a rank that vLLM has room for (it takes the next, 8, and pads), and no k_proj, which it stacks with q and v.
 TARGETS = ("q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -56,6 +60,17 @@ class HeldAdapter(HeldModel):
         with torch.no_grad():
             for _, matrix in self.matrices():
                 matrix += scale * torch.randn_like(matrix)
+
+
+def largest_gap(trainer: HeldAdapter, engine: Any, params: SamplingParams) -> float:
+    """Between the engine's logprobs of what it samples and PEFT's, in nats."""
+    gaps = []
+    prompts = random_prompts([5, 140, 9], seed=2)
+    for prompt, group in zip(prompts, engine.generate(prompts, params, num_samples=2), strict=True):
+        for sample in group:
+            expected = completion_logprobs(trainer.model, prompt, sample.token_ids, params.temperature or 1.0)
+            gaps.append(np.abs(sample.logprobs - expected).max())
+    return float(max(gaps))
 
 
 def bare(name: str) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from engines import engine_settings
 from faulty_lines import MATRIX, BreaksHalfWay, LosesOne, TransposesOne
-from held_adapter import CHOICE, HeldAdapter
+from held_adapter import CHOICE, HeldAdapter, largest_gap
 from publishing import manage
 from random_models import completion_logprobs, random_model, random_prompts
 
@@ -34,17 +34,6 @@ def trainer() -> HeldAdapter:
 
 def publish(trainer: Any, engine: Any, **changes: Any) -> Any:
     return manage(trainer, engine, **changes).publish(engine.version() + 1)
-
-
-def largest_gap(trainer: HeldAdapter, engine: Any, params: SamplingParams) -> float:
-    """Between the engine's logprobs of what it samples and PEFT's, in nats."""
-    gaps = []
-    prompts = random_prompts([5, 140, 9], seed=2)
-    for prompt, group in zip(prompts, engine.generate(prompts, params, num_samples=2), strict=True):
-        for sample in group:
-            expected = completion_logprobs(trainer.model, prompt, sample.token_ids, params.temperature or 1.0)
-            gaps.append(np.abs(sample.logprobs - expected).max())
-    return float(max(gaps))
 
 
 @pytest.mark.vllm
