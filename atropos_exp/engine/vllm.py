@@ -130,8 +130,8 @@ class VLLMEngine:
         `max_sequence_length` is the most tokens that a prompt and its answer have together. `lora`: of the model, for
         `engine.lora=adapter`. The caller stops it.
         """
-        assert self.lora == "merged" or lora is not None
-        served = None if lora is None or self.lora == "merged" else lora
+        adapter = lora if self.lora == "adapter" else None
+        assert adapter is not None or self.lora == "merged", "the model's LoRA is an argument"
         launch = Launch(
             kind="vllm",
             module=SERVER,
@@ -153,10 +153,10 @@ class VLLMEngine:
         )
         launch.check_model()
         return launch.start(
-            *("--engine-arguments", json.dumps(self.engine_arguments(device, served))),
+            *("--engine-arguments", json.dumps(self.engine_arguments(device, adapter))),
             *("--step-timeout-seconds", str(self.step_timeout_seconds)),
             *(["--seeded"] if self.seeded else []),
-            *(["--lora-rank", str(served.rank), "--lora-targets", *served.target_modules] if served else []),
+            *(["--lora-rank", str(adapter.rank), "--lora-targets", *adapter.target_modules] if adapter else []),
             environment=self._environment(),
         )
 

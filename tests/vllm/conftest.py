@@ -57,7 +57,7 @@ def engine(model: Any, faults: Path, tmp_path_factory: pytest.TempPathFactory) -
     client.stop()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def adapted(model: Any, faults: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """Two servers of `model` that take LoRA matrices by themselves."""
     folder = tmp_path_factory.mktemp("adapted")
