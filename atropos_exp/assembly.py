@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -56,6 +57,7 @@ class Assembly:
     recorder: Recorder
     checkpoints: Snapshots
     logger: Logger | None  # rank 0
+    engine_libraries: Mapping[str, str]  # rank 0: versions in the engine's environment
 
 
 def assemble(checked: Checked, folder: RunFolder, ranks: Ranks, stack: ExitStack) -> Assembly:
@@ -125,6 +127,7 @@ def assemble(checked: Checked, folder: RunFolder, ranks: Ranks, stack: ExitStack
         recorder=recorder,
         checkpoints=checkpoints,
         logger=logger,
+        engine_libraries=engine.libraries() if engine is not None else {},
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from atropos_exp.types import Endpoint, Floats, Sample, SamplingParams, TokenIds
@@ -55,6 +55,9 @@ class HeldEngine:
 
     def version(self) -> int:
         return self._engine.version()
+
+    def libraries(self) -> Mapping[str, str]:
+        return self._engine.libraries()
 
     def check(self) -> None:
         self._engine.check()

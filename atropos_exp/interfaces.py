@@ -121,6 +121,10 @@ class Engine(Protocol):
 
     def version(self) -> int: ...
 
+    def libraries(self) -> Mapping[str, str]:
+        """Versions of what its numbers come from, such as {"vllm": "0.24.0"}: its environment may be its own."""
+        ...
+
     def check(self) -> None:
         """Raise EngineError unless a real token can be generated within the deadline."""
         ...

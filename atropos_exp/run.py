@@ -146,7 +146,7 @@ class Experiment:
             resumed_from=parts.checkpoints.resumed_from if parts is not None else None,
             seed=self._checked.run.seed,
             git=git_commit(),
-            versions=versions(),
+            versions=versions() | _engine_versions(parts),
             config_hash=config_hash(self._checked.config),
             num_failed_syncs=parts.publisher.num_syncs - parts.publisher.num_verified if parts is not None else 0,
         )
@@ -167,6 +167,12 @@ class Experiment:
         except Exception as error:  # the run itself is done and recorded; say so and go on
             print(f"The report could not be written ({error}); try python -m atropos_exp.report {self._folder.path}")
             return None
+
+
+def _engine_versions(parts: Assembly | None) -> dict[str, str]:
+    """The engine may live in another environment, with another torch than the trainer's."""
+    found = {} if parts is None else parts.engine_libraries
+    return {f"engine: {name}": version for name, version in found.items()}
 
 
 def _open_folder(checked: Checked, ranks: Ranks) -> RunFolder:

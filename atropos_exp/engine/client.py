@@ -168,6 +168,9 @@ class EngineClient:
     def version(self) -> int:
         return int(self.info()["version"])
 
+    def libraries(self) -> dict[str, str]:
+        return dict(self.info()["versions"])
+
     def info(self) -> Message:
         """What the server says of itself: version, problem, expected tensors, batches decoded, library versions."""
         return self.exchange("/info", {}, what="its version", seconds=self._health_timeout_seconds)

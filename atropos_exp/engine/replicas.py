@@ -72,6 +72,10 @@ class Replicas:
             raise EngineError(f"the engine's servers serve different versions: {versions}")
         return versions[0]
 
+    def libraries(self) -> dict[str, str]:
+        """Of the first one: all are started alike."""
+        return self._clients[0].libraries()
+
     def check(self) -> None:
         together(self._clients, lambda client: client.check())
 

@@ -76,4 +76,5 @@ def test_the_summary_keeps_its_contract(tmp_path):
     }  # fmt: skip
     assert set(found["rollouts"]) == {"atropos", "local", "dropped"}
     assert set(found["sync"]) == {"count", "verified", "seconds_mean", "bytes", "canary_gap_max"}
+    assert found["versions"]["engine: transformers"] == found["versions"]["transformers"]  # the same environment
     assert summary(tmp_path / "run")["error"] is None

@@ -74,6 +74,7 @@ def test_tiny_through_atropos(tmp_path: Path) -> None:
         folder, *VLLM, "rollout=atropos", "trainer.max_steps=6", "checkpoint.every=1", "checkpoint.keep=6", timeout=500
     )
     assert found["status"] == "finished"
+    assert "engine: vllm" in found["versions"]  # of an environment of its own
     assert_proven(folder, found, 6)
     assert_came_through_atropos(folder, found, 6 * 4)
     versions = by_version(folder)

@@ -1,25 +1,34 @@
-"""Draws docs/results/demo.svg: python docs/results/demo_curve.py RUN [RUN …]  (one finished run per seed)."""
+"""Draws held-out accuracy over the steps, all held-out sets together, with 95 % (Wilson) intervals:
+
+python docs/results/curves.py OUT.svg TITLE RUN [RUN …]      one finished run per seed
+"""
 
 import json
 import sys
 from pathlib import Path
 
+from atropos_exp.statistics import wilson_interval
+
 WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 760, 320, 56, 40, 16, 44
 FONT = 'font-family="sans-serif" font-size="13"'
-TITLE = "Held-out accuracy during make demo, 95 % intervals"
 COLOURS = ("#0b62b8", "#c4500a", "#0a7d55")
 
 
 def curve(run: Path) -> tuple[int, list[tuple[int, float, float, float]]]:
     """(seed, [(step, accuracy, low, high)])"""
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    name = "eval/arithmetic/accuracy"
-    points = [(row["step"], row[name], row[f"{name}_ci_low"], row[f"{name}_ci_high"]) for row in rows if name in row]
+    points = []
+    for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()):
+        sets = [name.removesuffix("/accuracy") for name in row if name.endswith("/accuracy")]
+        total = sum(round(row[f"{name}/num"]) for name in sets)
+        right = sum(round(row[f"{name}/accuracy"] * row[f"{name}/num"]) for name in sets)
+        if total:
+            points.append((row["step"], right / total, *wilson_interval(mean=right / total, num=total)))
     return json.loads((run / "summary.json").read_text())["seed"], points
 
 
 def main() -> None:
-    curves = sorted(curve(Path(run)) for run in sys.argv[1:])
+    out, title, *runs = sys.argv[1:]
+    curves = sorted(curve(Path(run)) for run in runs)
     last = max(points[-1][0] for _, points in curves)
 
     def x(step: float) -> float:
@@ -31,7 +40,7 @@ def main() -> None:
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" {FONT}>',
         f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#ffffff"/>',
-        f'<text x="{LEFT}" y="22" font-weight="bold" fill="#222">{TITLE}</text>',
+        f'<text x="{LEFT}" y="22" font-weight="bold" fill="#222">{title}</text>',
         f'<text x="{(LEFT + WIDTH) / 2}" y="{HEIGHT - 8}" text-anchor="middle" fill="#555">training step</text>',
     ]
     for value in (0.0, 0.25, 0.5, 0.75, 0.9, 1.0):
@@ -50,7 +59,7 @@ def main() -> None:
             f'<text x="{WIDTH - RIGHT - 8}" y="{y(0.30) + 18 * number:.1f}" text-anchor="end" fill="{colour}">'
             f"seed {seed}: {points[0][1]:.2f} to {points[-1][1]:.2f}</text>"
         )
-    Path(__file__).with_name("demo.svg").write_text("\n".join([*parts, "</svg>"]) + "\n")
+    Path(out).write_text("\n".join([*parts, "</svg>"]) + "\n")
 
 
 if __name__ == "__main__":
