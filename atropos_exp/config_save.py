@@ -21,9 +21,7 @@ FROZEN = "--frozen"  # FILE: run the configuration in it, and nothing of conf/
 def save_config(config: DictConfig, path: Path) -> None:
     """Write the resolved configuration as YAML, secrets redacted, so that a reader sees the whole file or none."""
     plain = redact(OmegaConf.to_container(config, resolve=True))
-    part = path.with_name(path.name + ".part")
-    part.write_text(OmegaConf.to_yaml(OmegaConf.create(plain)), encoding="utf-8")
-    part.replace(path)
+    write_atomic(path, OmegaConf.to_yaml(OmegaConf.create(plain)))
 
 
 def config_hash(config: DictConfig) -> str:
