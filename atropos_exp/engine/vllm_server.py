@@ -59,6 +59,9 @@ def make_backend(options: argparse.Namespace) -> VLLMBackend:
         "worker_extension_cls": EXTENSION,
         **json.loads(options.engine_arguments),
     }
+    if options.seeded and options.device == "cpu":
+        # Of a prompt that is read in parts vLLM takes back the draws of all but the last: a CPU's generators cannot.
+        chosen["enable_chunked_prefill"] = False
     known = {field.name for field in dataclasses.fields(EngineArgs)}
     unknown = sorted(set(chosen) - known)
     if unknown:

@@ -65,6 +65,13 @@ def test_prompts_of_a_group_share_their_prefix(engine: EngineClient) -> None:
     assert after["num_cached_tokens"] - before["num_cached_tokens"] >= 4 * 256
 
 
+def test_more_prompt_tokens_than_a_step_takes(engine: EngineClient) -> None:
+    """A prompt read in parts must not cost the seeds, nor the server (vLLM 0.30 on a CPU)."""
+    prompts = random_prompts([int(length) for length in np.linspace(100, 140, 48)], seed=12)
+    together = engine.generate(prompts, sampling(max_tokens=3), num_samples=2)
+    assert ids(together[-1:]) == ids(engine.generate(prompts[-1:], sampling(max_tokens=3), num_samples=2, first_prompt=47))
+
+
 def test_requests_of_several_threads(engine: EngineClient) -> None:
     prompts = random_prompts([4] * 8, seed=3)
 
