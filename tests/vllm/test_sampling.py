@@ -68,8 +68,10 @@ def test_prompts_of_a_group_share_their_prefix(engine: EngineClient) -> None:
 def test_more_prompt_tokens_than_a_step_takes(engine: EngineClient) -> None:
     """A prompt read in parts must not cost the seeds, nor the server (vLLM 0.30 on a CPU)."""
     prompts = random_prompts([int(length) for length in np.linspace(100, 140, 48)], seed=12)
-    together = engine.generate(prompts, sampling(max_tokens=3), num_samples=2)
-    assert ids(together[-1:]) == ids(engine.generate(prompts[-1:], sampling(max_tokens=3), num_samples=2, first_prompt=47))
+    params = sampling(max_tokens=3)
+    together = engine.generate(prompts, params, num_samples=2)
+    alone = engine.generate(prompts[-1:], params, num_samples=2, first_prompt=47)
+    assert ids(together[-1:]) == ids(alone)
 
 
 def test_requests_of_several_threads(engine: EngineClient) -> None:
