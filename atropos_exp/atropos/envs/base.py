@@ -139,6 +139,17 @@ class RunEnv(BaseEnv):  # type: ignore[misc]
         await super().register_env()
         self.stream.start(step=self.curr_step, env_id=self.env_id)
 
+    async def add_train_workers(self) -> None:
+        """A group that has just been delivered counts twice in atroposlib, as a worker and in the queue. It would take
+        that for one too many, cancel the group that has been sampled for longest, and sample it again: a batch would
+        wait for one group twice as long."""
+        config = self.config
+        room = config.max_batches_offpolicy * self.derived_batch_size // config.group_size
+        excess = len(self.workers) - min(self.max_num_workers, room - self.status_dict["queue_size"])
+        num_delivering = len(self.workers) - len(self.running_items)
+        if not 0 < excess <= num_delivering:
+            await super().add_train_workers()
+
     async def collect_trajectories(self, item: Any) -> tuple[dict[str, Any] | None, list[Any]]:
         try:
             return await self.collect(item), []
