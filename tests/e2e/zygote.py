@@ -14,9 +14,13 @@ def main() -> None:
     from atropos_exp.trainer import platform_cpu
 
     platform_cpu.install()
-    import transformers.models.qwen2.modeling_qwen2  # noqa: F401
+    import torch.distributed.checkpoint.state_dict_saver  # noqa: F401
+    import transformers.models.qwen2.modeling_qwen2
 
-    import atropos_exp.trainer.engine  # noqa: F401
+    import atropos_exp.run
+    import atropos_exp.trainer.engine
+
+    list(transformers.AutoModelForImageTextToText._model_mapping.keys())  # verl does, which imports every configuration
 
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the killed
     print("ready", flush=True)
@@ -32,10 +36,8 @@ def main() -> None:
         os.dup2(log, 2)
         os.close(0)
         sys.argv = ["atropos_exp.run", *request["overrides"]]
-        from atropos_exp.run import main as run
-
         try:
-            run()
+            atropos_exp.run.main()
         finally:
             os._exit(1)
 
