@@ -4,6 +4,7 @@ Reads a line of JSON (the overrides) from standard input, forks, prints the chil
 experiment exactly as `python -m atropos_exp.run` does and writes to the file named by "log".
 """
 
+import gc
 import json
 import os
 import signal
@@ -23,6 +24,7 @@ def main() -> None:
     list(transformers.AutoModelForImageTextToText._model_mapping.keys())  # verl does, which imports every configuration
 
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the killed
+    gc.freeze()  # the forks need not walk what is there already
     print("ready", flush=True)
     for line in sys.stdin:
         request = json.loads(line)

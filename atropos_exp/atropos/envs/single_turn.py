@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from atropos_exp.tokenizers_only import tokenizers_only
+from atropos_exp.quick_start import no_collections, tokenizers_only
 
 if __name__ == "__main__":
-    with tokenizers_only():
+    with tokenizers_only(), no_collections():
         import atroposlib.envs.base  # noqa: F401
 
 from atropos_exp.atropos.envs.base import RunEnv

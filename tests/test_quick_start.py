@@ -1,16 +1,20 @@
-"""transformers without PyTorch, in a process that may import PyTorch all the same."""
+"""transformers without PyTorch, in a process that may import PyTorch all the same; and no garbage collection."""
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from atropos_exp.model.tiny import WEIGHTS
+from atropos_exp.quick_start import no_collections
 
 CODE = """
 import sys
-from atropos_exp.tokenizers_only import tokenizers_only
+from atropos_exp.quick_start import tokenizers_only
 with tokenizers_only():
     from transformers import AutoTokenizer
 tokenizer = AutoTokenizer.from_pretrained({folder!r}, local_files_only=True)
@@ -30,3 +34,17 @@ def test_tokenizers_work_and_pytorch_can_be_imported_afterwards() -> None:
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
     # <|user|>, one token per digit and sign, <|assistant|>
     assert done.stdout == "[3, 21, 22, 15, 23, 24, 33, 4] True False\n2.0\n"
+
+
+def test_collections_go_on_afterwards_if_they_did_before() -> None:
+    with pytest.raises(ValueError, match="of the block"), no_collections():
+        assert not gc.isenabled()
+        raise ValueError("of the block")
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        with no_collections():
+            pass
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
