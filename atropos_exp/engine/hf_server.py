@@ -31,6 +31,7 @@ def main() -> None:
         torch.set_num_threads(options.num_threads)
         torch.set_num_interop_threads(1)
         model = load_model(options.model, device=options.device, dtype=options.dtype)
+    gc.collect()
     gc.freeze()  # the collector need not walk what was imported again and again
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and options.max_sequence_length > positions:
