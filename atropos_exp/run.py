@@ -22,6 +22,7 @@ from atropos_exp.config_cli import hydra_main
 from atropos_exp.config_save import config_hash, save_config
 from atropos_exp.config_sizes import describe
 from atropos_exp.provenance import git_commit, versions
+from atropos_exp.quick_start import no_collections
 from atropos_exp.ranks import Ranks
 from atropos_exp.run_files import note_command, read_metrics, write_summary
 from atropos_exp.run_folder import RunFolder, open_run_folder
@@ -106,7 +107,8 @@ class Experiment:
         from atropos_exp.assembly import assemble
         from atropos_exp.loop import train
 
-        self._parts = parts = assemble(self._checked, self._folder, self._ranks, stack)
+        with no_collections():
+            self._parts = parts = assemble(self._checked, self._folder, self._ranks, stack)
         if self._ranks.any(self._stop_requested):  # while starting: nothing has been done that could be lost
             return 0
         return train(

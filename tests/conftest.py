@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Callable
@@ -30,6 +31,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.relative_to(FOLDER).parts[0] not in LONG)  # stable
     _skip_unless(items, "gpu", _has_gpu, "no NVIDIA GPU")
     _skip_unless(items, "vllm", _has_vllm, "no vLLM in .venv-vllm: `make test-vllm` makes it and runs these")
+
+
+def pytest_collection_finish() -> None:
+    """What was imported by now stays to the end, and the garbage collector need not walk it again and again."""
+    gc.freeze()
 
 
 def _skip_unless(items: list[pytest.Item], marker: str, is_there: Callable[[], bool], reason: str) -> None:

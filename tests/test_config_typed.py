@@ -85,6 +85,8 @@ def test_values_take_the_types_of_their_fields() -> None:
         ({"count": True}, "outer.count", "got True, expected a whole number"),
         ({"count": None}, "outer.count", "got null, expected a whole number"),
         ({"rate": "banana"}, "outer.rate", "got 'banana', expected a number"),
+        ({"label": "${nowhere}"}, "outer.label", "got '${nowhere}', expected text, or null"),
+        ({"label": "???"}, "outer.label", "got '???', expected text, or null"),
         ({"on": "maybe"}, "outer.on", "expected true or false"),
         ({"shape": "SQUARE"}, "outer.shape", "got 'SQUARE', expected one of ROUND, FLAT"),
         ({"bounds": 3}, "outer.bounds", "got 3, expected a list (each item a number), or null"),

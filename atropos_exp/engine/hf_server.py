@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import logging
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from atropos_exp.engine.hf_decode import Decoder
 from atropos_exp.engine.hf_scheduler import Scheduler
 from atropos_exp.engine.hf_weights import WeightStore
 from atropos_exp.engine.server import bucket_source, parser, prepare, run_model_thread, serve
+from atropos_exp.quick_start import no_collections
 
 PREFILL_TOKENS = {"cpu": 1024, "cuda": 32768}  # of one forward pass over prompts: bounds its memory and a probe's wait
 
@@ -23,11 +25,14 @@ def main() -> None:
     options = _options()
     token = prepare(options)
 
-    import torch
+    with no_collections():
+        import torch
 
-    torch.set_num_threads(options.num_threads)
-    torch.set_num_interop_threads(1)
-    model = load_model(options.model, device=options.device, dtype=options.dtype)
+        torch.set_num_threads(options.num_threads)
+        torch.set_num_interop_threads(1)
+        model = load_model(options.model, device=options.device, dtype=options.dtype)
+    gc.collect()
+    gc.freeze()  # the collector need not walk what was imported again and again
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and options.max_sequence_length > positions:
         raise SystemExit(f"the model has {positions} positions, the run needs {options.max_sequence_length}")

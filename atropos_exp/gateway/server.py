@@ -26,6 +26,7 @@ from atropos_exp.gateway.sampler import Sampler, Seeds
 from atropos_exp.gateway.text import Text
 from atropos_exp.gateway.upstream import Upstream
 from atropos_exp.gateway.upstreams import Upstreams
+from atropos_exp.quick_start import no_collections, tokenizers_only
 from atropos_exp.types import Endpoint
 
 BACKLOG = 2048
@@ -43,7 +44,8 @@ def main() -> None:
     import uvloop
 
     tokens = {name: os.environ.pop(name, None) for name in (PRIVATE_TOKEN, CLIENT_TOKEN, ENGINE_TOKENS)}
-    text = Text(Path(options.model_folder))
+    with tokenizers_only(), no_collections():
+        text = Text(Path(options.model_folder))
     gc.collect()
     gc.freeze()  # what was imported stays; the collector need not walk it again and again
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:

@@ -1,23 +1,14 @@
-"""Runs whose engine is two servers: the same numbers as with one, and through Atropos with one of the two killed."""
+"""A run through Atropos whose engine is two servers, with one of the two killed."""
 
 import os
 import signal
 
 import pytest
 from background_run import Run
-from experiments import metrics, run_here, summary
+from experiments import metrics, summary
 from processes import command_line, descendants
 
 START_SECONDS = 150.0
-
-NAMES = (
-    "reward/mean",
-    "loss/policy",
-    "grad/norm",
-    "policy/entropy",
-    "length/response_mean",
-    "eval/arithmetic/accuracy",
-)
 
 
 def engines(run):
@@ -28,21 +19,6 @@ def engines(run):
 
 def rows_of(log):
     return log.read_text().count("serving ")
-
-
-def test_two_servers_give_the_numbers_of_one(tmp_path):
-    one, two = tmp_path / "one", tmp_path / "two"
-    run_here(one, "trainer.max_steps=2")
-    found = run_here(two, "trainer.max_steps=2", "engine.data_parallel_size=2", "engine.transport=gloo")
-    assert (found["status"], found["sync"]["count"], found["sync"]["verified"]) == ("finished", 3, 3)
-    assert found["sync"]["bytes"] == summary(one)["sync"]["bytes"] and found["sync"]["canary_gap_max"] < 1e-4
-    for left, right in zip(metrics(one), metrics(two), strict=True):
-        for name in NAMES:
-            expected = left.get(name)
-            assert right.get(name) == (expected if expected is None else pytest.approx(expected, rel=1e-3, abs=1e-6)), (
-                name
-            )
-    assert {path.name for path in (two / "log").glob("engine*")} == {"engine_0.log", "engine_1.log"}
 
 
 @pytest.mark.timeout(400)

@@ -7,6 +7,15 @@ import sys
 import pytest
 from experiments import command, environment, metrics, run, run_here, summary
 
+NAMES = (
+    "reward/mean",
+    "loss/policy",
+    "grad/norm",
+    "policy/entropy",
+    "length/response_mean",
+    "eval/arithmetic/accuracy",
+)
+
 
 def weights_moved(folder):
     rows = metrics(folder)
@@ -38,10 +47,17 @@ def test_it_trains(overrides, tmp_path):
     assert (folder / "report.html").stat().st_size > 10_000
 
 
-def test_two_ranks_end_where_one_ends(tmp_path):
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    """The folder of a run with one rank and one server."""
+    folder = tmp_path_factory.mktemp("one") / "run"
+    run_here(folder, "trainer.max_steps=2")
+    return folder
+
+
+def test_two_ranks_end_where_one_ends(one, tmp_path):
     """On the same rollouts: the second run finds the first one's journal in its folder."""
-    one, two = tmp_path / "one", tmp_path / "two"
-    run_here(one, "trainer.max_steps=2")
+    two = tmp_path / "two"
     shutil.copytree(one / "rollouts", two / "rollouts")
     found = run(two, "trainer.max_steps=2", "cluster.num_processes=2")
     assert found["status"] == "finished"
@@ -53,6 +69,20 @@ def test_two_ranks_end_where_one_ends(tmp_path):
                 assert right.get(name) is None, name
             else:
                 assert right[name] == pytest.approx(left[name], rel=1e-4, abs=1e-7), name
+
+
+def test_two_servers_give_the_numbers_of_one(one, tmp_path):
+    two = tmp_path / "two"
+    found = run_here(two, "trainer.max_steps=2", "engine.data_parallel_size=2", "engine.transport=gloo")
+    assert (found["status"], found["sync"]["count"], found["sync"]["verified"]) == ("finished", 3, 3)
+    assert found["sync"]["bytes"] == summary(one)["sync"]["bytes"] and found["sync"]["canary_gap_max"] < 1e-4
+    for left, right in zip(metrics(one), metrics(two), strict=True):
+        for name in NAMES:
+            expected = left.get(name)
+            assert right.get(name) == (expected if expected is None else pytest.approx(expected, rel=1e-3, abs=1e-6)), (
+                name
+            )
+    assert {path.name for path in (two / "log").glob("engine*")} == {"engine_0.log", "engine_1.log"}
 
 
 def test_torchrun_starts_it_as_well(tmp_path):
@@ -67,8 +97,8 @@ def test_torchrun_starts_it_as_well(tmp_path):
     assert "2 with data of their own" in done.stdout
 
 
-def test_the_summary_keeps_its_contract(tmp_path):
-    found = run_here(tmp_path / "run", "trainer.max_steps=1")
+def test_the_summary_keeps_its_contract(one):
+    found = summary(one)
     assert set(found) == {
         "status", "error", "steps", "policy_version", "reward_first", "reward_last", "eval_first", "eval_last",
         "wall_seconds", "tokens_per_second", "rollouts", "sync", "resumed_from", "seed", "git", "versions",
@@ -77,4 +107,4 @@ def test_the_summary_keeps_its_contract(tmp_path):
     assert set(found["rollouts"]) == {"atropos", "local", "dropped"}
     assert set(found["sync"]) == {"count", "verified", "seconds_mean", "bytes", "canary_gap_max"}
     assert found["versions"]["engine: transformers"] == found["versions"]["transformers"]  # the same environment
-    assert summary(tmp_path / "run")["error"] is None
+    assert found["error"] is None

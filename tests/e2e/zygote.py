@@ -4,6 +4,7 @@ Reads a line of JSON (the overrides) from standard input, forks, prints the chil
 experiment exactly as `python -m atropos_exp.run` does and writes to the file named by "log".
 """
 
+import gc
 import json
 import os
 import signal
@@ -14,11 +15,16 @@ def main() -> None:
     from atropos_exp.trainer import platform_cpu
 
     platform_cpu.install()
-    import transformers.models.qwen2.modeling_qwen2  # noqa: F401
+    import torch.distributed.checkpoint.state_dict_saver  # noqa: F401
+    import transformers.models.qwen2.modeling_qwen2
 
-    import atropos_exp.trainer.engine  # noqa: F401
+    import atropos_exp.run
+    import atropos_exp.trainer.engine
+
+    list(transformers.AutoModelForImageTextToText._model_mapping.keys())  # verl does, which imports every configuration
 
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the killed
+    gc.freeze()  # the forks need not walk what is there already
     print("ready", flush=True)
     for line in sys.stdin:
         request = json.loads(line)
@@ -32,10 +38,8 @@ def main() -> None:
         os.dup2(log, 2)
         os.close(0)
         sys.argv = ["atropos_exp.run", *request["overrides"]]
-        from atropos_exp.run import main as run
-
         try:
-            run()
+            atropos_exp.run.main()
         finally:
             os._exit(1)
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from processes import has_pytorch
 
 from atropos_exp.gateway.client import GatewayClient
 from atropos_exp.gateway.refusal import Refusal
@@ -60,6 +61,10 @@ def test_special_tokens_are_those_of_the_file(text: Text) -> None:
     assert text.special_token("<|end|>") == 1
     assert text.special_token("<|endoftext|>") is None  # added by the tokenizer's class; the model has no row for it
     assert text.special_token("x") is None
+
+
+def test_its_process_has_no_pytorch(gateway: GatewayClient) -> None:
+    assert not has_pytorch(gateway.process.pid)
 
 
 @pytest.mark.parametrize("include", [False, True])

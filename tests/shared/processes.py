@@ -23,6 +23,10 @@ def command_line(pid: int) -> list[str]:
         return []
 
 
+def has_pytorch(pid: int) -> bool:
+    return "libtorch" in Path(f"/proc/{pid}/maps").read_text()
+
+
 def descendants(pid: int) -> list[int]:
     found: list[int] = []
     todo = [pid]

@@ -14,6 +14,12 @@ from typing import Any, ClassVar
 import numpy as np
 from pydantic import Field
 
+from atropos_exp.quick_start import no_collections, tokenizers_only
+
+if __name__ == "__main__":
+    with tokenizers_only(), no_collections():
+        import atroposlib.envs.base  # noqa: F401
+
 from atropos_exp.atropos.envs.base import RunEnv, RunEnvConfig
 from atropos_exp.atropos.envs.calculator_chain import Chain, Dialogue, draw_chain, turn_credit
 from atropos_exp.atropos.envs.episode import Episode

@@ -14,6 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from atropos_exp.quick_start import no_collections, tokenizers_only
+
+if __name__ == "__main__":
+    with tokenizers_only(), no_collections():
+        import atroposlib.envs.base  # noqa: F401
+
 from atropos_exp.atropos.envs.base import RunEnv
 from atropos_exp.atropos.envs.episode import Episode
 from atropos_exp.atropos.envs.sampler import Completion, SamplerEngine

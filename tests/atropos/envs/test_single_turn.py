@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from processes import has_pytorch
 
 from atropos_exp.atropos.envs.run_settings import RunSettings
 from atropos_exp.engine.client import EngineClient
@@ -89,6 +90,7 @@ def test_groups_reach_the_trainer_exactly_as_they_were_sampled(
     for index in range(2):  # one after the other, so that process i is environment i of the API
         environments.append(programs.environment(MODULE, "serve", config, gateway, *flags, str(index)))
         environments[-1].wait_for(lambda index=index: api.has_environment(index), "its registration")
+    assert not any(has_pytorch(environment.process.pid) for environment in environments)  # they need none
     time.sleep(7)  # after registering, an environment sleeps for 5 s: the first one must not have used up all steps
     groups: list[dict[str, Any]] = []
     while len(groups) < 12 or {group["env_id"] for group in groups} != {0, 1}:
