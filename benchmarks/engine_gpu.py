@@ -107,24 +107,25 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def measure_syncs(trainer: PlainTrainer, engine: Any, options: argparse.Namespace, bucket_mb: int) -> dict[str, Any]:
+def measure_syncs(
+    trainer: PlainTrainer, engine: Any, num: int, bucket_mb: int, *, temperature: float = TEMPERATURE
+) -> dict[str, Any]:
     generator = np.random.default_rng(0)
     vocab = trainer.model.config.vocab_size
     canary = [generator.integers(0, vocab, size=64).astype(np.int32) for _ in range(4)]
     manager = ShardingManager(
         trainer,  # type: ignore[arg-type]
-        engine, is_rank_zero=True, bucket_bytes=bucket_mb << 20, canary=canary, temperature=TEMPERATURE, tolerance=None,
+        engine, is_rank_zero=True, bucket_bytes=bucket_mb << 20, canary=canary, temperature=temperature, tolerance=None,
     )  # fmt: skip
-    stats, engine_seconds = [], []
-    used = 0
-    for number in range(options.syncs):
+    stats, engine_seconds, used = [], [], []
+    for _ in range(num):
         trainer.step()
-        synchronize(options.device)  # the update's own work is not the sync's
+        synchronize(trainer.device)  # the update's own work is not the sync's
         stats.append(manager.publish(engine.version() + 1))
         engine_seconds.append(engine.replicas[0].info().get("update_seconds", {}))
-        if number == 1:
-            used = device_bytes(options.device)
+        used.append(device_bytes(trainer.device))
     later = stats[2:]
+    second_half = max(1, num // 2)
     return {
         "syncs_proven": manager.num_verified,
         "bytes": stats[-1].num_bytes,
@@ -146,36 +147,38 @@ def measure_syncs(trainer: PlainTrainer, engine: Any, options: argparse.Namespac
         "engine loads plainly": float(engine.replicas[0].info().get("loads_plainly", False)),
         "gb_per_s": stats[-1].num_bytes / statistics.median(one.seconds for one in later) / 1e9,
         "canary_gap_max": max(one.canary_gap_max for one in stats),
-        "memory_growth_mb": (device_bytes(options.device) - used) / 2**20,
+        "memory_growth_mb": (used[-1] - used[1]) / 2**20,
+        "memory_growth_second_half_mb": (used[-1] - used[second_half]) / 2**20,  # a leak goes on, a pool is full once
     }
 
 
 def profile_syncs(trainer: PlainTrainer, engine: Any, options: argparse.Namespace) -> None:
     from torch.profiler import ProfilerActivity, profile
 
-    few = argparse.Namespace(syncs=3, device=options.device)
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if options.device.startswith("cuda") else [])]
     with profile(activities=activities) as profiler:
-        measure_syncs(trainer, engine, few, options.buckets[0])
+        measure_syncs(trainer, engine, 3, options.buckets[0])
     by = "self_cuda_time_total" if options.device.startswith("cuda") else "self_cpu_time_total"
     options.profile.write_text(profiler.key_averages().table(sort_by=by, row_limit=40))
 
 
-def measure_sampling(trainer: PlainTrainer, engine: Any, rounds: int) -> dict[str, Any]:
+def measure_sampling(
+    trainer: PlainTrainer, engine: Any, rounds: int, *, temperature: float = TEMPERATURE
+) -> dict[str, Any]:
     generator = np.random.default_rng(1)
     vocab = trainer.model.config.vocab_size
     prompts = [generator.integers(0, vocab, size=PROMPT_TOKENS).astype(np.int32) for _ in range(NUM_PROMPTS)]
     seconds = []
     for seed in range(rounds):
         params = SamplingParams(
-            temperature=TEMPERATURE, top_p=1.0, top_k=0, max_tokens=ANSWER_TOKENS, stop_token_ids=(), seed=seed
+            temperature=temperature, top_p=1.0, top_k=0, max_tokens=ANSWER_TOKENS, stop_token_ids=(), seed=seed
         )
         began = time.perf_counter()
         groups = engine.generate(prompts, params, num_samples=NUM_SAMPLES)
         seconds.append(time.perf_counter() - began)
     num_tokens = sum(len(sample.token_ids) for group in groups for sample in group)
     few = [(prompts[index], groups[index][0]) for index in range(8)]
-    scored = trainer.logprobs([np.concatenate([p, s.token_ids]) for p, s in few], temperature=TEMPERATURE)
+    scored = trainer.logprobs([np.concatenate([p, s.token_ids]) for p, s in few], temperature=temperature)
     gaps = np.concatenate(
         [np.abs(score[PROMPT_TOKENS - 1 :] - sample.logprobs) for score, (_, sample) in zip(scored, few, strict=True)]
     )
@@ -209,12 +212,14 @@ def main() -> None:
                         profile_syncs(trainer, engine, options)
                     for bucket_mb in options.buckets:
                         results[f"sync, buckets of {bucket_mb} MiB"] = measure_syncs(
-                            trainer, engine, options, bucket_mb
+                            trainer, engine, options.syncs, bucket_mb, temperature=options.temperature
                         )
                 else:
-                    measure_syncs(trainer, engine, argparse.Namespace(syncs=3, device=options.device), 64)
+                    measure_syncs(trainer, engine, 3, 64)
                 if options.rounds:
-                    results[f"sampling, {name}"] = measure_sampling(trainer, engine, options.rounds)
+                    results[f"sampling, {name}"] = measure_sampling(
+                        trainer, engine, options.rounds, temperature=options.temperature
+                    )
             except BaseException:
                 print((folder / "engine.log").read_text()[-4000:], file=sys.stderr)
                 raise
@@ -254,6 +259,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--size", choices=tuple(SIZES), default="half")
     parser.add_argument("--syncs", type=int, default=50)
     parser.add_argument("--buckets", type=int, nargs="+", default=[64, 1024], help="MiB")
+    parser.add_argument("--temperature", type=float, default=TEMPERATURE)
     parser.add_argument("--rounds", type=int, default=3, help="of sampling; the first is slower; 0: only syncs")
     parser.add_argument("--profile", type=Path, help="write what the trainer's side of two syncs does on CPU and GPU")
     parser.add_argument("--both", action="store_true", help="a server whose rows have seeds of their own, too")

@@ -88,11 +88,8 @@ def start(options: argparse.Namespace, folder: Path, name: str, **changes: Any) 
     )
 
 
-def measure_syncs(
-    trainer: Any, engine: Any, options: argparse.Namespace, results: Results, name: str, num: int
-) -> None:
-    settings = argparse.Namespace(syncs=num, device=options.device)
-    found = engine_gpu.measure_syncs(trainer, engine, settings, BUCKET_MB)
+def measure_syncs(trainer: Any, engine: Any, results: Results, name: str, num: int) -> None:
+    found = engine_gpu.measure_syncs(trainer, engine, num, BUCKET_MB)
     results.add(f"{name}: proven", f"{found['syncs_proven']} of {num}")
     results.add(f"{name}: GB", found["bytes"] / 1e9)
     results.add(f"{name}: transfer, median s", found["transfer_s"])
@@ -233,12 +230,12 @@ def run_parts(
     if one is not None:
         engines.append(one)
         name = f"sync over {own['transport']}"
-        results.part(name, lambda: measure_syncs(trainer, one, options, results, name, options.syncs), folder)
+        results.part(name, lambda: measure_syncs(trainer, one, results, name, options.syncs), folder)
     began = time.perf_counter()
     pair = results.part("two replicas", lambda: pair_starting.result(timeout=options.limit), folder)
     if one is not None:
         name = f"sync over {own['transport']}, nothing beside it"
-        results.part(name, lambda: measure_syncs(trainer, one, options, results, name, options.syncs // 2), folder)
+        results.part(name, lambda: measure_syncs(trainer, one, results, name, options.syncs // 2), folder)
         if options.transport in BACKENDS:
             results.part("the line alone", lambda: measure_line(one, options, results), folder)
     if pair is not None:
@@ -249,7 +246,7 @@ def run_parts(
 
 
 def measure_pair(trainer: Any, pair: Any, options: argparse.Namespace, results: Results) -> None:
-    measure_syncs(trainer, pair, options, results, "sync of two replicas (shm)", 4)
+    measure_syncs(trainer, pair, results, "sync of two replicas (shm)", 4)
     for name, engine in (("one of two replicas", pair.replicas[1]), ("two replicas", pair)):
         found = engine_gpu.measure_sampling(trainer, engine, options.rounds)
         results.add(f"{name}: {found['tokens']} tokens, best s", found["best_s"])
