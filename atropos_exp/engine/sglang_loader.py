@@ -30,6 +30,8 @@ LENGTH_BYTES = 8  # before the answer; 0: none was written
 
 def load(model: Any, named_tensors: Sequence[tuple[str, Tensor]]) -> None:
     """Do what the tensor's name says in JSON, and write the answer, if one is read, into the tensor."""
+    import torch
+
     ((text, memory),) = named_tensors
     request = json.loads(text)
     try:
@@ -41,6 +43,8 @@ def load(model: Any, named_tensors: Sequence[tuple[str, Tensor]]) -> None:
         answer = {"error": f"{type(error).__name__}: {error}"[:1000]}
     if request["answers"]:
         write_answer(memory, answer, room=request["answer_bytes"])
+    if memory.device.type == "cuda":
+        torch.cuda.synchronize()  # the answer is there, and the bucket free for the next one
 
 
 def _do(model: Any, request: Mapping[str, Any], memory: Tensor) -> dict[str, Any]:
@@ -91,15 +95,13 @@ def answer_bytes(names: Sequence[str]) -> int:
 
 
 def write_answer(memory: Tensor, answer: Mapping[str, Any], *, room: int) -> None:
-    """At the start of `memory`; it is there when this returns."""
+    """At the start of `memory`."""
     import torch
 
     raw = json.dumps(answer).encode()
     assert LENGTH_BYTES + len(raw) <= room, f"an answer of {len(raw)} bytes in {room}"
     whole = bytearray(len(raw).to_bytes(LENGTH_BYTES, "little") + raw)
     memory[: len(whole)].copy_(torch.frombuffer(whole, dtype=torch.uint8))
-    if memory.device.type == "cuda":
-        torch.cuda.synchronize()  # the bucket is free again, too
 
 
 def read_answer(memory: Tensor) -> dict[str, Any] | None:

@@ -108,7 +108,8 @@ class SchedulerUpdate:
                 raise Refused(400, f"{alias} is tied to {owner}, but the two were sent with different values")
 
     async def _find_resident(self) -> frozenset[str]:
-        """None where SGLang gives no answer: then a load that fails ends its process, and digests are of what came."""
+        """Nothing where no answer of SGLang's can be read: then a load that fails ends its process, and digests are of
+        what came."""
         answer = await self._ask({"kinds": self._account.kinds}) if self._answers else None
         if answer is None:
             self._answers = False
