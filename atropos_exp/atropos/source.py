@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-SHORTEST_PAUSE, LONGEST_PAUSE = 0.05, 1.0  # seconds between two questions for a batch: a twentieth of the wait
+FIRST_PAUSE, LONGEST_PAUSE = 0.05, 1.0  # seconds between two questions for a batch
 WATCH_SECONDS = 5.0  # between looks at the engine while waiting
 PROBE_SECONDS = 1.0  # between looks at an API that was given up
 MAX_ENVIRONMENTS = 256  # that are counted
@@ -77,6 +77,7 @@ class AtroposSource:
         """
         if self._since is None or self._phase == "data":
             self._since = time.monotonic()
+        pause = FIRST_PAUSE
         while not self._batches:
             reason = self._ask(step, refuse_foreign=self._phase == "first")
             if self._batches:
@@ -88,7 +89,8 @@ class AtroposSource:
                 raise SourceUnavailable(reason or self._explain(waited))
             if problem := self._supervisor.problem():
                 raise SourceUnavailable(problem)
-            time.sleep(min(LONGEST_PAUSE, max(SHORTEST_PAUSE, waited / 20)) * random.uniform(0.75, 1.25))
+            time.sleep(pause * random.uniform(0.75, 1.25))
+            pause = min(LONGEST_PAUSE, 1.3 * pause)
         self._phase, self._since = "data", time.monotonic()
         return self._batches.pop(0), self._take_dropped()
 
