@@ -148,7 +148,15 @@ def _newest(folder: Path) -> float:
     """When anything that tells of progress was last written; logs of waiting servers do not."""
     paths = [folder / name for name in ("metrics.jsonl", "run.json", "lock", "config.yaml")]
     paths += [*folder.glob("rollouts/*"), *folder.glob("checkpoints/*")]
-    return max((path.stat().st_mtime for path in paths if path.exists()), default=0.0)
+    return max(map(_written, paths))
+
+
+def _written(path: Path) -> float:
+    """0 where it is gone: a running run renames drafts and deletes old checkpoints."""
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
 
 
 def _log_of(folder: Path, role: str) -> str:

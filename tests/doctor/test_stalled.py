@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,7 @@ import pytest
 from atropos_exp.doctor import memory
 from atropos_exp.doctor.after import explain
 from atropos_exp.doctor.line import Level
-from atropos_exp.doctor.stalled import watch
+from atropos_exp.doctor.stalled import _newest, watch
 from atropos_exp.model.tiny import WEIGHTS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -76,6 +77,27 @@ def test_a_stopped_engine_is_named(tmp_path: Path) -> None:
         assert run.stdout is not None
         run.stdout.close()
     assert "without a summary" in explain(folder)[0].text
+
+
+def test_files_of_a_running_run_may_vanish_meanwhile(tmp_path: Path) -> None:
+    (tmp_path / "rollouts").mkdir()
+    done = threading.Event()
+
+    def write() -> None:
+        while not done.is_set():
+            for number in range(20):
+                (tmp_path / "rollouts" / f".{number}.tmp").touch()
+            for number in range(20):
+                (tmp_path / "rollouts" / f".{number}.tmp").unlink()
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        newest = max(_newest(tmp_path) for _ in range(2000))
+    finally:
+        done.set()
+        writer.join()
+    assert abs(newest - time.time()) < 60
 
 
 @pytest.mark.parametrize("tokens", [8192])
