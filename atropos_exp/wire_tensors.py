@@ -207,8 +207,8 @@ class Digests:
 
 
 def is_adapter(name: str) -> bool:
-    """Of a LoRA matrix that is sent by itself."""
-    return name.endswith((LORA_A, LORA_B))
+    """Of one of LoRA's own matrices, on its way or in the trainer, where PEFT puts the adapter's name behind it."""
+    return ".lora_A." in name or ".lora_B." in name
 
 
 def dtype_name(tensor: Tensor) -> str:

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from atropos_exp.engine.bucket import Kind
-from atropos_exp.engine.vllm_worker import EMBEDDING, HEAD
+from atropos_exp.engine.resident import has_plain_layers, views
 from atropos_exp.wire_tensors import ALIGNMENT, Piece, digests, read_piece
 
 if TYPE_CHECKING:
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 LOADER = f"{__name__}.load"
-PLAIN_METHODS = ("UnquantizedLinearMethod", "UnquantizedEmbeddingMethod")  # of layers that compute with what came
 # Parameters that SGLang makes of several, stacked by rows.
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 LENGTH_BYTES = 8  # before the answer; 0: none was written
@@ -65,27 +64,10 @@ def _do(model: Any, request: Mapping[str, Any], memory: Tensor) -> dict[str, Any
 def resident(model: Any, kinds: Mapping[str, Kind]) -> dict[str, Tensor]:
     """The tensors that the model computes with, under their Hugging Face names, parts of fused ones as views. Those of
     `kinds` that it does not keep as they came are left out; all, if any layer repacks or quantises its weights."""
-    methods = {type(method).__name__ for m in model.modules() if (method := getattr(m, "quant_method", None))}
-    if not methods <= set(PLAIN_METHODS):
+    if not has_plain_layers(model):
         return {}
-    parameters = dict(model.named_parameters())
-    found = {}
-    for name, (kind, shape) in kinds.items():
-        tensor, start, rows = parameters.get(name), 0, shape[0] if shape else 0
-        for fused, parts in FUSED.items():
-            own = next((part for part in parts if f".{part}." in name), None)
-            if tensor is None and own is not None:
-                siblings = [kinds.get(name.replace(own, part)) for part in parts]
-                sizes = [sibling[1][0] for sibling in siblings if sibling is not None]
-                if len(sizes) == len(parts):
-                    start, rows = sum(sizes[: parts.index(own)]), sum(sizes)
-                    tensor = parameters.get(name.replace(own, fused))
-        if tensor is None or not shape or tensor.dim() != len(shape) or tensor.shape[1:] != shape[1:]:
-            continue
-        is_padded = name in (EMBEDDING, HEAD) and tensor.shape[0] > rows  # at the end of the vocabulary
-        if str(tensor.dtype) == f"torch.{kind}" and (tensor.shape[0] == rows or is_padded):
-            found[name] = tensor.data[start : start + shape[0]]
-    return found
+    found = views(dict(model.named_parameters()), FUSED, kinds)
+    return {name: tensor for name, tensor in found.items() if str(tensor.dtype) == f"torch.{kinds[name][0]}"}
 
 
 def answer_bytes(names: Sequence[str]) -> int:

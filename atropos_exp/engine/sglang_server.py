@@ -13,16 +13,15 @@ import threading
 
 from atropos_exp.engine.account import UpdateAccount
 from atropos_exp.engine.bucket import expected_tensors
+from atropos_exp.engine.resident import EMBEDDING, HEAD
 from atropos_exp.engine.server import bucket_source, parser, prepare, run_model_thread, serve
 from atropos_exp.engine.sglang_backend import SGLangBackend
 from atropos_exp.engine.sglang_loader import LOADER
-from atropos_exp.engine.vllm_worker import EMBEDDING, HEAD
 
 logger = logging.getLogger(__name__)
 
-ROOM = (
-    7  # SGLang takes prompts of fewer tokens than its context less 6 (tp_worker.py), and a score's is a whole sequence
-)
+# SGLang takes prompts of fewer tokens than its context less 6 (tp_worker.py), and a score's prompt is a whole sequence.
+ROOM = 7
 
 
 def main() -> None:

@@ -14,11 +14,12 @@ import threading
 
 from atropos_exp.engine.account import UpdateAccount, some
 from atropos_exp.engine.bucket import adapter_tensors, expected_tensors
+from atropos_exp.engine.resident import EMBEDDING, HEAD
 from atropos_exp.engine.server import bucket_source, parser, prepare, run_model_thread, serve
 from atropos_exp.engine.vllm_backend import VLLMBackend
 from atropos_exp.engine.vllm_core import Core
 from atropos_exp.engine.vllm_update import WorkerUpdate
-from atropos_exp.engine.vllm_worker import EMBEDDING, EXTENSION, HEAD
+from atropos_exp.engine.vllm_worker import EXTENSION
 
 logger = logging.getLogger(__name__)
 

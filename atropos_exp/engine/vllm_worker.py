@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from atropos_exp.engine.backend import Message
 from atropos_exp.engine.bucket import BucketSource, Kind
+from atropos_exp.engine.resident import EMBEDDING, HEAD, has_plain_layers, views
 from atropos_exp.engine.vllm_adapter import AdapterWorker
 from atropos_exp.wire_tensors import Digests, digests, is_adapter
 
@@ -21,11 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 EXTENSION = "atropos_exp.engine.vllm_worker.WeightWorker"
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-
-
 PLAIN_DEVICES = ("cuda",)  # whose linear layers compute with the weights as they came; on a CPU they are repacked
-PLAIN_METHODS = ("UnquantizedLinearMethod", "UnquantizedEmbeddingMethod")
 
 
 @dataclass(kw_only=True)
@@ -147,44 +144,20 @@ class WeightWorker(AdapterWorker):
     def atropos_computes_plainly(self) -> bool:
         """Whether the model computes with nothing but its parameters as they came: no layer repacks or quantises them,
         none derives others from them."""
-        modules = list(self.atropos_model().modules())
-        methods = {type(method).__name__ for module in modules if (method := getattr(module, "quant_method", None))}
-        derives = any(type(module).__name__ == "MLAAttention" for module in modules)
-        return self.device.type in PLAIN_DEVICES and methods <= set(PLAIN_METHODS) and not derives
+        model = self.atropos_model()
+        derives = any(type(module).__name__ == "MLAAttention" for module in model.modules())
+        return self.device.type in PLAIN_DEVICES and has_plain_layers(model) and not derives
 
     def atropos_resident(self) -> dict[str, Tensor]:
         """The tensors of the model under their Hugging Face names, parts of fused ones as views, where they are kept
-        as they came. vLLM stacks q, k, v and gate, up by rows and pads vocabularies at the end. None with tensor
-        parallelism."""
+        as they came. None with tensor parallelism."""
         if self.vllm_config.parallel_config.tensor_parallel_size > 1:
             return {}
         model = self.atropos_model()
         parameters = {name.replace(".base_layer.", "."): tensor for name, tensor in model.named_parameters()}
-        packed: dict[str, list[str]] = getattr(model, "packed_modules_mapping", {})
         kinds = self.atropos_arrived.kinds
-        found = self.atropos_resident_adapter(kinds)
-        for name, (_, shape) in kinds.items():
-            tensor, start, rows = parameters.get(name), 0, None
-            for fused, parts in packed.items():
-                own = next((part for part in parts if f".{part}." in name), None)
-                if tensor is None and own is not None:
-                    siblings = [kinds.get(name.replace(own, part)) for part in parts]
-                    if None in siblings:
-                        break
-                    sizes = [sibling[1][0] for sibling in siblings if sibling]
-                    start, rows = sum(sizes[: parts.index(own)]), sum(sizes)
-                    tensor = parameters.get(name.replace(own, fused))
-            if (
-                tensor is None
-                or tensor.is_meta
-                or tensor.dim() != len(shape)
-                or not shape
-                or tensor.shape[1:] != shape[1:]
-            ):
-                continue
-            if tensor.shape[0] == (rows or shape[0]) or (name in (EMBEDDING, HEAD) and tensor.shape[0] > shape[0]):
-                found[name] = tensor.data[start : start + shape[0]]
-        return found
+        fused = getattr(model, "packed_modules_mapping", {})
+        return self.atropos_resident_adapter(kinds) | views(parameters, fused, kinds)
 
     def atropos_head_has_a_copy(self) -> bool:
         """On a CPU a head that is tied to the embedding computes with a packed copy of it, which must be made anew."""

@@ -25,6 +25,7 @@ from atropos_exp.trainer import random_state, weights
 from atropos_exp.trainer.distributed import broadcast_text
 from atropos_exp.trainer.tensor_files import TensorReader, TensorWriter, read_shapes
 from atropos_exp.types import UserError
+from atropos_exp.wire_tensors import is_adapter
 
 if TYPE_CHECKING:
     from atropos_exp.trainer.engine import PackedEngine
@@ -92,7 +93,7 @@ def load(folder: Path, engine: PackedEngine, device: torch.device) -> dict[str, 
 def _slots(engine: PackedEngine) -> list[Slot]:
     slots = []
     for name, tensor in weights.named_tensors(engine.module).items():
-        if weights.is_adapter(name):
+        if is_adapter(name):
             slots.append(Slot(stem="adapter", key=name, tensor=tensor))
         else:
             slots.append(Slot(stem="model", key=weights.hugging_face_name(name), tensor=tensor))

@@ -10,12 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from atropos_exp.wire_tensors import LORA_A, LORA_B
-
-
-def is_adapter(name: str) -> bool:
-    """True for LoRA's own matrices."""
-    return ".lora_A." in name or ".lora_B." in name
+from atropos_exp.wire_tensors import LORA_A, LORA_B, is_adapter
 
 
 def hugging_face_name(name: str) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from publishing import HeldModel, manage
-from random_models import completion_logprobs, greedy_tokens, random_model
+from random_models import completion_logprobs, greedy_tokens, random_model, random_prompts
 
 from atropos_exp.engine.client import EngineClient
 from atropos_exp.types import SamplingParams
@@ -123,3 +123,22 @@ def check_tied_head_under_its_own_name(engine: EngineClient) -> None:
     trainer.offset = 0.0
     manage(trainer, engine).publish(version + 1)  # a complete update makes it whole again
     engine.check()
+
+
+def check_no_older_key_is_read(engine: EngineClient) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A prompt is in the prefix cache when the weights change. What the engine said of itself before and after."""
+    (prompt,) = random_prompts([280], seed=21)
+    trainer = HeldModel(random_model(seed=2))
+    manage(trainer, engine).publish(engine.version() + 1)
+    for _ in range(2):
+        ((old,),) = engine.generate([prompt], GREEDY, num_samples=1)
+    trainer.disturb(0.1)
+    before = engine.info()
+    manage(trainer, engine).publish(engine.version() + 1)
+    ((new,),) = engine.generate([prompt], GREEDY, num_samples=1)
+    after = engine.info()
+    assert after["num_cache_proofs"] == before["num_cache_proofs"] + 1
+    expected = completion_logprobs(trainer.model, prompt, new.token_ids)
+    np.testing.assert_allclose(new.logprobs, expected, atol=1e-4)
+    assert np.abs(old.logprobs[0] - new.logprobs[0]) > 1e-2, "the weights did change what is said"
+    return before, after
