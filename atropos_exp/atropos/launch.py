@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import socket
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -16,6 +15,7 @@ from atropos_exp.atropos.settings import AtroposSettings
 from atropos_exp.atropos.source import AtroposSource
 from atropos_exp.atropos.supervisor import Service, Supervisor
 from atropos_exp.child import Child, child_environment
+from atropos_exp.held_port import HeldPort
 
 log = logging.getLogger(__name__)
 
@@ -49,8 +49,8 @@ def start_programs(settings: AtroposSettings, environment: Environment, *, facts
                 return Programs(client=client, supervisor=supervisor, is_up=False)
             log.warning("%s; an API of this run's own is started instead", error)
             client.close()
-    port = _free_port()
-    client = AtroposClient(f"http://127.0.0.1:{port}", batch_seconds=settings.batch_timeout)
+    port = HeldPort()  # the API listens on it once it has loaded, and again whenever it is restarted
+    client = AtroposClient(f"http://127.0.0.1:{port.number}", batch_seconds=settings.batch_timeout)
     supervisor = Supervisor(client, max_restarts=settings.max_restarts)
     supervisor.add(Service(name="Atropos API", launch=lambda: _start_api(port, log_folder), is_api=True))
     facts = replace(facts, api_url=client.url)
@@ -94,9 +94,9 @@ def make_source(
     )
 
 
-def _start_api(port: int, log_folder: Path) -> Child:
+def _start_api(port: HeldPort, log_folder: Path) -> Child:
     return Child(
-        [sys.executable, "-m", "atroposlib.cli.run_api", "--host", "127.0.0.1", "--port", str(port)],
+        [sys.executable, "-m", "atroposlib.cli.run_api", "--host", "127.0.0.1", "--port", str(port.number)],
         log=log_folder / "atropos_api.log",
         environment=child_environment(None),
     )
@@ -114,10 +114,3 @@ def _environment_launcher(
         )
 
     return launch
-
-
-def _free_port() -> int:
-    """Of the loopback interface. run-api binds it itself, a moment later."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port: int = probe.getsockname()[1]
-        return port

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import FrameType
 
+from atropos_exp.held_port import HeldPort
 from atropos_exp.types import UserError
 
 GRACE_SECONDS = 30.0  # for the other ranks to end after one has failed; they may hang in a collective with it
@@ -49,11 +49,9 @@ class Local:
         """
         if self.num_processes == 1 or "WORLD_SIZE" in environ:
             return None
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = HeldPort()  # rank 0 listens on it once it has loaded its libraries
         shared: dict[str, object] = {"WORLD_SIZE": self.num_processes, "LOCAL_WORLD_SIZE": self.num_processes}
-        shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port.number}
         if "OMP_NUM_THREADS" not in environ:
             shared["OMP_NUM_THREADS"] = max(1, len(os.sched_getaffinity(0)) // self.num_processes)
         ranks: list[subprocess.Popen[bytes]] = []

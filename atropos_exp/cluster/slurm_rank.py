@@ -26,6 +26,7 @@ from atropos_exp.cluster.slurm_attempts import Attempts
 from atropos_exp.cluster.slurm_board import POLL_SECONDS, Board, Pulse
 from atropos_exp.cluster.slurm_control import address_of, interface_towards, job_state, own_job, requeue, run_scontrol
 from atropos_exp.cluster.slurm_layout import Layout
+from atropos_exp.held_port import HeldPort
 
 STOP_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
 MEETING_SECONDS = 600.0  # for all tasks to start: images are pulled and file systems are slow
@@ -130,13 +131,11 @@ class Launcher:
             self._attempts.end("finished", code=0)
             return self._leave(0, "finished", is_over=True)
         address = address_of(nodes[0]) if self._job.layout.nodes > 1 else "127.0.0.1"
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            port = probe.getsockname()[1]
-        self._board.meet(address=address, port=port)
+        port = HeldPort("")  # rank 0 listens on it once it has loaded its libraries
+        self._board.meet(address=address, port=port.number)
         for line in self._job.layout.describe(address=address):
             self._say(line)
-        code = self._run_rank(address, port)
+        code = self._run_rank(address, port.number)
         others = self._board.failures()
         if self._signals:
             return self._interrupted()

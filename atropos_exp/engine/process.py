@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import secrets
-import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from atropos_exp.child import Child, child_environment
+from atropos_exp.held_port import HeldPort
 
 TOKEN_VARIABLE = "ATROPOS_EXP_ENGINE_TOKEN"  # in the child's environment: its bearer token
 DEVICES_VARIABLE = "ATROPOS_EXP_ENGINE_DEVICES"  # set by a launcher that keeps devices for engines alone
@@ -16,7 +16,7 @@ BACKLOG = 2048  # connections that wait while the server loads
 
 
 class ServerProcess:
-    """Runs `python -m module arguments` on a free loopback port, bound before the start so that nobody else gets it.
+    """Runs `python -m module arguments` on a free loopback port, which it keeps over restarts.
 
     The child inherits the listening socket (`--socket-fd`) and finds its bearer token in the environment. Its output
     goes to `log`. It ends with this process, see `Child`.
@@ -41,29 +41,28 @@ class ServerProcess:
         if devices := self._environment.pop(DEVICES_VARIABLE, ""):
             self._environment["CUDA_VISIBLE_DEVICES"] = devices
         self._inherited_fds = tuple(inherited_fds)
-        with socket.create_server(("127.0.0.1", 0), backlog=BACKLOG) as listener:
-            self._port: int = listener.getsockname()[1]
-            self._child = self._spawn(listener, ())
+        self._port = HeldPort()
+        self._child = self._spawn()
 
     def restart(self, *arguments: str) -> None:
         """Kill what is left of the process and start it again at the same address, with these arguments too."""
         self.stop()
         self.num_restarts += 1
-        with socket.create_server(("127.0.0.1", self._port), backlog=BACKLOG) as listener:
-            self._child = self._spawn(listener, arguments)
+        self._child = self._spawn(*arguments)
 
-    def _spawn(self, listener: socket.socket, more: Sequence[str]) -> Child:
-        return Child(
-            [*self._command, *more, "--socket-fd", str(listener.fileno())],
-            log=self.log,
-            environment=self._environment,
-            pass_fds=(listener.fileno(), *self._inherited_fds),
-        )
+    def _spawn(self, *more: str) -> Child:
+        with self._port.listen(BACKLOG) as listener:
+            return Child(
+                [*self._command, *more, "--socket-fd", str(listener.fileno())],
+                log=self.log,
+                environment=self._environment,
+                pass_fds=(listener.fileno(), *self._inherited_fds),
+            )
         # Our copy of the socket is closed then: once the child is dead, connections are refused instead of queued.
 
     @property
     def address(self) -> str:
-        return f"http://127.0.0.1:{self._port}"
+        return f"http://127.0.0.1:{self._port.number}"
 
     @property
     def pid(self) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ import pytest
 
 from atropos_exp.atropos.client import ApiDown, AtroposClient
 from atropos_exp.child import Child
+from atropos_exp.held_port import HeldPort
 
 START_SECONDS = 90.0
 
@@ -22,8 +22,8 @@ class Api:
     """`run-api` on a free loopback port, which it keeps over `kill` and `start`."""
 
     def __init__(self, folder: Path) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            self.port = probe.getsockname()[1]
+        self._held = HeldPort()
+        self.port = self._held.number
         self.url = f"http://127.0.0.1:{self.port}"
         self._folder = folder
         self.client = AtroposClient(self.url, batch_seconds=120.0)

@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,16 +17,12 @@ from typing import Any
 import httpx
 from contract import HERE, Request, load
 
+from atropos_exp.held_port import HeldPort
+
 trainer = load()
 MARK = "CONFORMANCE_RUN"
 START_SECONDS = 240.0  # of a trainer until it has registered, beside other tests
 STEP_SECONDS = 120.0
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def wait_for(condition: Callable[[], Any], what: str, seconds: float, *, why: Callable[[], str] = str) -> Any:
@@ -43,7 +38,8 @@ class Api:
     """`run-api` on a loopback port of its own, which it keeps when it is killed and started again."""
 
     def __init__(self, folder: Path) -> None:
-        self.port = free_port()
+        self._held = HeldPort()
+        self.port = self._held.number
         self.url = f"http://127.0.0.1:{self.port}"
         self._log = folder / f"api_{self.port}.log"
         limits = httpx.Limits(max_keepalive_connections=0)  # the server may be another one the next time

@@ -12,7 +12,9 @@ import httpx
 import numpy as np
 import pytest
 from expected import IGNORED, SENTINEL, Group
-from programs import START_SECONDS, free_port, trainer, wait_for
+from programs import START_SECONDS, trainer, wait_for
+
+from atropos_exp.held_port import HeldPort
 
 MAX_LAG = 2
 EQUAL = 5e-4
@@ -86,18 +88,18 @@ class Busy:
 @pytest.fixture(scope="module")
 def story(started: Any) -> Iterator[SimpleNamespace]:
     told = SimpleNamespace(groups={})
-    api, port = started.api(), free_port()
+    api, port = started.api(), HeldPort()
     run = started.run(
         "run",
         steps=6,
         api_url=api.url,
-        gateway_port=port,
+        gateway_port=port.number,
         max_version_lag=MAX_LAG,
         keeps_weights=True,
         learning_rate=1e-3,
     )
     run.wait_until(lambda: api.is_registered, "the trainer registers", START_SECONDS)
-    environment, sampler = started.environment(api.url), Sampler(port)
+    environment, sampler = started.environment(api.url), Sampler(port.number)
     prompts = iter([3, 16 + a, 16 + b, 15, 16 + b, 16 + a, 4] for a in range(9) for b in range(a))
 
     def sample(name: str, **options: Any) -> Group:

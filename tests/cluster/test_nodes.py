@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
+
+from atropos_exp.held_port import HeldPort
 
 ROOT = Path(__file__).resolve().parents[2]
 # argv: the folder that stands for this node's disk, and whether its download fails. Prints what `find` gave and how
@@ -36,13 +37,11 @@ except UserError as error:
 
 def run_ranks(places: list[tuple[Path, int]], *, failing: Path | None = None, relative: bool = False) -> list[str]:
     """One process per (disk, local rank), working in its disk if `relative`; their outputs in order of rank."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = HeldPort()
     processes = []
     for rank, (disk, local) in enumerate(places):
         own = {"RANK": rank, "LOCAL_RANK": local, "WORLD_SIZE": len(places), "MASTER_ADDR": "127.0.0.1"}
-        environment = {**os.environ, "MASTER_PORT": str(port), "PYTHONPATH": str(ROOT)}
+        environment = {**os.environ, "MASTER_PORT": str(port.number), "PYTHONPATH": str(ROOT)}
         environment |= {name: str(value) for name, value in own.items()}
         how = "fails" if disk == failing else "works"
         disk.mkdir(exist_ok=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ import pytest
 
 from atropos_exp.config import build
 from atropos_exp.dashboard.workspace import sections
+from atropos_exp.held_port import HeldPort
 from atropos_exp.metrics import sentence
 from atropos_exp.types import StepMetrics, UserError
 
@@ -108,8 +108,8 @@ def test_a_run_is_in_the_local_dashboard(tmp_path: Path) -> None:
     )  # fmt: skip
     assert "demo/today/now" in listed.stdout, listed.stderr + (run_folder / "log" / "trackio.log").read_text()
 
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+    held = HeldPort()
+    port = held.number
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     shown = subprocess.Popen(
         [sys.executable, "-m", "atropos_exp.dashboard", "--local", str(store), "--no-browser", "--port", str(port)],

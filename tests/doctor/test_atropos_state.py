@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +17,7 @@ from atropos_exp.child import Child
 from atropos_exp.config_save import config_hash
 from atropos_exp.doctor.line import Level
 from atropos_exp.doctor.network import check_atropos
+from atropos_exp.held_port import HeldPort
 from atropos_exp.run_folder import open_run_folder
 
 GROUP = {"tokens": [[1, 2]], "masks": [[-100, 2]], "scores": [1.0]}
@@ -25,11 +25,10 @@ GROUP = {"tokens": [[1, 2]], "masks": [[-100, 2]], "scores": [1.0]}
 
 @pytest.fixture
 def api(tmp_path: Path) -> Iterator[AtroposClient]:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-    client = AtroposClient(f"http://127.0.0.1:{port}", batch_seconds=120.0)
+    port = HeldPort()
+    client = AtroposClient(f"http://127.0.0.1:{port.number}", batch_seconds=120.0)
     child = Child(
-        [sys.executable, "-m", "atroposlib.cli.run_api", "--host", "127.0.0.1", "--port", str(port)],
+        [sys.executable, "-m", "atroposlib.cli.run_api", "--host", "127.0.0.1", "--port", str(port.number)],
         log=tmp_path / "api.log",
         environment=dict(os.environ),
     )

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from atropos_exp.held_port import HeldPort
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -29,11 +30,10 @@ class Processes:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._running: list[tuple[subprocess.Popen[bytes], Path]] = []
+        self._ports: list[HeldPort] = []
 
     def start(self, device: str, *ways: str, num_ranks: int = 1) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        self._ports.append(HeldPort())
         for rank in range(num_ranks):
             environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE.parents[1]), *_python_path()])}
             if device == "cpu":
@@ -44,7 +44,7 @@ class Processes:
                     "LOCAL_RANK": str(rank),
                     "WORLD_SIZE": str(num_ranks),
                     "MASTER_ADDR": "127.0.0.1",
-                    "MASTER_PORT": str(port),
+                    "MASTER_PORT": str(self._ports[-1].number),
                 }
             log_path = self.folder / f"{ways[0]}_{device}_{rank}.log"
             command = [sys.executable, str(HERE / "gpu_cases.py"), str(self.folder), device, *ways]

@@ -55,7 +55,9 @@ def test_ten_preemptions_change_nothing(cluster: Cluster, tmp_path: Path, undist
 def test_a_cluster_that_only_terminates(terminating: Cluster, tmp_path: Path, undisturbed: Path) -> None:
     folder = tmp_path / "out" / "run"
     job = terminating.submit(folder, "cluster.partition=low", "cluster.signal_seconds=150", *RUN)
-    for goal in (4, 9):
+    for begun in (1, 2):
+        terminating.wait_until(lambda begun=begun: len(read_attempts(folder)) == begun, 180)
+        goal = last_step(folder) + 4
         terminating.wait_until(lambda goal=goal: last_step(folder) >= goal, 180)
         terminating.preempt(job)
         assert read_attempts(folder)[-1].signals == ("SIGTERM",), output(folder)

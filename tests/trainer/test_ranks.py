@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +15,8 @@ import ranks
 import torch
 from safetensors.torch import load_file
 from trainer_cases import full_weights, make_batch, write_model
+
+from atropos_exp.held_port import HeldPort
 
 # fp32 sums in another order
 CLOSE = {"atol": 2e-6, "rtol": 1e-4}
@@ -31,9 +32,7 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("adam", "lora"):
         trainer, _ = ranks.run(folder, name, num_updates=2)
         trainer.save(folder / f"{name}_saved_by_one")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = HeldPort()
     processes = []
     for rank in range(2):
         environment = os.environ | {
@@ -41,7 +40,7 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "LOCAL_RANK": str(rank),
             "WORLD_SIZE": "2",
             "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
+            "MASTER_PORT": str(port.number),
             "PYTHONPATH": f"{Path(ranks.__file__).parent}{os.pathsep}{Path(__file__).parents[2]}",
         }
         command = [sys.executable, ranks.__file__, str(folder)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -20,6 +19,7 @@ from atropos_exp.config_origin import CONF_DIR
 from atropos_exp.engine.client import EngineClient
 from atropos_exp.engine.hf import HFEngine
 from atropos_exp.gateway.settings import GatewaySettings
+from atropos_exp.held_port import HeldPort
 from atropos_exp.model.tiny import WEIGHTS
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -66,6 +66,7 @@ class Program:
 class Programs:
     folder: Path
     running: list[Program] = field(default_factory=list)
+    _ports: list[HeldPort] = field(default_factory=list)
 
     def start(self, *argv: str) -> Program:
         log = self.folder / f"program_{len(self.running)}.log"
@@ -84,9 +85,8 @@ class Programs:
         )
 
     def api(self) -> Api:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        self._ports.append(HeldPort())
+        port = self._ports[-1].number
         program = self.start("-m", "atroposlib.cli.run_api", "--host", "127.0.0.1", "--port", str(port))
         api = Api(url=f"http://127.0.0.1:{port}", program=program)
         program.wait_for(api.answers, "the API's first answer")

@@ -1,0 +1,28 @@
+"""A TCP port kept for a server that is still to start, or to start again."""
+
+from __future__ import annotations
+
+import os
+import socket
+import weakref
+
+
+class HeldPort:
+    """A free port, bound but not listened on: connections are refused, yet no other program is given it.
+
+    A port that was merely found free may be somebody's a moment later, above all as the near end of a connection.
+    A server can listen on this one all the same, since servers bind with SO_REUSEADDR. Held as long as the object is.
+    """
+
+    def __init__(self, host: str = "127.0.0.1") -> None:
+        """`host`: the address of this machine; "" stands for all."""
+        self._host = host
+        with socket.socket() as bound:
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            bound.bind((host, 0))
+            self.number: int = bound.getsockname()[1]
+            weakref.finalize(self, os.close, bound.detach())
+
+    def listen(self, backlog: int) -> socket.socket:
+        """A listening socket on it, to hand to a server. Raises OSError while somebody listens already."""
+        return socket.create_server((self._host, self.number), backlog=backlog)
