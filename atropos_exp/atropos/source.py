@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.05, 1.0  # seconds between two questions for a batch
+PATIENCE = 6  # the pause is this part of the wait so far, so that a batch lies ready for a twelfth of it on average
 WATCH_SECONDS = 5.0  # between looks at the engine while waiting
 PROBE_SECONDS = 1.0  # between looks at an API that was given up
 MAX_ENVIRONMENTS = 256  # that are counted
@@ -77,7 +78,7 @@ class AtroposSource:
         """
         if self._since is None or self._phase == "data":
             self._since = time.monotonic()
-        pause = FIRST_PAUSE
+        began = time.monotonic()
         while not self._batches:
             reason = self._ask(step, refuse_foreign=self._phase == "first")
             if self._batches:
@@ -89,8 +90,8 @@ class AtroposSource:
                 raise SourceUnavailable(reason or self._explain(waited))
             if problem := self._supervisor.problem():
                 raise SourceUnavailable(problem)
+            pause = min(LONGEST_PAUSE, max(FIRST_PAUSE, (time.monotonic() - began) / PATIENCE))
             time.sleep(pause * random.uniform(0.75, 1.25))
-            pause = min(LONGEST_PAUSE, 1.3 * pause)
         self._phase, self._since = "data", time.monotonic()
         return self._batches.pop(0), self._take_dropped()
 

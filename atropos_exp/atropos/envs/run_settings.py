@@ -11,7 +11,7 @@ import yaml
 
 from atropos_exp.config import RunConfig, build_into
 from atropos_exp.config_typed import Mistake, construct
-from atropos_exp.types import SamplingParams, UserError
+from atropos_exp.types import UserError
 
 if TYPE_CHECKING:
     from atropos_exp.data.settings import DataSettings
@@ -67,17 +67,6 @@ class RunSettings:
         """Where the tokenizer is. The copy that is here already, for the trainer fetched it; else it is fetched."""
         folder = self.model.local_folder()
         return folder if folder is not None and folder.is_dir() else self.model.fetch()
-
-    def sampling(self, folder: Path, *, seed: int) -> SamplingParams:
-        """Of training rollouts."""
-        return SamplingParams(
-            temperature=self.run.temperature,
-            top_p=self.run.top_p,
-            top_k=self.run.top_k,
-            max_tokens=self.run.max_response_length,
-            stop_token_ids=self.model.stop_token_ids(folder),
-            seed=seed,
-        )
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

@@ -114,7 +114,7 @@ class SingleTurnEnv(RunEnv):
             ),
             scorer=scorer,
             tokenizer=self.tokenizer,
-            stop_token_ids=self.settings.model.stop_token_ids(self.model_folder),
+            stop_token_ids=self.stop_token_ids,
             max_tokens=self.config.max_response_length,
             seed=self.settings.run.seed,
         )
