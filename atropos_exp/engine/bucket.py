@@ -40,22 +40,24 @@ class BucketSource:
         return self.cuda_ipc or (self.group is not None and self.group.backend == "nccl")
 
     def check(self, message: Message) -> None:
-        """Refuses a message of another transport."""
-        wanted = {
-            "group": self.group is not None,
-            "cuda": self.cuda_ipc,
-            "file": self.folder is not None,
-            "pieces": self.shm is not None,
-        }
-        key = next((key for key in wanted if key in message), "pieces")
-        if key not in message or not wanted[key]:
+        """Refuses a message that says nothing to this server: of another transport."""
+        if self._key not in message:
             got = ", ".join(sorted(message))
             raise Refused(400, f"this server was started for another weight transport; got {got}")
+
+    @property
+    def _key(self) -> str:
+        """Of a message, under which it says where the bucket lies. Other servers may find theirs under others."""
+        if self.group is not None:
+            return "group"
+        if self.cuda_ipc:
+            return "cuda"
+        return "shm" if self.folder is None else "file"
 
     def kinds(self, message: Message) -> list[tuple[str, Kind]]:
         """Name, dtype and shape of the bucket's tensors, without reading them."""
         self.check(message)
-        if "file" in message:
+        if self.folder is not None:
             return safetensors_kinds(self._file(message))
         size = self._size(message)
         pieces = [Piece.from_message(item, buffer_bytes=size) for item in message["pieces"]]
@@ -65,7 +67,7 @@ class BucketSource:
         """The bucket's tensors, as views: they are gone with the next bucket. `receiver`: number of this process among
         those of the server that receive weights."""
         self.check(message)
-        if "file" in message:
+        if self.folder is not None:
             from safetensors.torch import load_file
 
             yield from load_file(self._file(message)).items()
@@ -76,7 +78,7 @@ class BucketSource:
         if self.group is not None:
             buffer = self.group.receive(message["group"], size, receiver=receiver)
         else:
-            buffer = open_cuda(message["cuda"], size) if "cuda" in message else self._map(size)
+            buffer = open_cuda(message["cuda"], size) if self.cuda_ipc else self._map(size)
         for piece in pieces:
             yield piece.name, read_piece(piece, buffer)
 

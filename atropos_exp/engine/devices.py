@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
+from atropos_exp.engine.mixed_transport import MIXED
 from atropos_exp.engine.process import DEVICES_VARIABLE
 from atropos_exp.types import UserError
 
@@ -32,26 +33,43 @@ def transport_problems(transport: str, gpus: Sequence[int] | None, *, device: st
             "engine.transport is cuda_ipc, which hands weights over on the GPU that trainer and engine share; "
             "use engine.transport=auto"
         ]
-    if transport == "nccl" and device == "cpu":
-        return ["engine.transport is nccl, which sends weights from GPU to GPU, but device is cpu; use gloo or shm"]
+    if transport in ("nccl", "cuda_ipc+nccl") and device == "cpu":
+        return [
+            f"engine.transport is {transport}, which sends weights from GPU to GPU, but device is cpu; use gloo or shm"
+        ]
     return []
 
 
-def choose_transport(transport: str, gpus: Sequence[int] | None, *, device: str) -> str:
-    """`auto` resolved. Raises UserError for one that needs the engine on other GPUs where it is not."""
+def near_servers(servers: Sequence[str | None], *, device: str) -> list[int]:
+    """Those that have the trainer's GPU and no other. On a CPU the first one stands for them, so that a mixed transport
+    can be tried there. `servers`: as `visible_devices` has them."""
+    if not device.startswith("cuda"):
+        return [0]
+    return [number for number, names in enumerate(servers) if names is None or names == _name(device)]
+
+
+def choose_transport(transport: str, servers: Sequence[str | None], *, device: str) -> str:
+    """`auto` resolved for servers as `visible_devices` has them. Raises UserError for one that does not suit them."""
     on_gpu = device.startswith("cuda")
-    others = _own(gpus) or []
-    if transport == "nccl" and (not on_gpu or not others or _name(device) in others):
+    shared = [number for number, names in enumerate(servers) if names is None or _name(device) in names.split(",")]
+    if transport == "nccl" and (not on_gpu or shared):
+        what = "none of its own" if None in servers else f"GPU {_name(device)}, where the trainer is"
         raise UserError(
             "engine.transport is nccl, which sends weights to other GPUs than the trainer's, but the engine has "
-            f"{'none of its own' if not others else 'GPU ' + _name(device) + ', where the trainer is'}; name others "
-            "in engine.gpus, or use engine.transport=auto"
+            f"{what}; name others in engine.gpus, or use engine.transport=auto"
         )
+    if transport in MIXED:
+        near = near_servers(servers, device=device)
+        if not 0 < len(near) < len(servers) or (on_gpu and shared != near):
+            raise UserError(
+                f"engine.transport is {transport}, for an engine with a server on the trainer's own GPU alone and "
+                "others elsewhere, but it has none such; use engine.transport=auto"
+            )
     if transport != "auto":
         return transport
-    if not on_gpu or _name(device) in others:
+    if not on_gpu or (shared and None not in servers):
         return "shm"  # NCCL takes a GPU once, and not every server is on the trainer's
-    return "nccl" if others else "cuda_ipc"
+    return "cuda_ipc" if shared else "nccl"
 
 
 def _own(gpus: Sequence[int] | None) -> list[str] | None:

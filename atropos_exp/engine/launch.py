@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from atropos_exp.engine.client import EngineClient
-from atropos_exp.engine.devices import choose_transport, visible_devices
+from atropos_exp.engine.devices import choose_transport, near_servers, visible_devices
 from atropos_exp.engine.process import DEVICES_VARIABLE, ServerProcess
 from atropos_exp.engine.replicas import Replicas
 from atropos_exp.engine.transport import Transport, make_transport
@@ -48,7 +48,7 @@ class Launch:
     dtype: str  # auto: float32 on a CPU, bfloat16 on a GPU
     num_threads: int | None  # of each server; None: its share of the cores that this process may use
     max_sequence_length: int  # tokens of a prompt and its answer together
-    transport: str  # auto | shm | disk | cuda_ipc | nccl | gloo, or a class of this folder
+    transport: str  # auto | shm | disk | cuda_ipc | nccl | gloo | cuda_ipc+nccl | shm+gloo, or a class of this folder
     gpus: Sequence[int] | None  # of all servers; None: the trainer's own
     tensor_parallel_size: int  # GPUs of one server
     data_parallel_size: int  # servers
@@ -88,10 +88,11 @@ class Launch:
         )
         with contextlib.ExitStack() as undo:
             transport = make_transport(
-                choose_transport(self.transport, self.gpus, device=self.device),
+                choose_transport(self.transport, devices, device=self.device),
                 self.log_folder,
                 num_servers=count,
                 receivers_per_server=self.receivers_per_server,
+                near=near_servers(devices, device=self.device),
             )
             undo.callback(transport.close)
             clients = []

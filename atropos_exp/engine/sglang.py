@@ -13,9 +13,9 @@ from atropos_exp.engine.external import environment_problems, interpreter
 from atropos_exp.engine.launch import DTYPES, Launch, check_settings
 from atropos_exp.engine.preflight import has_gpu
 from atropos_exp.engine.replicas import Replicas
+from atropos_exp.engine.transport import TRANSPORTS
 
 SERVER = "atropos_exp.engine.sglang_server"
-TRANSPORTS = ("auto", "shm", "disk", "cuda_ipc", "nccl", "gloo")
 # The version that verl 0.9.1 was built against; it pins transformers 5.6.0, which verl excludes.
 INSTALL = "`pip install sglang==0.5.12 msgpack xxhash` in an environment of its own, on a machine with an NVIDIA GPU"
 
@@ -44,7 +44,7 @@ class SGLangEngine:
     def __post_init__(self) -> None:
         check_settings(
             self,
-            choices={"dtype": DTYPES, "transport": TRANSPORTS},
+            choices={"dtype": DTYPES, "transport": ("auto", *TRANSPORTS)},
             positive=(
                 *("tensor_parallel_size", "data_parallel_size", "mem_fraction_static", "max_running_requests"),
                 "num_threads",

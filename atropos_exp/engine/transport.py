@@ -1,6 +1,7 @@
 """How a bucket of weights reaches server processes: shared memory, device memory, files, or a group of processes.
 
-One transport serves all replicas of an engine: each bucket is laid down once, and every server is told of it.
+One transport serves all replicas of an engine: each bucket is laid down once, and every server is told of it. A message
+has a key for each way in which the bucket can be reached; a server knows its own.
 """
 
 from __future__ import annotations
@@ -10,20 +11,21 @@ import importlib
 import mmap
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from atropos_exp.engine.group import BACKENDS
 from atropos_exp.engine.group_transport import GroupTransport
+from atropos_exp.engine.mixed_transport import MIXED, MixedTransport
 from atropos_exp.types import UserError
 from atropos_exp.wire_tensors import layout, write_bucket
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-TRANSPORTS = ("shm", "disk", "gloo", "nccl")  # those that need no GPU that trainer and engine share
+TRANSPORTS = ("shm", "disk", "cuda_ipc", "nccl", "gloo", *MIXED)
 Bucket = Sequence[tuple[str, "Tensor"]]
 Message = dict[str, Any]
 
@@ -64,9 +66,21 @@ def is_transport(name: str) -> bool:
     return name in TRANSPORTS or (name.startswith(f"{__package__}.") and name.count(".") == 3)
 
 
-def make_transport(name: str, log_folder: Path, *, num_servers: int = 1, receivers_per_server: int = 1) -> Transport:
-    """shm | disk | cuda_ipc | nccl | gloo, or a class of a file of this folder, made with the log folder. Raises
-    UserError. `receivers_per_server`: processes of each server that receive weights."""
+def make_transport(
+    name: str,
+    log_folder: Path,
+    *,
+    num_servers: int = 1,
+    receivers_per_server: int = 1,
+    near: Collection[int] = (),
+) -> Transport:
+    """shm | disk | cuda_ipc | nccl | gloo, two of them joined by + (see `MIXED`), or a class of a file of this folder,
+    made with the log folder. Raises UserError. `receivers_per_server`: processes of each server that receive weights.
+    `near`: the servers that the first of two serves."""
+    if name in MIXED:
+        first, second = name.split("+")
+        others = GroupTransport(second, num_servers=num_servers - len(near), receivers_per_server=receivers_per_server)
+        return MixedTransport(make_transport(first, log_folder), others, near=near)
     if name in BACKENDS:
         return GroupTransport(name, num_servers=num_servers, receivers_per_server=receivers_per_server)
     if name == "cuda_ipc":
@@ -119,7 +133,7 @@ class ShmTransport(Laid):
             os.ftruncate(self._fd, num_bytes)
         if num_bytes:
             write_bucket(bucket, pieces, mmap.mmap(self._fd, num_bytes))
-        return {"pieces": [piece.to_message() for piece in pieces], "num_bytes": num_bytes}
+        return {"pieces": [piece.to_message() for piece in pieces], "num_bytes": num_bytes, "shm": True}
 
     def clear(self) -> None:
         os.ftruncate(self._fd, 0)

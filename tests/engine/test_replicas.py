@@ -163,11 +163,13 @@ def test_a_lost_server_is_replaced_and_all_are_synced_again(engines: Replicas, t
     assert (resync.num_restarts, resync.num_syncs, resync.num_verified) == (1, 2, 2)
 
 
+@pytest.mark.parametrize(("transport", "lost"), [("gloo", 0), ("shm+gloo", 0), ("shm+gloo", 1)])
 def test_a_server_lost_in_the_middle_of_an_update_to_a_group(
-    model_folder: Path, tmp_path: Path, trainer: Trainer
+    model_folder: Path, tmp_path: Path, trainer: Trainer, transport: str, lost: int
 ) -> None:
-    """One broadcast reaches both; the one that is left does not wait for the other, and a new group forms."""
-    engines = start(model_folder, tmp_path, transport="gloo")
+    """Both get the weights, by one broadcast or each in its own way; the one that is left does not wait for the other,
+    and a new group forms."""
+    engines = start(model_folder, tmp_path, transport=transport)
     try:
         assert manage(trainer, engines).publish(1).digests_compared == len(list(trainer.parameters()))
         expected = {name: digest(tensor) for name, tensor in trainer.model.named_parameters()}
@@ -180,14 +182,14 @@ def test_a_server_lost_in_the_middle_of_an_update_to_a_group(
                 for index, pair in enumerate(super().parameters()):
                     if index == 9 and not self.killed:
                         self.killed = True
-                        os.kill(engines.replicas[0].process.pid, signal.SIGKILL)
+                        os.kill(engines.replicas[lost].process.pid, signal.SIGKILL)
                     yield pair
 
         resync = Resync(manage(Kills(trainer.model), engines), engines, ALONE, max_restarts=2)
-        survivor = engines.replicas[1].process.pid
+        survivor = engines.replicas[1 - lost].process.pid
         assert resync.publish(2).policy_version == 2
         assert (resync.num_restarts, resync.num_syncs, resync.num_verified) == (1, 2, 1)
-        assert engines.replicas[1].process.pid == survivor
+        assert engines.replicas[1 - lost].process.pid == survivor
 
         for one in engines.replicas:  # started anew side by side, on the transport that they share
             os.kill(one.process.pid, signal.SIGKILL)

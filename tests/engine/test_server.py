@@ -82,7 +82,7 @@ def test_out_of_order_weight_messages_are_refused(engine: EngineClient) -> None:
         ),
         (
             "/weights/bucket",
-            {"num_bytes": 64, "pieces": [["a", "float32", [17], 0]]},
+            {"num_bytes": 64, "pieces": [["a", "float32", [17], 0]], "shm": True},
             (400, "a at byte 0 does not fit a buffer of 64 bytes"),
         ),
         ("/weights/begin", {"version": -1}, (400, "version must be a number from 0 to 4611686018427387904; got -1")),

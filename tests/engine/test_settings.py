@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from engines import engine_settings
 
-from atropos_exp.engine.devices import choose_transport, visible_devices
+from atropos_exp.engine.devices import choose_transport, near_servers, visible_devices
 from atropos_exp.engine.process import DEVICES_VARIABLE
 from atropos_exp.types import UserError
 
@@ -18,7 +18,10 @@ from atropos_exp.types import UserError
     ("changes", "message"),
     [
         ({"dtype": "int8"}, "engine.dtype must be one of auto, float32, bfloat16, float16; got 'int8'"),
-        ({"transport": "tcp"}, "engine.transport must be one of shm, disk, gloo, nccl; got 'tcp'"),
+        (
+            {"transport": "tcp"},
+            "engine.transport must be one of shm, disk, cuda_ipc, nccl, gloo, cuda_ipc+nccl, shm+gloo; got 'tcp'",
+        ),
         ({"max_batch_tokens": 0}, "engine.max_batch_tokens must be 1 or more; got 0"),
         ({"num_threads": 0}, "engine.num_threads must be 1 or more, or null for all cores; got 0"),
         ({"batching_wait_seconds": -1.0}, "engine.batching_wait_seconds must be 0 or more; got -1.0"),
@@ -66,7 +69,7 @@ def test_engines_of_another_environment(option: str, title: str, install: str, t
         (
             "vllm",
             {"transport": "tcp"},
-            "engine.transport must be one of auto, shm, disk, cuda_ipc, nccl, gloo; got 'tcp'",
+            "engine.transport must be one of auto, shm, disk, cuda_ipc, nccl, gloo, cuda_ipc+nccl, shm+gloo; got 'tcp'",
         ),
         ("hf", {"data_parallel_size": 0}, "engine.data_parallel_size must be above 0; got 0"),
         ("vllm", {"gpu_memory_utilization": 1.5}, "engine.gpu_memory_utilization must be at most 1; got 1.5"),
@@ -111,17 +114,23 @@ def test_what_the_engines_are_told() -> None:
 def test_where_the_servers_are_and_how_weights_get_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(DEVICES_VARIABLE, raising=False)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    cases = ((None, "cpu", "shm"), (None, "cuda", "cuda_ipc"), ([1], "cuda:0", "nccl"), ([0, 1], "cuda", "shm"))
-    for gpus, device, chosen in cases:
-        assert choose_transport("auto", gpus, device=device) == chosen
+    cases: tuple[tuple[list[str | None], str, str], ...] = (
+        ([None], "cpu", "shm"),
+        ([None], "cuda", "cuda_ipc"),
+        (["1"], "cuda:0", "nccl"),
+        (["0", "1"], "cuda", "shm"),
+        (["2,3", "0,1"], "cuda:1", "shm"),
+    )
+    for servers, device, chosen in cases:
+        assert choose_transport("auto", servers, device=device) == chosen
     with pytest.raises(UserError, match=r"but the engine has GPU 0, where the trainer is; name others"):
-        choose_transport("nccl", [0, 1], device="cuda")
+        choose_transport("nccl", ["0", "1"], device="cuda")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
-        assert choose_transport("auto", [3], device="cuda:0") == "nccl"
-        assert choose_transport("auto", [2, 3], device="cuda:0") == "shm"
+        assert choose_transport("auto", ["3"], device="cuda:0") == "nccl"
+        assert choose_transport("auto", ["2", "3"], device="cuda:0") == "shm"
     with pytest.raises(UserError, match=r"engine.transport is nccl, .* but the engine has none of its own"):
-        choose_transport("nccl", None, device="cuda")
+        choose_transport("nccl", [None], device="cuda")
 
     def visible(gpus: list[int] | None, *, device: str = "cuda", tensor: int = 1, data: int = 1) -> list[str | None]:
         return visible_devices(gpus, tensor_parallel_size=tensor, data_parallel_size=data, device=device)
@@ -131,10 +140,31 @@ def test_where_the_servers_are_and_how_weights_get_there(monkeypatch: pytest.Mon
     with pytest.raises(UserError, match=r"engine.data_parallel_size is 2, but engine.gpus names no GPUs"):
         visible(None, data=2)
     monkeypatch.setenv(DEVICES_VARIABLE, "6,7")  # what a launcher keeps for engines
-    assert choose_transport("auto", None, device="cuda") == "nccl"
+    assert choose_transport("auto", visible(None, data=2), device="cuda") == "nccl"
     assert visible(None, data=2) == visible([0, 1], data=2) == ["6", "7"]
     with pytest.raises(UserError, match=r"the engine has the GPUs 6, 7, but .* is 1; make them equal"):
         visible(None)
+
+
+def test_where_a_mixed_transport_can_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    servers: list[str | None] = ["1", "0", "2"]
+    assert choose_transport("cuda_ipc+nccl", servers, device="cuda:0") == "cuda_ipc+nccl"
+    assert near_servers(servers, device="cuda:0") == [1]
+    assert choose_transport("shm+gloo", [None, None], device="cpu") == "shm+gloo"
+    assert near_servers([None, None], device="cpu") == [0]
+    wrong: tuple[tuple[list[str | None], str], ...] = (
+        ([None], "cuda"),  # nobody is elsewhere
+        (["1", "2"], "cuda"),  # nobody is near
+        (["0", "0"], "cuda"),
+        (["0", "0,1"], "cuda"),  # NCCL would take GPU 0 twice
+        ([None], "cpu"),
+    )
+    for where, device in wrong:
+        with pytest.raises(UserError, match=r"but it has none such; use engine.transport=auto"):
+            choose_transport("shm+gloo", where, device=device)
+    problems = engine_settings("vllm", transport="cuda_ipc+nccl", data_parallel_size=2).preflight(device="cpu")
+    assert any(problem.startswith("engine.transport is cuda_ipc+nccl, which sends weights") for problem in problems)
 
 
 def test_replicas_and_groups_before_the_start() -> None:

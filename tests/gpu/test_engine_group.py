@@ -81,3 +81,29 @@ def test_weights_reach_an_engine_on_another_gpu(device: str, tmp_path: Path) -> 
         engine.check()
     finally:
         engine.stop()
+
+
+def test_weights_reach_one_server_beside_the_trainer_and_one_elsewhere(device: str, tmp_path: Path) -> None:
+    """Each in its own way, proven for both; the one beside the trainer is killed and whole again."""
+    where: dict[str, Any] = {"transport": "shm+gloo"}
+    if device == "cuda":
+        if torch.cuda.device_count() < 2:
+            pytest.skip("needs two NVIDIA GPUs")
+        where = {"transport": "cuda_ipc+nccl", "gpus": [0, 1]}
+    engine = start_random("hf", tmp_path, random_model(), max_length=32, device=device, data_parallel_size=2, **where)
+    try:
+        assert engine.transfers_on_device == (device == "cuda")
+        trainer = Trainer(random_model(seed=1), device)
+        expected = {name: digest(tensor) for name, tensor in trainer.parameters()}
+        for version, bucket_bytes in ((1, 1), (2, 40_000), (3, 1 << 30)):
+            stats = manage(trainer, engine, bucket_bytes=bucket_bytes, tolerance=None).publish(version)
+            assert stats.digests_compared == stats.num_tensors
+        assert [one.digests() for one in engine.replicas] == [expected, expected]
+
+        os.kill(engine.replicas[0].process.pid, signal.SIGKILL)
+        engine.replicas[0].process.wait(10)
+        resync = Resync(manage(trainer, engine, tolerance=None), engine, Ranks(rank=0, world_size=1), max_restarts=1)
+        assert resync.publish(4).policy_version == 4
+        engine.check()
+    finally:
+        engine.stop()
