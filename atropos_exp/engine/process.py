@@ -46,7 +46,7 @@ class ServerProcess:
 
     def restart(self, *arguments: str) -> None:
         """Kill what is left of the process and start it again at the same address, with these arguments too."""
-        self.stop()
+        self._child.stop()
         self.num_restarts += 1
         self._child = self._spawn(*arguments)
 
@@ -80,5 +80,7 @@ class ServerProcess:
         return self._child.state()
 
     def stop(self) -> None:
-        """Kill the process and its children: they hold nothing that needs a goodbye. May be called twice."""
+        """Kill the process and its children, which hold nothing that needs a goodbye, and give the port back. May be
+        called twice; there is no restart after it."""
         self._child.stop()
+        self._port.close()

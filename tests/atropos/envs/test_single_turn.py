@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -12,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from processes import has_pytorch
+from processes import descendants, has_pytorch
 
 from atropos_exp.atropos.envs.run_settings import RunSettings
 from atropos_exp.engine.client import EngineClient
@@ -195,14 +194,6 @@ def test_process_writes_groups_without_an_api(
             assert [message["role"] for message in messages] == ["user", "assistant"]
             assert messages[0]["content"] == prompt.text
             assert score == float(messages[1]["content"] == prompt.ground_truth)
-
-
-def descendants(pid: int) -> list[int]:
-    found: list[int] = []
-    for task in os.listdir(f"/proc/{pid}/task"):
-        for child in Path(f"/proc/{pid}/task/{task}/children").read_text().split():
-            found += [int(child), *descendants(int(child))]
-    return found
 
 
 def test_groups_with_an_answer_that_cannot_be_scored_are_dropped_and_nothing_outlives_the_environment(
