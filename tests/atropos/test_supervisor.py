@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import is_alive
 
 from atropos_exp.atropos.client import AtroposClient, Registration
 from atropos_exp.atropos.registration import register
@@ -43,13 +44,6 @@ def service(name: str, folder: Path, *argv: str, **changes: Any) -> Service:
         launch=lambda: Child(argv, log=folder / f"{name}.log", environment=dict(os.environ)),
         **changes,
     )
-
-
-def is_there(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().split(") ")[1][0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
 
 
 @pytest.fixture
@@ -159,7 +153,7 @@ def test_an_api_that_dies_is_started_again_and_its_environments_too(api: Any, tm
         os.kill(server.child.pid, signal.SIGKILL)
         wait_until(lambda: environment.is_alive and environment.child is not before, "both are back")
         assert server.is_alive
-        assert not is_there(before.pid)
+        assert not is_alive(before.pid)
         assert supervisor.counters["api_restarts"] == 1
         assert environment.num_deaths == 0, "it is not to blame"
     finally:
@@ -195,10 +189,10 @@ time.sleep(600)
     child = int(owner.stdout.readline())
     wait_until(lambda: (tmp_path / "log").read_text().strip(), "the grandchild starts")
     grandchild = int((tmp_path / "log").read_text())
-    assert is_there(child) and is_there(grandchild)
+    assert is_alive(child) and is_alive(grandchild)
     if is_stopped:
         os.kill(child, signal.SIGSTOP)
     owner.kill()
     owner.wait(10)
     owner.stdout.close()
-    wait_until(lambda: not is_there(child) and not is_there(grandchild), "both are gone", 15)
+    wait_until(lambda: not is_alive(child) and not is_alive(grandchild), "both are gone", 15)

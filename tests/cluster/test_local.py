@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from processes import is_alive
 
 from atropos_exp.cluster import local
 from atropos_exp.cluster.local import Local
@@ -88,15 +89,7 @@ def test_ranks_do_not_outlive_a_killed_parent(tmp_path: Path) -> None:
     wait_for(lambda: all(file.exists() and file.read_text().endswith(".") for file in files))
     parent.kill()
     parent.wait(timeout=30)
-    wait_for(lambda: not any(alive(int(file.read_text()[:-1])) for file in files))
-
-
-def alive(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
-    except FileNotFoundError:
-        return False
-    return state != "Z"
+    wait_for(lambda: not any(is_alive(int(file.read_text()[:-1])) for file in files))
 
 
 def wait_for(condition: object, seconds: float = 30.0) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from processes import is_alive
 
 from atropos_exp.reward.exact import Exact
 from atropos_exp.reward.math_verify import MathVerify
@@ -48,14 +49,6 @@ def make_pool(name: str = "Obedient") -> RewardPool:
 def score(pool: RewardPool, *answers: str) -> list[float | str]:
     results = pool.score([(answer, PROMPT) for answer in answers])
     return [result.reason if isinstance(result, RewardFailure) else result for result in results]
-
-
-def running(process: int) -> bool:
-    try:
-        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-    return state != "Z"
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
@@ -116,7 +109,7 @@ def test_the_limit_is_per_answer(pool: RewardPool) -> None:
 def test_a_stubborn_process_and_its_children_are_killed(pool: RewardPool, tmp_path: Path) -> None:
     assert score(pool, f"stubborn {tmp_path / 'pids'}", "ok") == ["timeout", 2.0]
     worker, child = map(int, (tmp_path / "pids").read_text().split())
-    wait_until(lambda: not running(worker) and not running(child))
+    wait_until(lambda: not is_alive(worker) and not is_alive(child))
 
 
 def test_a_flood_of_output_goes_nowhere(pool: RewardPool, capfd: pytest.CaptureFixture[str]) -> None:
@@ -154,11 +147,11 @@ def test_an_error_of_the_user_ends_the_call_and_leaves_a_working_pool(pool: Rewa
 def test_idle_workers_and_even_the_template_may_be_killed(pool: RewardPool) -> None:
     (worker,) = score(pool, "process")
     os.kill(int(worker), signal.SIGKILL)
-    wait_until(lambda: not running(int(worker)))
+    wait_until(lambda: not is_alive(int(worker)))
     assert score(pool, *["abc"] * 9) == [3.0] * 9
     (template,), workers = score(pool, "template"), set(score(pool, *["process"] * 40))
     os.kill(int(template), signal.SIGKILL)
-    wait_until(lambda: not any(running(int(worker)) for worker in workers))  # the kernel sees to it
+    wait_until(lambda: not any(is_alive(int(worker)) for worker in workers))  # the kernel sees to it
     assert score(pool, *["abc"] * 9) == [3.0] * 9
 
 
@@ -177,7 +170,7 @@ def test_signals_to_the_whole_job_leave_scoring_alone(pool: RewardPool) -> None:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             os.kill(process, number)
     assert set(score(pool, *["template", "process"] * 20)) <= processes
-    assert all(running(process) for process in processes)
+    assert all(is_alive(process) for process in processes)
 
 
 def test_several_threads_share_a_pool(pool: RewardPool) -> None:
@@ -195,8 +188,8 @@ def test_several_threads_share_a_pool(pool: RewardPool) -> None:
 def test_closing_ends_every_process() -> None:
     with make_pool() as pool:
         processes = {int(p) for p in score(pool, *["process", "template"] * 20)}
-        assert all(running(process) for process in processes)
-    wait_until(lambda: not any(running(process) for process in processes))
+        assert all(is_alive(process) for process in processes)
+    wait_until(lambda: not any(is_alive(process) for process in processes))
     pool.close()  # a second time does no harm
 
 
@@ -223,7 +216,7 @@ def test_kill_nine_of_the_run_leaves_no_process(tmp_path: Path) -> None:
         run.kill()
         run.communicate()
     processes += [int(word) for word in (tmp_path / "pids").read_text().split()]
-    wait_until(lambda: not any(running(process) for process in processes))
+    wait_until(lambda: not any(is_alive(process) for process in processes))
 
 
 @pytest.mark.parametrize(
