@@ -63,19 +63,20 @@ down | wipe)
 esac
 
 present >/dev/null || { echo "Slurm is not installed; run: $0 install" >&2; exit 2; }
-mkdir -p "$ROOT"/{etc,run,log,state,dev,mysql,spool}
+mkdir -p "$ROOT"/{etc,run,log,state,dev,mysql,spool,tmp}
 
 # munge, with a key and a socket of its own
 [ -s "$ROOT/munge.key" ] || (umask 077 && head -c 1024 /dev/urandom >"$ROOT/munge.key")
 alive "$RUN/munged.pid" || munged --force --key-file="$ROOT/munge.key" --socket="$RUN/munge.sock" \
   --pid-file="$RUN/munged.pid" --log-file="$LOG/munged.log" --seed-file="$ROOT/munge.seed"
 
-# sacct needs slurmdbd, which needs MariaDB; that listens on a unix socket only
-[ -d "$ROOT/mysql/mysql" ] || mariadb-install-db --no-defaults --user=root --datadir="$ROOT/mysql" --skip-test-db \
-  --auth-root-authentication-method=normal >/dev/null
+# sacct needs slurmdbd, which needs MariaDB; that listens on a unix socket only, and removes temporary files of others
+# that start beside it, if they are in the same folder
+[ -d "$ROOT/mysql/mysql" ] || mariadb-install-db --no-defaults --user=root --datadir="$ROOT/mysql" --tmpdir="$ROOT/tmp" \
+  --skip-test-db --auth-root-authentication-method=normal >/dev/null
 alive "$RUN/mysqld.pid" || setsid -f mariadbd --no-defaults --user=root --datadir="$ROOT/mysql" \
-  --socket="$RUN/mysql.sock" --skip-networking --pid-file="$RUN/mysqld.pid" --innodb-buffer-pool-size=64M \
-  --innodb-flush-log-at-trx-commit=0 >"$LOG/mysqld.log" 2>&1 </dev/null
+  --tmpdir="$ROOT/tmp" --socket="$RUN/mysql.sock" --skip-networking --pid-file="$RUN/mysqld.pid" \
+  --innodb-buffer-pool-size=64M --innodb-flush-log-at-trx-commit=0 >"$LOG/mysqld.log" 2>&1 </dev/null
 wait_for mariadb --no-defaults -S "$RUN/mysql.sock" -u root -e 'create database if not exists slurm_acct_db'
 
 cat >"$ROOT/etc/slurmdbd.conf" <<END
