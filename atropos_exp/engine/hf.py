@@ -8,7 +8,7 @@ from pathlib import Path
 
 from atropos_exp.engine.client import EngineClient
 from atropos_exp.engine.devices import gpu_problems, transport_problems
-from atropos_exp.engine.launch import DTYPES, Launch, check_settings
+from atropos_exp.engine.launch import DTYPES, Launch, ServerSettings, check_settings
 from atropos_exp.engine.preflight import missing_modules
 from atropos_exp.engine.replicas import Replicas
 from atropos_exp.engine.transport import TRANSPORTS, is_transport
@@ -19,30 +19,14 @@ NEEDS = ("torch", "transformers", "safetensors", "starlette", "uvicorn", "msgpac
 
 
 @dataclass(frozen=True, kw_only=True)
-class HFEngine:
+class HFEngine(ServerSettings):
     """Settings of `engine=hf`."""
 
-    dtype: str
-    python: str | None
-    gpus: list[int] | None
-    data_parallel_size: int
-    num_threads: int | None
     max_batch_tokens: int
     batching_wait_seconds: float
-    transport: str
-    start_timeout_seconds: float
-    request_timeout_seconds: float
-    health_timeout_seconds: float
-    max_restarts: int
 
     def __post_init__(self) -> None:
-        check_settings(
-            self,
-            choices={"dtype": DTYPES},
-            positive=(
-                *("data_parallel_size", "start_timeout_seconds", "request_timeout_seconds", "health_timeout_seconds"),
-            ),
-        )
+        check_settings(self, choices={"dtype": DTYPES}, positive=())
         if not is_transport(self.transport):
             raise UserError(f"engine.transport must be one of {', '.join(TRANSPORTS)}; got {self.transport!r}")
         if self.batching_wait_seconds < 0:
@@ -84,21 +68,12 @@ class HFEngine:
         launch = Launch(
             kind="hf",
             module=SERVER,
+            settings=self,
             python=self.python,
             model_folder=model_folder,
             device=device,
-            dtype=self.dtype,
-            num_threads=self.num_threads,
             max_sequence_length=max_sequence_length,
-            transport=self.transport,
-            gpus=self.gpus,
-            tensor_parallel_size=1,
-            data_parallel_size=self.data_parallel_size,
-            receivers_per_server=1,
             log_folder=log_folder,
-            start_timeout_seconds=self.start_timeout_seconds,
-            request_timeout_seconds=self.request_timeout_seconds,
-            health_timeout_seconds=self.health_timeout_seconds,
         )
         launch.check_model()
         return launch.start(

@@ -8,7 +8,6 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from atropos_exp.engine.client import EngineClient
 from atropos_exp.engine.devices import choose_transport, near_servers, visible_devices
@@ -19,15 +18,32 @@ from atropos_exp.engine.update import together
 from atropos_exp.types import UserError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+POSITIVE = ("data_parallel_size", "start_timeout_seconds", "request_timeout_seconds", "health_timeout_seconds")
 
 
-def check_settings(settings: Any, *, choices: Mapping[str, Sequence[str]], positive: Sequence[str]) -> None:
-    """Raises UserError. `positive`: keys that must be above 0, unless they are None."""
+@dataclass(frozen=True, kw_only=True)
+class ServerSettings:
+    """The settings that all engines have."""
+
+    dtype: str  # of the served weights; auto: float32 on a CPU, bfloat16 on a GPU
+    python: str | None
+    gpus: list[int] | None  # of all servers; None: the trainer's own
+    data_parallel_size: int  # servers
+    num_threads: int | None  # of each server; None: its share of the cores that this process may use
+    transport: str  # auto, one of TRANSPORTS, or a class of this folder
+    start_timeout_seconds: float
+    request_timeout_seconds: float
+    health_timeout_seconds: float
+    max_restarts: int
+
+
+def check_settings(settings: ServerSettings, *, choices: Mapping[str, Sequence[str]], positive: Sequence[str]) -> None:
+    """Raises UserError. `positive`: keys of this engine that must be above 0, unless they are None."""
     for name, allowed in choices.items():
         got = getattr(settings, name)
         if got not in allowed:
             raise UserError(f"engine.{name} must be one of {', '.join(allowed)}; got {got!r}")
-    for name in positive:
+    for name in (*POSITIVE, *positive):
         got = getattr(settings, name)
         unit = " seconds" if name.endswith("_seconds") else ""
         if got is not None and not got > 0:
@@ -42,21 +58,14 @@ class Launch:
 
     kind: str  # hf | vllm | sglang
     module: str  # python -m
-    python: str | None
+    settings: ServerSettings
+    python: str | None  # that of the settings, or what stands for it
     model_folder: Path
     device: str
-    dtype: str  # auto: float32 on a CPU, bfloat16 on a GPU
-    num_threads: int | None  # of each server; None: its share of the cores that this process may use
-    max_sequence_length: int  # tokens of a prompt and its answer together
-    transport: str  # auto | shm | disk | cuda_ipc | nccl | gloo | cuda_ipc+nccl | shm+gloo, or a class of this folder
-    gpus: Sequence[int] | None  # of all servers; None: the trainer's own
-    tensor_parallel_size: int  # GPUs of one server
-    data_parallel_size: int  # servers
-    receivers_per_server: int  # processes of one that receive weights
     log_folder: Path
-    start_timeout_seconds: float
-    request_timeout_seconds: float
-    health_timeout_seconds: float
+    max_sequence_length: int  # tokens of a prompt and its answer together
+    tensor_parallel_size: int = 1  # GPUs of one server
+    receivers_per_server: int = 1  # processes of one that receive weights; the others share its GPU
 
     def check_model(self) -> None:
         """Raises UserError if the folder has no model, or one with too short a context."""
@@ -73,22 +82,22 @@ class Launch:
 
     @property
     def served_dtype(self) -> str:
-        if self.dtype != "auto":
-            return self.dtype
+        if self.settings.dtype != "auto":
+            return self.settings.dtype
         return "bfloat16" if self.device.startswith("cuda") else "float32"
 
     def start(self, *arguments: str, environment: Mapping[str, str]) -> EngineClient | Replicas:
         """Start the servers and wait for their first tokens; raises EngineError. The caller stops them."""
-        count = self.data_parallel_size
+        count = self.settings.data_parallel_size
         devices = visible_devices(
-            self.gpus,
+            self.settings.gpus,
             tensor_parallel_size=self.tensor_parallel_size,
             data_parallel_size=count,
             device=self.device,
         )
         with contextlib.ExitStack() as undo:
             transport = make_transport(
-                choose_transport(self.transport, devices, device=self.device),
+                choose_transport(self.settings.transport, devices, device=self.device),
                 self.log_folder,
                 num_servers=count,
                 receivers_per_server=self.receivers_per_server,
@@ -110,14 +119,15 @@ class Launch:
         self, server: int, arguments: Sequence[str], environment: Mapping[str, str], transport: Transport
     ) -> EngineClient:
         """Start one server process."""
-        num_threads = self.num_threads or max(1, len(os.sched_getaffinity(0)) // self.data_parallel_size)
+        settings = self.settings
+        num_threads = settings.num_threads or max(1, len(os.sched_getaffinity(0)) // settings.data_parallel_size)
         process = ServerProcess(
             self.module,
             [
                 *("--model", str(self.model_folder), "--device", self.device, "--dtype", self.served_dtype),
                 *("--num-threads", str(num_threads)),
                 *("--max-sequence-length", str(self.max_sequence_length)),
-                *("--heartbeat-seconds", str(self.health_timeout_seconds / 5)),
+                *("--heartbeat-seconds", str(settings.health_timeout_seconds / 5)),
                 *arguments,
             ],
             python=self.python,
@@ -130,7 +140,7 @@ class Launch:
                 "TQDM_DISABLE": "1",  # progress bars are noise in a log
                 **environment,
             },
-            log=self.log_folder / ("engine.log" if self.data_parallel_size == 1 else f"engine_{server}.log"),
+            log=self.log_folder / ("engine.log" if settings.data_parallel_size == 1 else f"engine_{server}.log"),
             inherited_fds=transport.inherited_fds,
         )
         return EngineClient(
@@ -138,7 +148,7 @@ class Launch:
             transport,
             kind=self.kind,
             dtype=self.served_dtype,
-            start_timeout_seconds=self.start_timeout_seconds,
-            request_timeout_seconds=self.request_timeout_seconds,
-            health_timeout_seconds=self.health_timeout_seconds,
+            start_timeout_seconds=settings.start_timeout_seconds,
+            request_timeout_seconds=settings.request_timeout_seconds,
+            health_timeout_seconds=settings.health_timeout_seconds,
         )

@@ -10,7 +10,7 @@ from typing import Any
 from atropos_exp.engine.client import EngineClient
 from atropos_exp.engine.devices import gpu_problems, transport_problems
 from atropos_exp.engine.external import environment_problems, interpreter
-from atropos_exp.engine.launch import DTYPES, Launch, check_settings
+from atropos_exp.engine.launch import DTYPES, Launch, ServerSettings, check_settings
 from atropos_exp.engine.preflight import has_gpu
 from atropos_exp.engine.replicas import Replicas
 from atropos_exp.engine.transport import TRANSPORTS
@@ -21,35 +21,21 @@ INSTALL = "`pip install sglang==0.5.12 msgpack xxhash` in an environment of its 
 
 
 @dataclass(frozen=True, kw_only=True)
-class SGLangEngine:
+class SGLangEngine(ServerSettings):
     """Settings of `engine=sglang`."""
 
-    dtype: str
-    python: str | None
-    gpus: list[int] | None
     tensor_parallel_size: int
-    data_parallel_size: int
     mem_fraction_static: float
     max_running_requests: int
     attention_backend: str | None
     sampling_backend: str | None
     seeded: bool
-    num_threads: int | None
-    transport: str
-    start_timeout_seconds: float
-    request_timeout_seconds: float
-    health_timeout_seconds: float
-    max_restarts: int
 
     def __post_init__(self) -> None:
         check_settings(
             self,
             choices={"dtype": DTYPES, "transport": ("auto", *TRANSPORTS)},
-            positive=(
-                *("tensor_parallel_size", "data_parallel_size", "mem_fraction_static", "max_running_requests"),
-                "num_threads",
-                *("start_timeout_seconds", "request_timeout_seconds", "health_timeout_seconds"),
-            ),
+            positive=("tensor_parallel_size", "mem_fraction_static", "max_running_requests", "num_threads"),
         )
 
     @property
@@ -82,21 +68,13 @@ class SGLangEngine:
         launch = Launch(
             kind="sglang",
             module=SERVER,
+            settings=self,
             python=self._python,
             model_folder=model_folder,
             device=device,
-            dtype=self.dtype,
-            num_threads=self.num_threads,
             max_sequence_length=max_sequence_length,
-            transport=self.transport,
-            gpus=self.gpus,
             tensor_parallel_size=self.tensor_parallel_size,
-            data_parallel_size=self.data_parallel_size,
-            receivers_per_server=1,  # the server, which shares the GPU's memory with SGLang's processes
             log_folder=log_folder,
-            start_timeout_seconds=self.start_timeout_seconds,
-            request_timeout_seconds=self.request_timeout_seconds,
-            health_timeout_seconds=self.health_timeout_seconds,
         )
         launch.check_model()
         environment = {"SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1"}  # a score draws one token past the longest

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from atropos_exp.engine.client import EngineClient
 from atropos_exp.engine.devices import gpu_problems, transport_problems
 from atropos_exp.engine.external import BESIDE_CHECKOUT, environment_problems, interpreter
-from atropos_exp.engine.launch import DTYPES, Launch, check_settings
+from atropos_exp.engine.launch import DTYPES, Launch, ServerSettings, check_settings
 from atropos_exp.engine.replicas import Replicas
 from atropos_exp.engine.transport import TRANSPORTS
 from atropos_exp.types import UserError
@@ -38,14 +38,10 @@ class LoraChoice(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class VLLMEngine:
+class VLLMEngine(ServerSettings):
     """Settings of `engine=vllm`."""
 
-    dtype: str
-    python: str | None
-    gpus: list[int] | None
     tensor_parallel_size: int
-    data_parallel_size: int
     gpu_memory_utilization: float
     colocate: bool
     kv_cache_gb: float | None
@@ -53,22 +49,15 @@ class VLLMEngine:
     enforce_eager: bool | None
     seeded: bool
     lora: str
-    num_threads: int | None
-    transport: str
-    start_timeout_seconds: float
-    request_timeout_seconds: float
-    health_timeout_seconds: float
     step_timeout_seconds: float
-    max_restarts: int
 
     def __post_init__(self) -> None:
         check_settings(
             self,
             choices={"dtype": DTYPES, "transport": ("auto", *TRANSPORTS), "lora": LORA},
             positive=(
-                *("tensor_parallel_size", "data_parallel_size", "gpu_memory_utilization", "kv_cache_gb"),
-                *("max_num_seqs", "num_threads"),
-                *("start_timeout_seconds", "request_timeout_seconds", "health_timeout_seconds", "step_timeout_seconds"),
+                *("tensor_parallel_size", "gpu_memory_utilization", "kv_cache_gb", "max_num_seqs", "num_threads"),
+                "step_timeout_seconds",
             ),
         )
         if self.gpu_memory_utilization > 1:
@@ -135,21 +124,14 @@ class VLLMEngine:
         launch = Launch(
             kind="vllm",
             module=SERVER,
+            settings=self,
             python=self._python,
             model_folder=model_folder,
             device=device,
-            dtype=self.dtype,
-            num_threads=self.num_threads,
             max_sequence_length=max_sequence_length,
-            transport=self.transport,
-            gpus=self.gpus,
             tensor_parallel_size=self.tensor_parallel_size,
-            data_parallel_size=self.data_parallel_size,
             receivers_per_server=self.tensor_parallel_size,  # each of vLLM's workers
             log_folder=log_folder,
-            start_timeout_seconds=self.start_timeout_seconds,
-            request_timeout_seconds=self.request_timeout_seconds,
-            health_timeout_seconds=self.health_timeout_seconds,
         )
         launch.check_model()
         return launch.start(
