@@ -52,7 +52,7 @@ class Assembly:
     source: RolloutSource
     estimate: AdvantageEstimator
     trainer: PolicyTrainer
-    publisher: Publisher
+    publisher: Resync
     evaluate: Evaluator
     recorder: Recorder
     checkpoints: Snapshots

@@ -151,6 +151,7 @@ class Experiment:
             versions=versions() | _engine_versions(parts),
             config_hash=config_hash(self._checked.config),
             num_failed_syncs=parts.publisher.num_syncs - parts.publisher.num_verified if parts is not None else 0,
+            num_repeated_syncs=parts.publisher.num_repeated if parts is not None else 0,
         )
         write_summary(self._folder.path, summary)
         if parts is not None and parts.logger is not None:

@@ -41,12 +41,13 @@ def summarize_run(
     versions: Mapping[str, str],
     config_hash: str,
     num_failed_syncs: int = 0,
+    num_repeated_syncs: int = 0,
     wall_seconds: float | None = None,
 ) -> dict[str, Any]:
     """The summary of a run whose metrics.jsonl holds `rows`.
 
     `wall_seconds`: None sums `time/step_s`, which leaves out what came before the first step. A sync whose proof
-    failed has no row, so `num_failed_syncs` counts it.
+    failed has no row, nor has one that was repeated for an engine started anew; the last two arguments count them.
     """
     assert status in STATUSES, f"status must be one of {STATUSES}; got {status}"
     rewards = _column(rows, "reward/mean")
@@ -71,8 +72,8 @@ def summarize_run(
             "dropped": _dropped(rows),
         },
         "sync": {
-            "count": len(syncs) + num_failed_syncs,
-            "verified": len(syncs),
+            "count": len(syncs) + num_failed_syncs + num_repeated_syncs,
+            "verified": len(syncs) + num_repeated_syncs,
             "seconds_mean": sum(sync_seconds) / len(sync_seconds) if sync_seconds else None,
             "bytes": int(syncs[-1]["sync/bytes"] or 0) if syncs else 0,
             "canary_gap_max": max(gaps) if gaps else None,

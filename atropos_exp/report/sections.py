@@ -87,13 +87,13 @@ def sync_proof(runs: Sequence[RunData], labels: Sequence[str]) -> str:
         if not synced:
             continue
         sync = _inner(run.summary, "sync")
-        count = sync.get("count", len(synced))
+        verified, count = sync.get("verified", len(synced)), sync.get("count", len(synced))
         steps = [row for row in synced if row["step"]]
         step_seconds, proof_seconds = _total(steps, "time/step_s"), _total(steps, "time/proof_s")
         share = f"{proof_seconds / step_seconds:.1%}" if step_seconds else "–"
         tensors, digests = synced[-1].get("sync/tensors"), synced[-1].get("sync/digests_compared")
-        verdict = tag("span", f"{figure(len(synced))} of {figure(count)}",
-                      class_="pill " + ("finished" if len(synced) >= count else "failed"))  # fmt: skip
+        verdict = tag("span", f"{figure(verified)} of {figure(count)}",
+                      class_="pill " + ("finished" if verified >= count else "failed"))  # fmt: skip
         rows.append(
             [
                 escape(label),

@@ -33,6 +33,7 @@ class Resync:
         self._max_restarts = max_restarts
         self._version: int | None = None  # published last
         self.num_restarts = 0
+        self.num_repeated = 0  # proven syncs of a version that had been proven before, for a new server
         self._memory: dict[str, float] = {}
 
     @property
@@ -77,6 +78,7 @@ class Resync:
                 self._restart(error)
             if self._version is not None:
                 self.publish(self._version)
+                self.num_repeated += 1
             undo()
 
     def _restart(self, error: Exception) -> None:
