@@ -141,9 +141,11 @@ def test_answers_that_cannot_be_read(num_ranks: int, start: Any, tmp_path: Path)
 
 
 def test_fifty_syncs_keep_nothing(engine: EngineClient) -> None:
-    """No file of shared memory stays open or mapped, in the server or in SGLang's processes, and no memory grows."""
+    """No file of shared memory stays open or mapped, in the server or in SGLang's processes, and no memory grows. The
+    first 150 syncs take 10 MB for good, fewer each time; a leak would go on."""
     trainer = HeldModel(random_model(seed=6))
-    for _ in range(10):
+    for _ in range(160):
+        trainer.disturb()
         manage(trainer, engine, bucket_bytes=40_000).publish(engine.version() + 1)
     before = held(engine)
     for _ in range(50):
@@ -151,7 +153,7 @@ def test_fifty_syncs_keep_nothing(engine: EngineClient) -> None:
         manage(trainer, engine, bucket_bytes=40_000).publish(engine.version() + 1)
     after = held(engine)
     assert after["files"] <= before["files"] and after["shared"] <= before["shared"]
-    assert after["bytes"] < before["bytes"] + (4 << 20)
+    assert after["bytes"] < before["bytes"] + (2 << 20)
 
 
 def restart_and_sync(engine: EngineClient, trainer: HeldModel) -> None:
