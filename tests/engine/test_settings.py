@@ -153,16 +153,17 @@ def test_where_a_mixed_transport_can_serve(monkeypatch: pytest.MonkeyPatch) -> N
     assert near_servers(servers, device="cuda:0") == [1]
     assert choose_transport("shm+gloo", [None, None], device="cpu") == "shm+gloo"
     assert near_servers([None, None], device="cpu") == [0]
-    wrong: tuple[tuple[list[str | None], str], ...] = (
-        ([None], "cuda"),  # nobody is elsewhere
-        (["1", "2"], "cuda"),  # nobody is near
-        (["0", "0"], "cuda"),
-        (["0", "0,1"], "cuda"),  # NCCL would take GPU 0 twice
-        ([None], "cpu"),
+    wrong: tuple[tuple[str, list[str | None], str], ...] = (
+        ("cuda_ipc+nccl", [None], "cuda"),  # nobody is elsewhere
+        ("cuda_ipc+nccl", ["1", "2"], "cuda"),  # nobody is near
+        ("cuda_ipc+nccl", ["0", "0"], "cuda"),
+        ("cuda_ipc+nccl", ["0", "0,1"], "cuda"),  # NCCL would take GPU 0 twice
+        ("shm+gloo", [None], "cpu"),
     )
-    for where, device in wrong:
-        with pytest.raises(UserError, match=r"but it has none such; use engine.transport=auto"):
-            choose_transport("shm+gloo", where, device=device)
+    for transport, where, device in wrong:
+        with pytest.raises(UserError, match=r"but it has none such; use engine.transport=auto") as raised:
+            choose_transport(transport, where, device=device)
+        assert str(raised.value).startswith(f"engine.transport is {transport}, for an engine with a server on")
     problems = engine_settings("vllm", transport="cuda_ipc+nccl", data_parallel_size=2).preflight(device="cpu")
     assert any(problem.startswith("engine.transport is cuda_ipc+nccl, which sends weights") for problem in problems)
 
