@@ -13,6 +13,7 @@ last.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import subprocess
@@ -210,15 +211,15 @@ def main() -> None:
                 if not seeded:
                     if options.profile is not None:
                         profile_syncs(trainer, engine, options)
-                    for bucket_mb in options.buckets:
-                        results[f"sync, buckets of {bucket_mb} MiB"] = measure_syncs(
-                            trainer, engine, options.syncs, bucket_mb, temperature=options.temperature
+                    for bucket_mb, temperature in itertools.product(options.buckets, options.temperatures):
+                        results[f"sync, buckets of {bucket_mb} MiB, temperature {temperature:g}"] = measure_syncs(
+                            trainer, engine, options.syncs, bucket_mb, temperature=temperature
                         )
                 else:
                     measure_syncs(trainer, engine, 3, 64)
                 if options.rounds:
                     results[f"sampling, {name}"] = measure_sampling(
-                        trainer, engine, options.rounds, temperature=options.temperature
+                        trainer, engine, options.rounds, temperature=options.temperatures[0]
                     )
             except BaseException:
                 print((folder / "engine.log").read_text()[-4000:], file=sys.stderr)
@@ -259,7 +260,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--size", choices=tuple(SIZES), default="half")
     parser.add_argument("--syncs", type=int, default=50)
     parser.add_argument("--buckets", type=int, nargs="+", default=[64, 1024], help="MiB")
-    parser.add_argument("--temperature", type=float, default=TEMPERATURE)
+    parser.add_argument("--temperatures", type=float, nargs="+", default=[TEMPERATURE], help="of canary and sampling")
     parser.add_argument("--rounds", type=int, default=3, help="of sampling; the first is slower; 0: only syncs")
     parser.add_argument("--profile", type=Path, help="write what the trainer's side of two syncs does on CPU and GPU")
     parser.add_argument("--both", action="store_true", help="a server whose rows have seeds of their own, too")

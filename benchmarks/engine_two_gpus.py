@@ -5,9 +5,9 @@
     python benchmarks/engine_two_gpus.py --device cpu --size tiny --python .venv-vllm/bin/python       to try it, Gloo
 
 The trainer (a plain transformers model behind the real sharding manager, see engine_gpu.py) is on GPU 0. One vLLM
-server on GPU 1 gets its weights over NCCL, 20 times, each sync proven. Two more, on GPU 0 and 1, load meanwhile; then
-one of them answers all prompts, and both together. Each part reports its own failure and the others go on; what is
-known is printed when the time limit strikes. The table comes last.
+server on GPU 1 gets its weights over NCCL, 20 times, each sync proven. Two more, on GPU 0 and 1, load meanwhile and get
+theirs through device memory and over NCCL; then one of them answers all prompts, and both together. Each part reports
+its own failure and the others go on; what is known is printed when the time limit strikes. The table comes last.
 """
 
 from __future__ import annotations
@@ -193,7 +193,7 @@ def main() -> None:
             options,
             folder,
             "pair",
-            transport="shm",
+            transport=options.pair_transport,
             data_parallel_size=2,
             gpus=[0, 1] if options.on_gpu else None,
         )
@@ -246,7 +246,7 @@ def run_parts(
 
 
 def measure_pair(trainer: Any, pair: Any, options: argparse.Namespace, results: Results) -> None:
-    measure_syncs(trainer, pair, results, "sync of two replicas (shm)", 4)
+    measure_syncs(trainer, pair, results, f"sync of two replicas ({options.pair_transport})", options.syncs)
     for name, engine in (("one of two replicas", pair.replicas[1]), ("two replicas", pair)):
         found = engine_gpu.measure_sampling(trainer, engine, options.rounds)
         results.add(f"{name}: {found['tokens']} tokens, best s", found["best_s"])
@@ -261,12 +261,14 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--size", choices=tuple(engine_gpu.SIZES), default="half")
     parser.add_argument("--transport", default="nccl", help="to the server on GPU 1; with --device cpu it is gloo")
+    parser.add_argument("--pair-transport", help="to two servers, one beside the trainer (default: cuda_ipc+nccl)")
     parser.add_argument("--syncs", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=3, help="of sampling; the first is slower")
     parser.add_argument("--kill", action="store_true", help="kill a server in the middle of a sync, too")
     parser.add_argument("--limit", type=float, default=280.0, help="seconds after which it ends with what it has")
     options = parser.parse_args()
     options.on_gpu = options.device.startswith("cuda")
+    options.pair_transport = options.pair_transport or ("cuda_ipc+nccl" if options.on_gpu else "shm+gloo")
     return options
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import contextlib
+import time
+from collections.abc import Iterable, Iterator, Mapping
 
 from atropos_exp.engine.backend import Refused
 from atropos_exp.engine.bucket import Kind
@@ -29,6 +31,7 @@ class UpdateAccount:
         self.problem = problem  # why the weights are not one consistent policy
         self._next_version: int | None = None  # of the update in progress
         self._received: set[str] = set()
+        self.seconds: dict[str, float] = {}  # of the last update, by part; see `spent`
 
     @property
     def is_open(self) -> bool:
@@ -47,6 +50,14 @@ class UpdateAccount:
             raise Refused(409, f"update to version {version} refused: version {self.version} is already served")
         self._next_version = version
         self._received = set()
+        self.seconds = {}
+
+    @contextlib.contextmanager
+    def spent(self, part: str) -> Iterator[None]:
+        """Book the seconds inside as those of a part of the update."""
+        started = time.perf_counter()
+        yield
+        self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - started
 
     def mark_incomplete(self) -> None:
         """For a backend that cannot compute from the first moment of an update on."""

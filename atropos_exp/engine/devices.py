@@ -26,12 +26,12 @@ def gpu_problems(
     return problems
 
 
-def transport_problems(transport: str, gpus: Sequence[int] | None, *, device: str) -> list[str]:
+def transport_problems(transport: str, *, device: str) -> list[str]:
     """What cannot be, whatever the machine."""
-    if transport == "cuda_ipc" and (device == "cpu" or gpus is not None):
+    if transport == "cuda_ipc" and device == "cpu":
         return [
-            "engine.transport is cuda_ipc, which hands weights over on the GPU that trainer and engine share; "
-            "use engine.transport=auto"
+            "engine.transport is cuda_ipc, which hands weights over on the GPU that trainer and engine share, but "
+            "device is cpu; use engine.transport=auto"
         ]
     if transport in ("nccl", "cuda_ipc+nccl") and device == "cpu":
         return [
@@ -58,18 +58,25 @@ def choose_transport(transport: str, servers: Sequence[str | None], *, device: s
             "engine.transport is nccl, which sends weights to other GPUs than the trainer's, but the engine has "
             f"{what}; name others in engine.gpus, or use engine.transport=auto"
         )
-    if transport in MIXED:
-        near = near_servers(servers, device=device)
-        if not 0 < len(near) < len(servers) or (on_gpu and shared != near):
-            raise UserError(
-                f"engine.transport is {transport}, for an engine with a server on the trainer's own GPU alone and "
-                "others elsewhere, but it has none such; use engine.transport=auto"
-            )
+    near = near_servers(servers, device=device)
+    if transport == "cuda_ipc" and len(near) < len(servers):
+        raise UserError(
+            "engine.transport is cuda_ipc, which hands weights over on the GPU that trainer and engine share, but the "
+            f"trainer is on GPU {_name(device)} and the engine's servers on {' and '.join(map(str, servers))}; use "
+            "engine.transport=auto"
+        )
+    if transport in MIXED and (not 0 < len(near) < len(servers) or (on_gpu and shared != near)):
+        raise UserError(
+            f"engine.transport is {transport}, for an engine with a server on the trainer's own GPU alone and "
+            "others elsewhere, but it has none such; use engine.transport=auto"
+        )
     if transport != "auto":
         return transport
-    if not on_gpu or (shared and None not in servers):
-        return "shm"  # NCCL takes a GPU once, and not every server is on the trainer's
-    return "cuda_ipc" if shared else "nccl"
+    if not on_gpu or shared != near:
+        return "shm"  # NCCL takes a GPU once, and a server has the trainer's among others
+    if not near:
+        return "nccl"
+    return "cuda_ipc" if len(near) == len(servers) else "cuda_ipc+nccl"
 
 
 def _own(gpus: Sequence[int] | None) -> list[str] | None:

@@ -51,7 +51,7 @@ class HFEngine(ServerSettings):
         problems += gpu_problems(
             self.gpus, tensor_parallel_size=1, data_parallel_size=self.data_parallel_size, device=device
         )
-        return problems + transport_problems(self.transport, self.gpus, device=device)
+        return problems + transport_problems(self.transport, device=device)
 
     def start(
         self, *, model_folder: Path, device: str, log_folder: Path, max_sequence_length: int

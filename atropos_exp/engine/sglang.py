@@ -53,7 +53,7 @@ class SGLangEngine(ServerSettings):
             data_parallel_size=self.data_parallel_size,
             device=device,
         )
-        problems += transport_problems(self.transport, self.gpus, device=device)
+        problems += transport_problems(self.transport, device=device)
         if not problems and not has_gpu():
             problems.append("engine=sglang needs an NVIDIA GPU, and this machine shows none; use another engine")
         return problems

@@ -23,6 +23,7 @@ from atropos_exp.wire import flatten
 
 Value = TypeVar("Value")
 SENTINEL_TOKENS = 64  # of a prompt that must not be found in the prefix cache after it was emptied
+SCORED_TOGETHER = 8  # sequences, each of which may take a request per token
 GREEDY = {"temperature": 0.0, "max_new_tokens": 1, "ignore_eos": True}
 
 
@@ -79,6 +80,7 @@ class SGLangBackend:
             "num_waiting": self._num_waiting,
             "num_resident_digests": self._update.num_resident,  # the others are of what arrived
             "num_cache_proofs": self._update.num_cache_proofs,
+            "update_seconds": dict(self._account.seconds),
             "versions": dict(self._versions),
         }
 
@@ -185,7 +187,11 @@ class SGLangBackend:
 
     async def _score(self, sequences: Sequence[TokenIds], temperature: float, num_top: int) -> list[Scored]:
         await self._until_whole()
-        return [await self._score_one(sequence, temperature, num_top) for sequence in sequences]
+        scored: list[Scored] = []
+        for first in range(0, len(sequences), SCORED_TOGETHER):
+            few = sequences[first : first + SCORED_TOGETHER]
+            scored += await asyncio.gather(*[self._score_one(sequence, temperature, num_top) for sequence in few])
+        return scored
 
     async def _score_one(self, sequence: TokenIds, temperature: float, num_top: int) -> Scored:
         """SGLang scores a prompt at temperature 1 only. At another one each token is asked for after its prefix: the

@@ -9,6 +9,7 @@ import argparse
 import importlib.metadata
 import json
 import logging
+import os
 import threading
 
 from atropos_exp.engine.account import UpdateAccount
@@ -48,6 +49,7 @@ def make_backend(options: argparse.Namespace) -> SGLangBackend:
 
     config = json.loads((options.model / "config.json").read_text())
     is_tied = bool(config.get("tie_word_embeddings", False))
+    environment = dict(os.environ)
     engine = sglang.Engine(
         model_path=str(options.model),
         dtype=options.dtype,
@@ -57,6 +59,13 @@ def make_backend(options: argparse.Namespace) -> SGLangBackend:
         custom_weight_loader=[LOADER],
         **json.loads(options.engine_arguments),
     )
+    # SGLang sets NCCL's variables for its own processes, which have started. This one's group with the trainer needs
+    # the trainer's: NCCL_CUMEM_ENABLE on one side only breaks it.
+    for name in [name for name in os.environ if name.startswith("NCCL_")]:
+        if name in environment:
+            os.environ[name] = environment[name]
+        else:
+            del os.environ[name]
     expected = expected_tensors(options.model, dtype=options.dtype, is_tied=is_tied)
     return SGLangBackend(
         engine,

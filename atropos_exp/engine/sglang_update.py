@@ -50,7 +50,8 @@ class SchedulerUpdate:
     async def begin(self, version: int) -> None:
         self._account.begin(version)
         if self._account.problem is None:
-            await self._num_cached()  # from now on the sentinel is in the prefix cache
+            with self._account.spent("prefixes"):
+                await self._num_cached()  # from now on the sentinel is in the prefix cache
         if self._resident is None:
             self._resident = await self._find_resident()
         self._names = set()
@@ -74,10 +75,12 @@ class SchedulerUpdate:
         self._account.check_complete()
         try:
             await self._check_tied()
-            flushed = await self._manager.flush_cache()
+            with self._account.spent("flush"):
+                flushed = await self._manager.flush_cache()
             if not flushed.success:
                 raise Refused(500, f"SGLang could not flush its prefix cache: {flushed.message}")
-            num_cached = await self._num_cached()
+            with self._account.spent("prefixes"):
+                num_cached = await self._num_cached()
             if num_cached:
                 raise Refused(500, f"the prefix cache still gives {num_cached} tokens of older weights")
         except Exception:
@@ -143,22 +146,26 @@ class SchedulerUpdate:
         pieces, num_bytes = layout(bucket)
         room = answer_bytes(list(self._account.kinds))
         memory, self._memory = self._memory, None  # lost if this is given up: the scheduler may still write there
-        if memory is None or len(memory) < room + num_bytes:
-            memory = torch.empty(room + num_bytes, dtype=torch.uint8, device=self._device)
-        memory[:LENGTH_BYTES].zero_()
-        write_bucket(bucket, pieces, memory[room:])
-        if self._device == "cuda":
-            torch.cuda.synchronize()
+        with self._account.spent("copy"):
+            if memory is None or len(memory) < room + num_bytes:
+                memory = torch.empty(room + num_bytes, dtype=torch.uint8, device=self._device)
+            memory[:LENGTH_BYTES].zero_()
+            write_bucket(bucket, pieces, memory[room:])
+            if self._device == "cuda":
+                torch.cuda.synchronize()
         whole = {**request, "answers": self._answers, "answer_bytes": room}
         if bucket:
             whole["pieces"] = [piece.to_message() for piece in pieces]
         named = [(json.dumps(whole), memory)]
         serialized = [MultiprocessingSerializer.serialize(named) for _ in range(self._num_ranks)]
-        success, reason = await self._manager.update_weights_from_tensor(
-            UpdateWeightsFromTensorReqInput(serialized_named_tensors=serialized, load_format=LOADER, flush_cache=False),
-            None,
-        )
-        answer = read_answer(memory) if success else {"error": reason}
+        with self._account.spent("load" if bucket else "digests"):
+            success, reason = await self._manager.update_weights_from_tensor(
+                UpdateWeightsFromTensorReqInput(
+                    serialized_named_tensors=serialized, load_format=LOADER, flush_cache=False
+                ),
+                None,
+            )
+            answer = read_answer(memory) if success else {"error": reason}
         if answer is not None and "error" in answer:
             what = f"did not load {bucket[0][0]} .." if bucket else "gave no digests"
             raise Refused(500, f"SGLang {what}: {answer['error']}")

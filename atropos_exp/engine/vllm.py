@@ -78,7 +78,7 @@ class VLLMEngine(ServerSettings):
             data_parallel_size=self.data_parallel_size,
             device=device,
         )
-        problems += transport_problems(self.transport, self.gpus, device=device)
+        problems += transport_problems(self.transport, device=device)
         if self.colocate and (device == "cpu" or self.gpus is not None):
             where = f"engine.gpus={self.gpus}" if device != "cpu" else "a CPU, where vLLM has no sleep mode"
             problems.append(

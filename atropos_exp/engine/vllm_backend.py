@@ -129,7 +129,7 @@ class VLLMBackend:
             "num_cache_proofs": self._update.num_cache_proofs,
             "loads_plainly": self._update.is_plain,
             "is_asleep": self._update.is_asleep,
-            "update_seconds": dict(self._update.seconds),
+            "update_seconds": dict(self._account.seconds),
             "versions": dict(self._versions),
         }
 

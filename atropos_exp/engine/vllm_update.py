@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -36,7 +34,6 @@ class WorkerUpdate:
         self.num_cache_proofs = 0
         self._asleep: list[str] = []  # what vLLM has no memory for
         self.is_plain = False  # the last update went straight into the parameters, without a reload layer by layer
-        self.seconds: dict[str, float] = {}  # of the last update, by part
 
     @property
     def is_asleep(self) -> bool:
@@ -57,14 +54,13 @@ class WorkerUpdate:
 
     def begin(self, version: int) -> None:
         self._account.begin(version)
-        self.seconds = {}
         if self._sentinel is not None and self._account.problem is None:
-            with self._spent("prefixes"):
+            with self._account.spent("prefixes"):
                 self.core.draw(self._sentinel)
         self._wake("weights")
         self._tied = set()
         self._account.mark_incomplete()  # vLLM may take its layers apart for the time of the update
-        with self._spent("begin"):
+        with self._account.spent("begin"):
             self.core.ask_workers("atropos_begin", self._account.kinds)
 
     def load(self, message: Message) -> None:
@@ -73,7 +69,7 @@ class WorkerUpdate:
             self._account.admit(name, kind)
         tied = tuple(self._account.aliases)
         self._on_device = self._source.on_device
-        with self._spent("load"):
+        with self._account.spent("load"):
             self.is_plain = all(self.core.ask_workers("atropos_load", self._source, message, tied))
         for name, _ in kinds:
             self._account.received(name)
@@ -85,12 +81,12 @@ class WorkerUpdate:
         try:
             self._account.check_complete()
             self._check_tied()
-            with self._spent("finish"):
+            with self._account.spent("finish"):
                 self.core.ask_workers("atropos_end")
             if self._account.adapter:
                 self.core.serve_adapter()
             self._wake("kv_cache")  # not before: a reload may need the room
-            with self._spent("prefixes"):
+            with self._account.spent("prefixes"):
                 self._forget_prefixes()
         except Exception:
             self.abort()
@@ -104,22 +100,16 @@ class WorkerUpdate:
 
     def digests(self, *, on_device: bool) -> Mapping[str, str]:
         """Of every expected tensor that has arrived."""
-        with self._spent("digests"):
+        with self._account.spent("digests"):
             held = agreed(self.core.ask_workers("atropos_digests", on_device))
         self.num_resident = sum(is_resident for name, (_, is_resident) in held.items() if name not in self._tied)
         return {name: value for name, (value, _) in held.items() if name not in self._tied}
 
     def _wake(self, tag: str) -> None:
         if tag in self._asleep:
-            with self._spent("wake"):
+            with self._account.spent("wake"):
                 self.core.wake(tag)
             self._asleep.remove(tag)
-
-    @contextlib.contextmanager
-    def _spent(self, part: str) -> Iterator[None]:
-        started = time.perf_counter()
-        yield
-        self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - started
 
     def _check_tied(self) -> None:
         if not self._tied:

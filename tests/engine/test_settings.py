@@ -118,8 +118,10 @@ def test_where_the_servers_are_and_how_weights_get_there(monkeypatch: pytest.Mon
         ([None], "cpu", "shm"),
         ([None], "cuda", "cuda_ipc"),
         (["1"], "cuda:0", "nccl"),
-        (["0", "1"], "cuda", "shm"),
+        (["0"], "cuda", "cuda_ipc"),
+        (["1", "0"], "cuda", "cuda_ipc+nccl"),
         (["2,3", "0,1"], "cuda:1", "shm"),
+        (["0", "1,0"], "cuda", "shm"),
     )
     for servers, device, chosen in cases:
         assert choose_transport("auto", servers, device=device) == chosen
@@ -128,7 +130,9 @@ def test_where_the_servers_are_and_how_weights_get_there(monkeypatch: pytest.Mon
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
         assert choose_transport("auto", ["3"], device="cuda:0") == "nccl"
-        assert choose_transport("auto", ["2", "3"], device="cuda:0") == "shm"
+        assert choose_transport("auto", ["2", "3"], device="cuda:0") == "cuda_ipc+nccl"
+        with pytest.raises(UserError, match=r"the trainer is on GPU 2 and the engine's servers on 2 and 3; use engine"):
+            choose_transport("cuda_ipc", ["2", "3"], device="cuda:0")
     with pytest.raises(UserError, match=r"engine.transport is nccl, .* but the engine has none of its own"):
         choose_transport("nccl", [None], device="cuda")
 

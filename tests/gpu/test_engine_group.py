@@ -83,6 +83,18 @@ def test_weights_reach_an_engine_on_another_gpu(device: str, tmp_path: Path) -> 
         engine.stop()
 
 
+def test_an_engine_may_name_the_gpu_of_the_trainer(device: str, tmp_path: Path) -> None:
+    if device != "cuda":
+        pytest.skip("needs an NVIDIA GPU")
+    engine = start_random("hf", tmp_path, random_model(), max_length=32, device=device, transport="cuda_ipc", gpus=[0])
+    try:
+        trainer = Trainer(random_model(seed=1), device)
+        assert manage(trainer, engine, tolerance=None).publish(1).digests_compared > 0
+        assert engine.digests() == {name: digest(tensor) for name, tensor in trainer.parameters()}
+    finally:
+        engine.stop()
+
+
 def test_weights_reach_one_server_beside_the_trainer_and_one_elsewhere(device: str, tmp_path: Path) -> None:
     """Each in its own way, proven for both; the one beside the trainer is killed and whole again."""
     where: dict[str, Any] = {"transport": "shm+gloo"}
