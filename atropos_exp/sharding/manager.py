@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from atropos_exp.sharding.agreement import from_rank_zero, same_outcome
@@ -67,9 +67,9 @@ class ShardingManager:
         laps = Laps()
         with same_outcome(f"the weight sync to version {version}"):
             account, compared = self._transfer(version, laps)
-        with same_outcome(f"the proof of the weight sync to version {version}"):
+        with same_outcome(f"the proof of the weight sync to version {version}"), self._asked_canary() as scores:
             ours = self._trainer.logprobs(self._canary, temperature=self._temperature)
-            largest, mean = self._score_canary(version, ours)
+            largest, mean = self._check_canary(version, ours, scores)
             laps("canary")
         stats = from_rank_zero(
             SyncStats(
@@ -150,7 +150,16 @@ class ShardingManager:
         held = receiver.digests()  # asked for while the device may still be at ours
         return check_digests(account.digests.read(), held, expected)
 
-    def _score_canary(self, version: int, ours: Sequence[Floats]) -> tuple[float, float]:
+    @contextlib.contextmanager
+    def _asked_canary(self) -> Iterator[list[Future[list[Floats]]]]:
+        """The canary's logprobs by every server, which find them while the trainer does."""
+        replicas = self._engine.replicas if self._engine is not None else []
+        with ThreadPoolExecutor(max(1, len(replicas)), thread_name_prefix="canary") as pool:
+            yield [pool.submit(one.score, self._canary, temperature=self._temperature) for one in replicas]
+
+    def _check_canary(
+        self, version: int, ours: Sequence[Floats], scores: Sequence[Future[list[Floats]]]
+    ) -> tuple[float, float]:
         """Largest and mean gap on rank 0, zeros elsewhere."""
         if self._engine is None:
             return 0.0, 0.0
@@ -160,9 +169,10 @@ class ShardingManager:
                 raise SyncError(f"the engine says that it serves version {serves} after the sync to version {version}")
             tolerance = DEFAULT_TOLERANCE[self._engine.dtype] if self._tolerance is None else self._tolerance
             gaps = []
-            for number, theirs in enumerate(self._scores()):
+            for number, theirs in enumerate(scores):
                 try:
-                    gaps.append(check_canary(self._canary, ours, theirs, tolerance=tolerance, version=version))
+                    gap = check_canary(self._canary, ours, theirs.result(), tolerance=tolerance, version=version)
+                    gaps.append(gap)
                 except SyncError as error:
                     which = f"server {number}: " if len(self._engine.replicas) > 1 else ""
                     raise SyncError(f"{which}{error}") from None
@@ -170,13 +180,6 @@ class ShardingManager:
         except SyncError as error:
             self._quarantine(version, error)
             raise
-
-    def _scores(self) -> list[list[Floats]]:
-        """The canary's logprobs by every server, asked at the same time."""
-        assert self._engine is not None
-        replicas = self._engine.replicas
-        with ThreadPoolExecutor(len(replicas), thread_name_prefix="canary") as pool:
-            return list(pool.map(lambda one: one.score(self._canary, temperature=self._temperature), replicas))
 
     def _quarantine(self, version: int, error: SyncError) -> None:
         """An update that is given up leaves the engine refusing to sample: nobody gets tokens of unproven weights."""
