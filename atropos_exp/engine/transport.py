@@ -209,4 +209,9 @@ class CudaTransport(Laid):
         """The buffer stays: the engine keeps it open."""
 
     def close(self) -> None:
+        """After the servers were killed, with the buffer open: torch would warn at exit that it is still theirs."""
+        if self._handle:
+            import torch
+
+            torch.UntypedStorage._release_ipc_counter_cuda(*self._handle[4:6])
         self._buffer, self._handle = None, []
