@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from atropos_exp.engine.bucket import Kind
+from atropos_exp.wire_tensors import dtype_name
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,10 +28,10 @@ def has_plain_layers(model: Any) -> bool:
 def views(
     parameters: Mapping[str, Tensor], fused: Mapping[str, Sequence[str]], kinds: Mapping[str, Kind]
 ) -> dict[str, Tensor]:
-    """Those of `kinds` that `parameters` hold in a fitting shape, as views. `fused`: parameter -> what is stacked in
-    it, in order."""
+    """Those of `kinds` that `parameters` hold in their dtype and a fitting shape, as views. `fused`: parameter -> what is
+    stacked in it, in order."""
     found = {}
-    for name, (_, shape) in kinds.items():
+    for name, (dtype, shape) in kinds.items():
         tensor, start, rows = parameters.get(name), 0, None
         for whole, parts in fused.items():
             own = next((part for part in parts if f".{part}." in name), None)
@@ -42,6 +43,8 @@ def views(
                 start, rows = sum(sizes[: parts.index(own)]), sum(sizes)
                 tensor = parameters.get(name.replace(own, whole))
         if tensor is None or tensor.is_meta or tensor.dim() != len(shape) or not shape or tensor.shape[1:] != shape[1:]:
+            continue
+        if dtype_name(tensor) != dtype:  # vLLM keeps the biases of bfloat16 layers in float32 on a CPU with AMX
             continue
         if tensor.shape[0] == (rows or shape[0]) or (name in (EMBEDDING, HEAD) and tensor.shape[0] > shape[0]):
             found[name] = tensor.data[start : start + shape[0]]

@@ -189,37 +189,38 @@ class SGLangBackend:
         await self._until_whole()
         scored: list[Scored] = []
         for first in range(0, len(sequences), SCORED_TOGETHER):
-            few = sequences[first : first + SCORED_TOGETHER]
-            scored += await asyncio.gather(*[self._score_one(sequence, temperature, num_top) for sequence in few])
+            scored += await self._score_few(sequences[first : first + SCORED_TOGETHER], temperature, num_top)
         return scored
 
-    async def _score_one(self, sequence: TokenIds, temperature: float, num_top: int) -> Scored:
+    async def _score_few(self, sequences: Sequence[TokenIds], temperature: float, num_top: int) -> list[Scored]:
         """SGLang scores a prompt at temperature 1 only. At another one each token is asked for after its prefix: the
         logprobs of drawn tokens are at their temperature, and the prefixes are cached."""
-        places: list[tuple[float, list[Any]]] = []  # logprob, the likeliest as (logprob, token, text)
-        if len(sequence) > 1 and temperature in (0.0, 1.0):
-            (output,) = await self._ask([sequence], [GREEDY], logprob_start_len=0, top_logprobs_num=num_top)
-            found = output["meta_info"]
-            tops = found["input_top_logprobs"][1:] if num_top else [[]] * (len(sequence) - 1)
-            places = [(item[0], top) for item, top in zip(found["input_token_logprobs"][1:], tops, strict=True)]
-        elif len(sequence) > 1:
-            ends = range(1, len(sequence))
+        logprobs: list[float] = []  # of every token after a first one, sequence by sequence
+        tops: list[list[Any]] = []  # the likeliest there, as (logprob, token, text)
+        if temperature in (0.0, 1.0):
+            whole = [GREEDY] * len(sequences)
+            for output in await self._ask(sequences, whole, logprob_start_len=0, top_logprobs_num=num_top):
+                found = output["meta_info"]
+                logprobs += [item[0] for item in found["input_token_logprobs"][1:]]
+                tops += found["input_top_logprobs"][1:] if num_top else []
+        elif places := [(sequence, end) for sequence in sequences for end in range(1, len(sequence))]:
             outputs = await self._ask(
-                [sequence[:end] for end in ends],
-                [{**GREEDY, "temperature": temperature} for _ in ends],
-                token_ids_logprob=[[int(sequence[end])] for end in ends],
+                [sequence[:end] for sequence, end in places],
+                [{**GREEDY, "temperature": temperature}] * len(places),
+                token_ids_logprob=[[int(sequence[end])] for sequence, end in places],
                 top_logprobs_num=num_top,
             )
-            for output in outputs:
-                found = output["meta_info"]
-                top = found["output_top_logprobs"][0] if num_top else []
-                places.append((found["output_token_ids_logprobs"][0][0][0], top))
-        shape = (len(places), num_top)
-        return Scored(
-            logprobs=np.array([logprob for logprob, _ in places], dtype=np.float32),
-            top_token_ids=np.array([[item[1] for item in top] for _, top in places], np.int32).reshape(shape),
-            top_logprobs=np.array([[item[0] for item in top] for _, top in places], np.float32).reshape(shape),
+            logprobs = [output["meta_info"]["output_token_ids_logprobs"][0][0][0] for output in outputs]
+            tops = [output["meta_info"]["output_top_logprobs"][0] for output in outputs] if num_top else []
+        shape = (len(logprobs), num_top)
+        arrays = (
+            np.array(logprobs, np.float32),
+            np.array([[item[1] for item in top] for top in tops], np.int32).reshape(shape),
+            np.array([[item[0] for item in top] for top in tops], np.float32).reshape(shape),
         )
+        ends = np.cumsum([len(sequence) - 1 for sequence in sequences])[:-1]
+        rows = zip(*(np.split(array, ends) for array in arrays), strict=True)
+        return [Scored(logprobs=row, top_token_ids=ids, top_logprobs=top) for row, ids, top in rows]
 
     async def _probe(self) -> Message:
         await self._until_whole()

@@ -66,8 +66,7 @@ def resident(model: Any, kinds: Mapping[str, Kind]) -> dict[str, Tensor]:
     `kinds` that it does not keep as they came are left out; all, if any layer repacks or quantises its weights."""
     if not has_plain_layers(model):
         return {}
-    found = views(dict(model.named_parameters()), FUSED, kinds)
-    return {name: tensor for name, tensor in found.items() if str(tensor.dtype) == f"torch.{kinds[name][0]}"}
+    return views(dict(model.named_parameters()), FUSED, kinds)
 
 
 def answer_bytes(names: Sequence[str]) -> int:

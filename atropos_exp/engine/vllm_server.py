@@ -44,6 +44,7 @@ def main() -> None:
 
 def make_backend(options: argparse.Namespace) -> VLLMBackend:
     """Load vLLM and the model; the first tokens are drawn here, for they are slow."""
+    import torch
     from vllm.engine.arg_utils import EngineArgs
     from vllm.v1.engine.llm_engine import LLMEngine
 
@@ -67,6 +68,8 @@ def make_backend(options: argparse.Namespace) -> VLLMBackend:
     unknown = sorted(set(chosen) - known)
     if unknown:
         raise SystemExit(f"vLLM {vllm_version()} does not know {', '.join(unknown)}; supported: 0.24 to 0.30")
+    if options.device == "cpu" and torch.cpu._is_amx_tile_supported():
+        torch.cpu._init_amx()  # vLLM's attention in bfloat16 uses it without asking Linux first, and so dies of SIGILL
     engine = LLMEngine.from_engine_args(EngineArgs(**chosen))
     core = Core(engine, seeded=options.seeded)
     is_tied = bool(getattr(engine.vllm_config.model_config.hf_text_config, "tie_word_embeddings", False))
