@@ -28,8 +28,8 @@ def has_plain_layers(model: Any) -> bool:
 def views(
     parameters: Mapping[str, Tensor], fused: Mapping[str, Sequence[str]], kinds: Mapping[str, Kind]
 ) -> dict[str, Tensor]:
-    """Those of `kinds` that `parameters` hold in their dtype and a fitting shape, as views. `fused`: parameter -> what is
-    stacked in it, in order."""
+    """Those of `kinds` that `parameters` hold in their dtype and a fitting shape, as views. `fused`: parameter -> what
+    is stacked in it, in order."""
     found = {}
     for name, (dtype, shape) in kinds.items():
         tensor, start, rows = parameters.get(name), 0, None
