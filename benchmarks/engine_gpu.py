@@ -248,7 +248,7 @@ def _machine(options: argparse.Namespace) -> str:
     driver = subprocess.run(
         ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
         capture_output=True, text=True, check=False, timeout=60,
-    ).stdout.strip()  # fmt: skip
+    ).stdout.split()[0]  # fmt: skip
     return f"{torch.cuda.get_device_name()}, driver {driver}, torch {torch.__version__}"
 
 
