@@ -49,7 +49,7 @@ def make_backend(options: argparse.Namespace) -> SGLangBackend:
 
     config = json.loads((options.model / "config.json").read_text())
     is_tied = bool(config.get("tie_word_embeddings", False))
-    environment = dict(os.environ)
+    nccl = _nccl_variables()
     engine = sglang.Engine(
         model_path=str(options.model),
         dtype=options.dtype,
@@ -59,13 +59,11 @@ def make_backend(options: argparse.Namespace) -> SGLangBackend:
         custom_weight_loader=[LOADER],
         **json.loads(options.engine_arguments),
     )
-    # SGLang sets NCCL's variables for its own processes, which have started. This one's group with the trainer needs
-    # the trainer's: NCCL_CUMEM_ENABLE on one side only breaks it.
-    for name in [name for name in os.environ if name.startswith("NCCL_")]:
-        if name in environment:
-            os.environ[name] = environment[name]
-        else:
-            del os.environ[name]
+    # SGLang has set some for its own processes, which have started. This one's group with the trainer needs the
+    # trainer's: NCCL_CUMEM_ENABLE on one side only breaks it.
+    for name in _nccl_variables():
+        del os.environ[name]
+    os.environ.update(nccl)
     expected = expected_tensors(options.model, dtype=options.dtype, is_tied=is_tied)
     return SGLangBackend(
         engine,
@@ -76,6 +74,10 @@ def make_backend(options: argparse.Namespace) -> SGLangBackend:
         max_sequence_length=options.max_sequence_length,
         versions={"sglang": importlib.metadata.version("sglang"), "torch": importlib.metadata.version("torch")},
     )
+
+
+def _nccl_variables() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name.startswith("NCCL_")}
 
 
 def _options() -> argparse.Namespace:
