@@ -16,7 +16,6 @@ from atropos_exp.assembly_material import Material, gather_material
 from atropos_exp.checkpoint import Checkpoints
 from atropos_exp.colocated import ColocatedTrainer
 from atropos_exp.config_check import Checked
-from atropos_exp.held_engine import HeldEngine
 from atropos_exp.loop import Schedule
 from atropos_exp.model.hf_folder import copy_description
 from atropos_exp.ranks import Ranks
@@ -75,12 +74,11 @@ def assemble(checked: Checked, folder: RunFolder, ranks: Ranks, stack: ExitStack
     outside = start_outside(checked, folder, model_folder=model_folder, stack=stack) if ranks.is_zero else None
     trainer, engine = _start_trainer_and_engine(checked, folder, model_folder, ranks, stack)
     gateway: GatewayClient | None = None
-    served = engine
     if engine is not None and outside is not None:
         gateway = start_gateway(checked, folder, outside, engine, model_folder=model_folder, stack=stack)
-        served = HeldEngine(engine, gateway)
-    publisher = _sharding_manager(checked, trainer, served, canary, ranks)
-    resync = Resync(publisher, served, ranks, max_restarts=getattr(parts["engine"], "max_restarts", 0))
+    publisher = _sharding_manager(checked, trainer, engine, canary, ranks)
+    max_restarts = getattr(parts["engine"], "max_restarts", 0)
+    resync = Resync(publisher, engine, ranks, max_restarts=max_restarts, gate=gateway)
     recorder: Recorder = SilentRecorder()
     logger: Logger | None = None
     inner: RolloutSource | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from atropos_exp.types import Dropped, RolloutGroup, SyncStats
 from atropos_exp.wire import EngineError, EngineLost
@@ -18,19 +18,38 @@ log = logging.getLogger(__name__)
 Value = TypeVar("Value")
 
 
+class Gate(Protocol):
+    """What requests of environments go through. Both raise EngineError."""
+
+    def hold(self) -> None: ...
+
+    def release(self) -> None: ...
+
+
 class Resync:
     """A `Publisher` around another one, and the way to an engine that may be lost. Collective: every rank makes the
     same calls; rank 0 alone has the engine.
 
     A new server serves what its folder holds, so it refuses to sample until `publish` has been repeated: nobody gets
-    a token of other weights than those of the version.
+    a token of other weights than those of the version. For the same reason the gate is shut from the start of a sync
+    until it is proven, and stays shut if it is not.
     """
 
-    def __init__(self, publisher: Publisher, engine: Engine | None, ranks: Ranks, *, max_restarts: int) -> None:
+    def __init__(
+        self,
+        publisher: Publisher,
+        engine: Engine | None,
+        ranks: Ranks,
+        *,
+        max_restarts: int,
+        gate: Gate | None = None,
+    ) -> None:
+        """`gate`: rank 0's, if environments sample from the engine."""
         self._publisher = publisher
         self._engine = engine
         self._ranks = ranks
         self._max_restarts = max_restarts
+        self._gate = gate
         self._version: int | None = None  # published last
         self.num_restarts = 0
         self.num_repeated = 0  # proven syncs of a version that had been proven before, for a new server
@@ -46,12 +65,15 @@ class Resync:
 
     def publish(self, version: int) -> SyncStats:
         self._version = None  # what was published before is no longer wanted: only this
+        self._order(lambda gate: gate.hold())
         stats = self.through(lambda: self._publisher.publish(version))
         self._version = version
+        self._order(lambda gate: gate.release())
         return stats
 
     def sleep(self) -> None:
-        """The engine gives its memory back until the next `publish`."""
+        """The engine gives its memory back until the next `publish`, and the gate is shut until then."""
+        self._order(lambda gate: gate.hold())
         before, after = self.through(lambda: self._ranks.on_zero(self._sleep_engine))
         self._memory = {
             "engine/memory_awake_gb": before / 2**30,
@@ -61,6 +83,14 @@ class Resync:
 
     def counters(self) -> dict[str, float]:
         return {"engine/restarts": self.num_restarts, **self._memory}
+
+    def _order(self, order: Callable[[Gate], None]) -> None:
+        """A gateway that is down is no reason to stop: nobody gets tokens from it."""
+        if self._gate is not None:
+            try:
+                order(self._gate)
+            except EngineError as error:
+                log.warning("the gateway did not take an order: %s", error)
 
     def _sleep_engine(self) -> tuple[int, int]:
         assert self._engine is not None, "rank 0 has the engine"
