@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -141,25 +140,25 @@ def test_answers_that_cannot_be_read(num_ranks: int, start: Any, tmp_path: Path)
         engine.stop()
 
 
+@pytest.mark.timeout(600)
 def test_fifty_syncs_keep_nothing(engine: EngineClient) -> None:
     """No file of shared memory stays open or mapped, in the server or in SGLang's processes, and no memory grows. The
-    first 150 syncs take 10 MB for good, fewer each time, and later an allocator takes a step now and then; a leak would
-    be in every ten of the fifty."""
+    first 150 syncs take 10 MB for good, fewer each time; a leak would go on."""
     trainer = HeldModel(random_model(seed=6))
 
-    def sync(count: int) -> None:
+    def sync(count: int) -> dict[str, int]:
         for _ in range(count):
             trainer.disturb()
             manage(trainer, engine, bucket_bytes=40_000).publish(engine.version() + 1)
+        return held(engine)
 
-    sync(160)
-    seen = [held(engine)]
-    for _ in range(5):
-        sync(10)
-        seen.append(held(engine))
+    seen = [sync(160), sync(50)]
+    # On a busy machine an allocator was seen to take steps of 1 MiB later than that; a leak would be in each fifty.
+    while seen[-1]["bytes"] >= seen[-2]["bytes"] + (2 << 20) and len(seen) < 4:
+        seen.append(sync(50))
     assert seen[-1]["files"] <= seen[0]["files"] and seen[-1]["shared"] <= seen[0]["shared"]
-    grown = [after["bytes"] - before["bytes"] for before, after in itertools.pairwise(seen)]
-    assert sorted(grown)[2] < 200 << 10, grown  # a bucket kept by each sync would be 400 KiB
+    assert seen[-1]["bytes"] < seen[-2]["bytes"] + (2 << 20), seen
+    assert set(engine.info()["update_seconds"]) == {"prefixes", "copy", "load", "digests", "flush"}
 
 
 def restart_and_sync(engine: EngineClient, trainer: HeldModel) -> None:
