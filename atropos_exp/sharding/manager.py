@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING
 
 from atropos_exp.sharding.agreement import from_rank_zero, same_outcome
-from atropos_exp.sharding.proof import Account, SyncError, check_canary, check_complete, check_digests
+from atropos_exp.sharding.proof import Account, SyncError, check_canary, check_complete, check_digests, check_finite
 from atropos_exp.types import Floats, SyncStats, TokenIds
 from atropos_exp.wire import EngineError
 from atropos_exp.wire_tensors import is_adapter, torch_dtype
@@ -163,10 +163,9 @@ class ShardingManager:
         """Largest and mean gap on rank 0, zeros elsewhere."""
         if self._engine is None:
             return 0.0, 0.0
+        wait(scores)
         try:
-            serves = self._engine.version()
-            if serves != version:
-                raise SyncError(f"the engine says that it serves version {serves} after the sync to version {version}")
+            check_finite(ours)  # before what the engine says: it may not have outlived such weights
             tolerance = DEFAULT_TOLERANCE[self._engine.dtype] if self._tolerance is None else self._tolerance
             gaps = []
             for number, theirs in enumerate(scores):
@@ -176,6 +175,9 @@ class ShardingManager:
                 except SyncError as error:
                     which = f"server {number}: " if len(self._engine.replicas) > 1 else ""
                     raise SyncError(f"{which}{error}") from None
+            serves = self._engine.version()
+            if serves != version:
+                raise SyncError(f"the engine says that it serves version {serves} after the sync to version {version}")
             return max(largest for largest, _ in gaps), sum(mean for _, mean in gaps) / len(gaps)
         except SyncError as error:
             self._quarantine(version, error)

@@ -62,6 +62,16 @@ def check_digests(sent: Mapping[str, str], held: Mapping[str, str], expected: It
     return len(held)
 
 
+def check_finite(trainer: Sequence[Floats]) -> None:
+    """The trainer's own logprobs of the canary are numbers: no engine can serve weights that are not."""
+    for index, ours in enumerate(trainer):
+        if not np.isfinite(ours).all():
+            raise SyncError(
+                f"canary prompt {index}: a logprob is not finite in the trainer itself ({ours}): its weights hold NaN "
+                "or infinity"
+            )
+
+
 def check_canary(
     canary: Sequence[TokenIds], trainer: Sequence[Floats], engine: Sequence[Floats], *, tolerance: float, version: int
 ) -> tuple[float, float]:

@@ -51,13 +51,16 @@ class TestFaults(FaultContract):
 
     @pytest.mark.slow
     def test_a_weight_that_is_not_finite(self, engine: EngineClient, trainer: HeldModel) -> None:
-        """SGLang's sampler raises, which ends its process and with it the server: the sync fails, nothing is sampled,
-        and a server that is started anew takes finite weights."""
+        """SGLang's sampler raises, which ends its process and with it the server: the sync fails for what the trainer
+        finds itself, nothing is sampled, and a server that is started anew takes finite weights."""
         healthy = trainer.model.model.norm.weight.detach().clone()
         with torch.no_grad():
             trainer.model.model.norm.weight[0] = float("nan")
-        with pytest.raises(EngineLost, match="waited for the logprobs of 3 sequences"):
+        with pytest.raises(SyncError, match="a logprob is not finite in the trainer itself") as refused:
             manage(trainer, engine).publish(engine.version() + 1)
+        assert "the engine could not be told to stop sampling" in refused.value.__notes__[0]
+        with pytest.raises(EngineLost):
+            engine.check()
         with torch.no_grad():
             trainer.model.model.norm.weight.copy_(healthy)
         restart_and_sync(engine, trainer)

@@ -121,12 +121,23 @@ class FaultContract:
         assert_refuses_then_recovers(engine, trainer, version)
 
     def test_a_weight_that_is_not_finite(self, engine: EngineClient, trainer: HeldModel) -> None:
+        """In the trainer, and on the way from it."""
         version = engine.version() + 1
-        healthy = trainer.model.model.norm.weight.detach().clone()
+        final_norm = trainer.model.model.norm.weight
+        healthy = final_norm.detach().clone()
         with torch.no_grad():
-            trainer.model.model.norm.weight[0] = float("nan")
-        with pytest.raises(SyncError, match="a logprob is not finite"):
+            final_norm[0] = float("nan")
+        with pytest.raises(SyncError, match="a logprob is not finite in the trainer itself"):
             manage(trainer, engine).publish(version)
         with torch.no_grad():
-            trainer.model.model.norm.weight.copy_(healthy)
+            final_norm.copy_(healthy)
         assert_refuses_then_recovers(engine, trainer, version)
+
+        class Spoils(HeldModel):
+            def parameters(self) -> Any:
+                for name, tensor in super().parameters():  # after the last key and value, which vLLM would keep
+                    yield name, tensor * float("nan") if name == "model.norm.weight" else tensor
+
+        with pytest.raises(SyncError, match=r"a logprob is not finite \(trainer \[-"):
+            manage(Spoils(trainer.model), engine).publish(version + 1)
+        assert_refuses_then_recovers(engine, trainer, version + 1)
