@@ -47,10 +47,18 @@ def on_rows(path: Path) -> list[str]:
     return ["data.prepare=null", f"data.parquet_paths={path}", "eval.num_prompts=0"]
 
 
-def test_the_default_configuration_is_healthy_and_quick(tmp_path: Path) -> None:
+def processor_seconds(
+    run: Callable[[], subprocess.CompletedProcess[str]],
+) -> tuple[subprocess.CompletedProcess[str], float]:
+    """What `run` returns, and the seconds of computation of the processes that ended in it."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = command(f"output_dir={tmp_path}")
+    done = run()
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return done, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def test_the_default_configuration_is_healthy_and_quick(tmp_path: Path) -> None:
+    done, spent = processor_seconds(lambda: command(f"output_dir={tmp_path}"))
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
     topics = [line.split()[1] for line in lines if line.startswith("ok ")]
@@ -59,10 +67,11 @@ def test_the_default_configuration_is_healthy_and_quick(tmp_path: Path) -> None:
     }
     assert {"environment", "tracking", "tokenizer", "data", "reward"} <= {*topics}
     assert " 0 warn, 0 fail" in lines[-1]
-    # Seconds of computation: other tests share the cores, and nothing here waits for anything but its own work. Six, so
-    # that it takes less than 20 on a slower machine, too.
-    spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    assert spent < 12
+    # Seconds of computation, since other tests share the cores and nothing here waits for anything but its own work.
+    # A ratio, since processors differ: 1.2 to 1.5 were seen.
+    imports = [sys.executable, "-c", "import torch, transformers, verl"]
+    _, of_imports = processor_seconds(lambda: subprocess.run(imports, capture_output=True, text=True, check=True))
+    assert spent < 2.5 * of_imports, (spent, of_imports)
 
 
 def test_the_program_ends_with_the_worst_and_says_what_to_type(tmp_path: Path) -> None:
