@@ -163,7 +163,7 @@ class ShardingManager:
         """Largest and mean gap on rank 0, zeros elsewhere."""
         if self._engine is None:
             return 0.0, 0.0
-        wait(scores)
+        wait(scores)  # each has its deadline; a server that dies of this is dead before it is told to stop sampling
         try:
             check_finite(ours)  # before what the engine says: it may not have outlived such weights
             tolerance = DEFAULT_TOLERANCE[self._engine.dtype] if self._tolerance is None else self._tolerance

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -29,6 +31,18 @@ def assert_refuses_then_recovers(engine: EngineClient, trainer: HeldModel, versi
             refused()
     manage(trainer, engine).publish(version)
     engine.check()
+
+
+@contextmanager
+def holding_nan(trainer: HeldModel) -> Iterator[None]:
+    final_norm = trainer.model.model.norm.weight
+    healthy = final_norm.detach().clone()
+    with torch.no_grad():
+        final_norm[0] = float("nan")
+        try:
+            yield
+        finally:
+            final_norm.copy_(healthy)
 
 
 class FaultContract:
@@ -123,14 +137,11 @@ class FaultContract:
     def test_a_weight_that_is_not_finite(self, engine: EngineClient, trainer: HeldModel) -> None:
         """In the trainer, and on the way from it."""
         version = engine.version() + 1
-        final_norm = trainer.model.model.norm.weight
-        healthy = final_norm.detach().clone()
-        with torch.no_grad():
-            final_norm[0] = float("nan")
-        with pytest.raises(SyncError, match="a logprob is not finite in the trainer itself"):
+        with (
+            holding_nan(trainer),
+            pytest.raises(SyncError, match="a logprob is not finite in the trainer itself"),
+        ):
             manage(trainer, engine).publish(version)
-        with torch.no_grad():
-            final_norm.copy_(healthy)
         assert_refuses_then_recovers(engine, trainer, version)
 
         class Spoils(HeldModel):
