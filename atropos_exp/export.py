@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from atropos_exp import manifest
-from atropos_exp.checkpoint import Checkpoint, find_latest, open_checkpoint
-from atropos_exp.model import hf_folder
-from atropos_exp.types import UserError
+from atropos_exp.errors import UserError
+from atropos_exp.parts.model import hf_folder
+from atropos_exp.runs import manifest
+from atropos_exp.runs.checkpoints import Checkpoint, find_latest, open_checkpoint
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

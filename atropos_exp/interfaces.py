@@ -28,7 +28,7 @@ from atropos_exp.types import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from atropos_exp.run_files import SampleRecord
+    from atropos_exp.types import SampleRecord
 
 JSON = dict[str, Any]
 
@@ -71,7 +71,7 @@ class Reward(Protocol):
 
 
 class Scorer(Protocol):
-    """Runs a reward over many answers in killable processes (`reward/pool.py`)."""
+    """Runs a reward over many answers in killable processes (`parts/reward/pool.py`)."""
 
     def score(self, items: Sequence[tuple[str, Prompt]]) -> list[float | RewardFailure]: ...
 
@@ -85,6 +85,19 @@ class PromptLoader(Protocol):
 
     def restore(self, state: JSON) -> None:
         """Continue after `state`. Raises UserError if the data changed since."""
+        ...
+
+
+class EngineServer(Protocol):
+    """One of the servers of an engine."""
+
+    @property
+    def endpoint(self) -> Endpoint:
+        """Where other processes of the run, such as the gateway, reach it."""
+        ...
+
+    def score(self, sequences: Sequence[TokenIds], *, temperature: float) -> list[Floats]:
+        """As `Engine.score`, by this server."""
         ...
 
 
@@ -102,8 +115,8 @@ class Engine(Protocol):
         ...
 
     @property
-    def replicas(self) -> Sequence[Engine]:
-        """Every server that samples, as an engine of its own: a sync is proven for each of them."""
+    def replicas(self) -> Sequence[EngineServer]:
+        """Every server that samples: a weight sync is proven for each of them."""
         ...
 
     @property

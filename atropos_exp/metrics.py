@@ -13,9 +13,7 @@ from contextlib import contextmanager
 from time import perf_counter
 
 import numpy as np
-from numpy.typing import NDArray
 
-from atropos_exp.statistics import mean_interval, pass_at_k, wilson_interval
 from atropos_exp.types import Dropped, Finish, RolloutGroup, StepMetrics, SyncStats, UpdateStats
 
 METRICS: Mapping[str, str] = {
@@ -172,33 +170,6 @@ def summarize(
     unknown = [name for name in values if sentence(name) is None]
     assert not unknown, f"metrics without a sentence in metrics.METRICS: {unknown}"
     return StepMetrics(step=step, values={name: float(value) for name, value in values.items()})
-
-
-def eval_metrics(
-    *,
-    name: str,
-    correct: NDArray[np.bool_],
-    num_correct: NDArray[np.integer] | None = None,
-    num_samples: int = 0,
-    k: int = 0,
-) -> dict[str, float]:
-    """Metrics of the held-out set `name`, with 95 % intervals.
-
-    `correct` [N]: the greedy answer was right. `num_correct` [N]: right ones of `num_samples` sampled answers, for
-    pass@k; None: off.
-    """
-    prefix, num = f"eval/{slug(name)}", len(correct)
-    accuracy = float(np.mean(correct)) if num else float("nan")
-    values: dict[str, float] = {f"{prefix}/num": num, f"{prefix}/accuracy": accuracy}
-    if num:
-        low, high = wilson_interval(mean=accuracy, num=num)
-        values |= {f"{prefix}/accuracy_ci_low": low, f"{prefix}/accuracy_ci_high": high}
-    if num and num_correct is not None:
-        estimates = pass_at_k(num_correct=num_correct, num_samples=num_samples, k=k)
-        low, high = mean_interval(estimates)
-        values[f"{prefix}/pass_at_{k}"] = float(np.mean(estimates))
-        values |= {f"{prefix}/pass_at_{k}_ci_low": low, f"{prefix}/pass_at_{k}_ci_high": high}
-    return values
 
 
 def markdown_table() -> str:

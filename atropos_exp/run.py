@@ -17,22 +17,22 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
-from atropos_exp.config_check import Checked, validate
-from atropos_exp.config_cli import hydra_main
-from atropos_exp.config_save import config_hash, save_config
-from atropos_exp.config_sizes import describe
-from atropos_exp.provenance import git_commit, versions
-from atropos_exp.quick_start import no_collections
-from atropos_exp.ranks import Ranks
-from atropos_exp.run_files import note_command, read_metrics, write_summary
-from atropos_exp.run_folder import RunFolder, open_run_folder
-from atropos_exp.submission import launch
-from atropos_exp.summary import summarize_run
-from atropos_exp.sweep_start import start_sweep
-from atropos_exp.types import UserError
+from atropos_exp.assembly.submission import launch
+from atropos_exp.config.check import Checked, validate
+from atropos_exp.config.command_line import hydra_main
+from atropos_exp.config.freeze import config_hash, save_config
+from atropos_exp.config.sizes import describe
+from atropos_exp.errors import UserError
+from atropos_exp.processes.ranks import Ranks
+from atropos_exp.processes.startup import no_collections
+from atropos_exp.runs.files import note_command, read_metrics, write_summary
+from atropos_exp.runs.folder import RunFolder, open_run_folder
+from atropos_exp.runs.provenance import git_commit, versions
+from atropos_exp.runs.summary import summarize_run
+from atropos_exp.sweep.start import start_sweep
 
 if TYPE_CHECKING:
-    from atropos_exp.assembly import Assembly
+    from atropos_exp.assembly.assemble import Assembly
 
 
 def run(config: DictConfig) -> int:
@@ -46,7 +46,7 @@ def run(config: DictConfig) -> int:
     ranks = Ranks.of_environment()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     if ranks.world_size > 1:
-        from atropos_exp.trainer.distributed import join_process_group
+        from atropos_exp.parts.trainer.distributed import join_process_group
 
         join_process_group(checked.device, timeout_s=checked.parts["trainer"].timeout_s)
     folder = _open_folder(checked, ranks)
@@ -104,7 +104,7 @@ class Experiment:
         return code
 
     def _train(self, stack: ExitStack) -> int:
-        from atropos_exp.assembly import assemble
+        from atropos_exp.assembly.assemble import assemble
         from atropos_exp.loop import train
 
         with no_collections():

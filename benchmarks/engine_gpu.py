@@ -31,8 +31,8 @@ import yaml
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from atropos_exp.sharding.manager import ShardingManager  # noqa: E402
 from atropos_exp.types import Floats, SamplingParams, TokenIds  # noqa: E402
+from atropos_exp.weights.publisher import ShardingManager  # noqa: E402
 
 NUM_PROMPTS, NUM_SAMPLES, PROMPT_TOKENS, ANSWER_TOKENS = 32, 16, 128, 256
 TEMPERATURE = 0.8
@@ -207,7 +207,7 @@ def main() -> None:
             try:
                 name = "seeded" if seeded else "unseeded"
                 results[f"{name} start_s"] = time.perf_counter() - began
-                results["versions"] = engine.info()["versions"]
+                results["versions"] = engine.replicas[0].info()["versions"]
                 if not seeded:
                     if options.profile is not None:
                         profile_syncs(trainer, engine, options)

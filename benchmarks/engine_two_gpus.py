@@ -32,11 +32,11 @@ import numpy as np
 import torch
 import yaml
 
-from atropos_exp.engine.group import BACKENDS, nccl_version
-from atropos_exp.engine.vllm import VLLMEngine
-from atropos_exp.ranks import Ranks
-from atropos_exp.sharding.manager import ShardingManager
-from atropos_exp.sharding.resync import Resync
+from atropos_exp.assembly.resync import Resync
+from atropos_exp.parts.engine.vllm.settings import VLLMEngine
+from atropos_exp.processes.ranks import Ranks
+from atropos_exp.weights.group import BACKENDS, nccl_version
+from atropos_exp.weights.publisher import ShardingManager
 
 ROOT = Path(__file__).resolve().parents[1]
 BUCKET_MB = 64
@@ -117,7 +117,9 @@ def measure_line(engine: Any, options: argparse.Namespace, results: Results) -> 
     for _ in range(20):
         began = time.perf_counter()
         transfer = transport._group.start(buffer)
-        engine.exchange("/weights/bucket", {"pieces": [], "num_bytes": size, "group": place}, what="a bucket")
+        engine.replicas[0].exchange(
+            "/weights/bucket", {"pieces": [], "num_bytes": size, "group": place}, what="a bucket"
+        )
         transfer.wait(60)
         seconds.append(time.perf_counter() - began)
     median = statistics.median(seconds)
@@ -140,7 +142,7 @@ def kill_in_the_middle(trainer: Any, engine: Any, results: Results) -> None:
             for index, pair in enumerate(trainer.parameters()):
                 if index == num_tensors // 3 and self.killed is None:
                     self.killed = time.perf_counter()
-                    threading.Timer(0.01, os.kill, (engine.process.pid, signal.SIGKILL)).start()
+                    threading.Timer(0.01, os.kill, (engine.replicas[0].process.pid, signal.SIGKILL)).start()
                 yield pair
 
     kills = Kills()
@@ -159,7 +161,7 @@ def kill_in_the_middle(trainer: Any, engine: Any, results: Results) -> None:
     engine.restart = timed
     stats = resync.publish(engine.version() + 1)
     if resync.num_restarts == 0:  # it was quicker than its death
-        engine.process.wait(5.0)
+        engine.replicas[0].process.wait(5.0)
         stats = resync.through(lambda: resync.publish(stats.policy_version + 1))
     assert kills.killed is not None
     results.add("killed in the middle: noticed after s", noticed[0] - kills.killed)
@@ -223,7 +225,7 @@ def run_parts(
         began = time.perf_counter()
         engine = start(options, folder, "one", enforce_eager=True, **own)
         results.add(f"one server, weights over {own['transport']}: start s", time.perf_counter() - began)
-        results.add("versions of the engine", str(engine.info()["versions"]))
+        results.add("versions of the engine", str(engine.replicas[0].info()["versions"]))
         return engine
 
     one = results.part("a server on GPU 1", start_one, folder)

@@ -28,11 +28,11 @@ import numpy as np
 import uvloop
 import yaml
 
-from atropos_exp.config_origin import CONF_DIR
-from atropos_exp.engine.hf import HFEngine
-from atropos_exp.gateway.settings import GatewaySettings
-from atropos_exp.model.tiny import WEIGHTS
-from atropos_exp.wire import HEARTBEAT, pack, unpack
+from atropos_exp.config.origin import CONF_DIR
+from atropos_exp.parts.engine.hf.settings import HFEngine
+from atropos_exp.parts.gateway.settings import GatewaySettings
+from atropos_exp.parts.model.tiny import WEIGHTS
+from atropos_exp.processes.wire import HEARTBEAT, pack, unpack
 
 PROMPT = [21, 15, 22, 33, 15, 22]
 NEW_TOKENS = 2
@@ -169,7 +169,10 @@ def settings(name: str, cls: Any, **changes: Any) -> Any:
 
 
 async def measure(engine: Any, client: Any, *, requests: int, connections: int) -> dict[str, float]:
-    alone, through = engine_target(engine.process.address, engine.process.token), gateway_target(client.address)
+    alone, through = (
+        engine_target(engine.replicas[0].process.address, engine.replicas[0].process.token),
+        gateway_target(client.address),
+    )
     connection = await Connection.open(alone.port)
     answer = unpack((await connection.ask(alone.request())).lstrip(HEARTBEAT))
     assert len(answer["token_ids"]) == NEW_TOKENS
@@ -180,7 +183,7 @@ async def measure(engine: Any, client: Any, *, requests: int, connections: int) 
     engine_s, gateway_s = await latencies(alone, through, min(500, requests // 10))
     before = client.counters()
     rates: dict[str, list[float]] = {"engine": [], "gateway": []}
-    pids = {"engine": engine.process.pid, "gateway": client.process.pid}
+    pids = {"engine": engine.replicas[0].process.pid, "gateway": client.process.pid}
     used = dict.fromkeys(pids, 0.0)
     rounds = 10
     for _ in range(rounds):  # in turns, see above

@@ -6,7 +6,7 @@
 
 A random model of the shape of Qwen2.5-0.5B trains on 32 prompts x 16 samples x (128 + 256) tokens with the shipped
 loss and optimizer. FOLDER takes `trainer_N.json` (every number; N = ranks) and a profile of one update.
-The last line of output is the end of the table. MFU counts what an update must compute (`trainer/flops.py`); the
+The last line of output is the end of the table. MFU counts what an update must compute (`parts/trainer/flops.py`); the
 column after it is the usual estimate of 6 x parameters x tokens.
 """
 
@@ -28,12 +28,12 @@ import torch.distributed as dist
 import yaml
 from trainer_variants import FULL, ONE_GPU, SEVERAL_GPUS, SMOKE, Size, Variant  # beside this file
 
-from atropos_exp.config_origin import CONF_DIR
-from atropos_exp.loss.ppo_clip import PPOClip
-from atropos_exp.trainer import logprob_head
-from atropos_exp.trainer.distributed import broadcast_text
-from atropos_exp.trainer.flops import peak_flops
-from atropos_exp.trainer.fsdp2 import VerlFSDP2
+from atropos_exp.config.origin import CONF_DIR
+from atropos_exp.parts.loss.ppo_clip import PPOClip
+from atropos_exp.parts.trainer import logprob_head
+from atropos_exp.parts.trainer.distributed import broadcast_text
+from atropos_exp.parts.trainer.flops import peak_flops
+from atropos_exp.parts.trainer.fsdp2 import VerlFSDP2
 from atropos_exp.types import TrainBatch
 
 WARM_UPS, REPEATS = 1, 2

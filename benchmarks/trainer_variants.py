@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from atropos_exp.trainer import logprob_head
+from atropos_exp.parts.trainer import logprob_head
 
 QWEN_0_5B = {
     "hidden_size": 896,

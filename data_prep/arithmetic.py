@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from atropos_exp.data.mix import permutation, random_words
-from atropos_exp.data.raw import make_row
-from atropos_exp.types import UserError
+from atropos_exp.errors import UserError
+from atropos_exp.parts.data.mix import permutation, random_words
+from atropos_exp.parts.data.raw import make_row
 from data_prep.builder import AS_RUN, Draft, Row, argument, at_least, prompt_text
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ class Arithmetic:
         )
 
     def reward(self) -> Reward:
-        from atropos_exp.reward.exact import Exact
+        from atropos_exp.parts.reward.exact import Exact
 
         return Exact(extract=None, last_line=False, ignore_case=False, **AS_RUN)
 

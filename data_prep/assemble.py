@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from atropos_exp.data.schema import check_rows
-from atropos_exp.types import UserError
+from atropos_exp.errors import UserError
+from atropos_exp.parts.data.schema import check_rows
 from data_prep.builder import Builder, Row
 from data_prep.selftest import self_test
 

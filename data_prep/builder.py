@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-from atropos_exp.types import UserError
+from atropos_exp.errors import UserError
 
 if TYPE_CHECKING:
     from atropos_exp.interfaces import Reward

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from atropos_exp.types import UserError
+from atropos_exp.errors import UserError
 from data_prep.builder import Builder, defaults_of
 from data_prep.folder import build_into
 from data_prep.prepare import configure

@@ -11,10 +11,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from atropos_exp import manifest
-from atropos_exp.data.fingerprint import content_hash
-from atropos_exp.data.parquet import read_parquet, write_parquet
-from atropos_exp.types import UserError
+from atropos_exp.errors import UserError
+from atropos_exp.parts.data.fingerprint import content_hash
+from atropos_exp.parts.data.parquet import read_parquet, write_parquet
+from atropos_exp.runs import manifest
 from data_prep.assemble import assemble, check_disjoint
 from data_prep.builder import Builder, arguments_of
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from atropos_exp.data.raw import GSM8K
+from atropos_exp.parts.data.raw import GSM8K
 from data_prep.builder import AS_RUN, Draft, Row, argument, at_least, ground_truth
 from data_prep.hub_builder import draft_from_hub
 
@@ -48,7 +48,7 @@ class Gsm8k:
         )
 
     def reward(self) -> Reward:
-        from atropos_exp.reward.reward_score import RewardScore
+        from atropos_exp.parts.reward.reward_score import RewardScore
 
         return RewardScore(**AS_RUN)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from atropos_exp.data.raw import HELLASWAG, LETTERS
+from atropos_exp.parts.data.raw import HELLASWAG, LETTERS
 from data_prep.builder import AS_RUN, Draft, Row, argument, at_least, prompt_text
 from data_prep.hub_builder import draft_from_hub
 
@@ -48,7 +48,7 @@ class Hellaswag:
         )
 
     def reward(self) -> Reward:
-        from atropos_exp.reward.exact import Exact
+        from atropos_exp.parts.reward.exact import Exact
 
         return Exact(extract=None, last_line=False, ignore_case=False, **AS_RUN)
 

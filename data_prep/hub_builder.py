@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from atropos_exp.data.hub import read_splits
-from atropos_exp.data.raw import RawFormat, verl_row
-from atropos_exp.types import UserError
+from atropos_exp.errors import UserError
+from atropos_exp.parts.data.hub import read_splits
+from atropos_exp.parts.data.raw import RawFormat, verl_row
 from data_prep.builder import Draft, Row
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from atropos_exp.data.raw import MATH, boxed_answer
+from atropos_exp.parts.data.raw import MATH, boxed_answer
 from data_prep.builder import AS_RUN, Draft, Row, argument, at_least, ground_truth
 from data_prep.hub_builder import draft_from_hub
 
@@ -48,7 +48,7 @@ class Math:
         )
 
     def reward(self) -> Reward:
-        from atropos_exp.reward.math_verify import MathVerify
+        from atropos_exp.parts.reward.math_verify import MathVerify
 
         return MathVerify(float_rounding=6, require_boxed=False, **AS_RUN)
 

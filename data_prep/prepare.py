@@ -8,13 +8,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from atropos_exp.config_typed import Mistake, construct, did_you_mean
-from atropos_exp.types import UserError
+from atropos_exp.config.typed import Mistake, construct, did_you_mean
+from atropos_exp.errors import UserError
 from data_prep.builder import Builder, arguments_of, defaults_of
 from data_prep.folder import build_into
 
 if TYPE_CHECKING:
-    from atropos_exp.data.settings import PrepareSettings
+    from atropos_exp.parts.data.settings import PrepareSettings
 
 BUILDERS = {
     "arithmetic": "Arithmetic",

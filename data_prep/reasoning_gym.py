@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from atropos_exp.data.raw import make_row
-from atropos_exp.types import UserError
+from atropos_exp.errors import UserError
+from atropos_exp.parts.data.raw import make_row
 from data_prep.builder import AS_RUN, Draft, Row, argument, at_least, ground_truth
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ class ReasoningGymTasks:
         return Draft(train=rows["train"], test=rows["test"], source=f"reasoning-gym {version}")
 
     def reward(self) -> Reward:
-        from atropos_exp.reward.reasoning_gym import ReasoningGym
+        from atropos_exp.parts.reward.reasoning_gym import ReasoningGym
 
         return ReasoningGym(require_tag=True, **AS_RUN)
 
@@ -109,7 +109,7 @@ def _entries(task: str, count: int, seed: int, options: Mapping[str, Any]) -> li
     import reasoning_gym
     from reasoning_gym.factory import DATASETS
 
-    from atropos_exp.config_typed import did_you_mean
+    from atropos_exp.config.typed import did_you_mean
 
     if task not in DATASETS:
         raise UserError(

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from atropos_exp.types import Prompt, RewardFailure, UserError
+from atropos_exp.errors import UserError
+from atropos_exp.types import Prompt, RewardFailure
 from data_prep.builder import AS_RUN, Builder, Row, ground_truth, prompt_text
 
 
@@ -48,7 +49,7 @@ def self_test(builder: Builder, rows: Sequence[Row]) -> SelfTest:
 
 def _scores(builder: Builder, answers: Sequence[str], prompts: Sequence[Prompt]) -> list[float | RewardFailure]:
     """One score per answer. A reward that may hang on its own golds runs as in training, where it can be killed."""
-    from atropos_exp.reward.pool import RewardPool
+    from atropos_exp.parts.reward.pool import RewardPool
 
     reward = builder.reward()
     if builder.MAY_HANG:

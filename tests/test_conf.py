@@ -12,10 +12,11 @@ import pytest
 import yaml
 from hydra import compose, initialize_config_dir
 
-from atropos_exp.config import GROUPS, RunConfig, build, find_class
-from atropos_exp.config_check import check, validate
-from atropos_exp.config_origin import CONF_DIR, Origin
-from atropos_exp.config_save import config_hash
+from atropos_exp.config.build import build, find_class
+from atropos_exp.config.check import check, validate
+from atropos_exp.config.freeze import config_hash
+from atropos_exp.config.origin import CONF_DIR, Origin
+from atropos_exp.config.root import GROUPS, RunConfig
 
 OPTIONS = sorted((path.parent.name, path.stem) for path in CONF_DIR.glob("*/*.yaml") if path.parent.name in GROUPS)
 SWEEPS = sorted(("sweep", path.stem) for path in CONF_DIR.glob("sweep/*.yaml"))  # no part of a run, so no group of one
@@ -95,8 +96,8 @@ def test_composing_and_validating_imports_no_framework() -> None:
     script = """
 import sys
 from hydra import compose, initialize_config_dir
-from atropos_exp.config_check import validate
-from atropos_exp.config_origin import CONF_DIR
+from atropos_exp.config.check import validate
+from atropos_exp.config.origin import CONF_DIR
 with initialize_config_dir(version_base="1.3", config_dir=str(CONF_DIR)):
     for overrides in {overrides!r}:
         validate(compose("config", overrides=overrides))

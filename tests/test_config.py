@@ -10,13 +10,14 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from atropos_exp.cluster.local import Local
-from atropos_exp.config import CheckpointConfig, RunConfig, SyncConfig, build, find_class
-from atropos_exp.config_origin import Origin
-from atropos_exp.config_save import config_hash, save_config
-from atropos_exp.config_sizes import check_sizes, describe
-from atropos_exp.config_typed import Mistake
-from atropos_exp.types import UserError
+from atropos_exp.config.build import build, find_class
+from atropos_exp.config.freeze import config_hash, save_config
+from atropos_exp.config.origin import Origin
+from atropos_exp.config.root import CheckpointConfig, RunConfig, SyncConfig
+from atropos_exp.config.sizes import check_sizes, describe
+from atropos_exp.config.typed import Mistake
+from atropos_exp.errors import UserError
+from atropos_exp.parts.cluster.local import Local
 
 
 @pytest.mark.parametrize(
@@ -26,14 +27,14 @@ from atropos_exp.types import UserError
         "subprocess.Popen",
         "atropos_expanded.cluster.local.Local",
         "atropos_exp",
-        "atropos_exp.cluster.local.Local()",
-        "atropos_exp.cluster..local.Local",
-        "atropos_exp.cluster.local.subprocess.Popen",
-        "atropos_exp.cluster.local.UserError",
-        "atropos_exp.cluster.local.os",
-        "atropos_exp.cluster.local._start",
-        "atropos_exp.cluster.nowhere.Local",
-        "atropos_exp.config.Mistake",  # a dataclass of ours, by another name than its own
+        "atropos_exp.parts.cluster.local.Local()",
+        "atropos_exp.parts.cluster..local.Local",
+        "atropos_exp.parts.cluster.local.subprocess.Popen",
+        "atropos_exp.parts.cluster.local.UserError",
+        "atropos_exp.parts.cluster.local.os",
+        "atropos_exp.parts.cluster.local._start",
+        "atropos_exp.parts.cluster.nowhere.Local",
+        "atropos_exp.config.root.Mistake",  # a dataclass of ours, by another name than its own
         "",
         None,
         7,
@@ -43,16 +44,16 @@ def test_a_target_outside_the_parts_is_refused(target: object) -> None:
     with pytest.raises(UserError):
         build({"_target_": target, "num_processes": 1})
     with pytest.raises(UserError):
-        find_class("atropos_exp.config.RunConfig", "cluster")
+        find_class("atropos_exp.config.root.RunConfig", "cluster")
 
 
 def test_build_makes_the_object_or_says_everything() -> None:
-    node = OmegaConf.create({"_target_": "atropos_exp.cluster.local.Local", "num_processes": 2})
+    node = OmegaConf.create({"_target_": "atropos_exp.parts.cluster.local.Local", "num_processes": 2})
     assert build(node, "cluster") == Local(num_processes=2)
     with pytest.raises(UserError, match=r"cluster\.num_processes: got 0, expected at least 1"):
         build({**node, "num_processes": 0}, "cluster")
     with pytest.raises(UserError, match=r"(?s)cluster\.processes: unknown key.*\n.*num_processes: missing"):
-        build({"_target_": "atropos_exp.cluster.local.Local", "processes": 0}, "cluster")
+        build({"_target_": "atropos_exp.parts.cluster.local.Local", "processes": 0}, "cluster")
 
 
 def run_config(**changes: Any) -> RunConfig:

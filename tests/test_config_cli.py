@@ -69,10 +69,13 @@ MISTAKES = [
     # overrides that nobody can read
     (["seed=[1", "group_size"], ["cannot read the override 'seed=[1'", "cannot read the override 'group_size'"]),
     # code that is not ours
-    (["reward._target_=os.system"], ["reward._target_: got 'os.system', expected a class inside atropos_exp.reward"]),
     (
-        ["loss._target_=atropos_exp.advantage.grpo.GRPO"],
-        ["expected a class inside atropos_exp.loss: others are refused"],
+        ["reward._target_=os.system"],
+        ["reward._target_: got 'os.system', expected a class inside atropos_exp.parts.reward"],
+    ),
+    (
+        ["loss._target_=atropos_exp.parts.advantage.grpo.GRPO"],
+        ["expected a class inside atropos_exp.parts.loss: others are refused"],
     ),
     # older keys
     (
@@ -194,7 +197,7 @@ def test_ranks_complain_once(tmp_path: Path) -> None:
 def test_a_mistake_in_a_file_names_file_and_line(tmp_path: Path) -> None:
     folder = tmp_path / "mine"
     (folder / "loss").mkdir(parents=True)
-    (folder / "loss" / "own.yaml").write_text("_target_: atropos_exp.loss.gspo.GSPO\nclip_lowe: 1\n")
+    (folder / "loss" / "own.yaml").write_text("_target_: atropos_exp.parts.loss.gspo.GSPO\nclip_lowe: 1\n")
     (folder / "experiment").mkdir()
     (folder / "experiment" / "own.yaml").write_text("# @package _global_\nseed: x\nbatch_size: 4\n")
     done = run("--config-dir", str(folder), "loss=own", "experiment=own", cwd=tmp_path)
@@ -229,7 +232,7 @@ def test_settings_of_a_sweep_are_refused_in_a_single_run(tmp_path: Path) -> None
 def test_the_configuration_can_be_shown_from_any_directory(tmp_path: Path) -> None:
     done = run("--cfg", "job", "experiment=demo", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "_target_: atropos_exp.advantage.grpo.GRPO" in done.stdout
+    assert "_target_: atropos_exp.parts.advantage.grpo.GRPO" in done.stdout
     done = run("--help", cwd=tmp_path)
     assert done.returncode == 0
     assert "advantage: " in done.stdout

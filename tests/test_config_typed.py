@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from atropos_exp.config_typed import Mistake, construct
-from atropos_exp.types import UserError
+from atropos_exp.config.typed import Mistake, construct
+from atropos_exp.errors import UserError
 
 
 class Shape(enum.Enum):

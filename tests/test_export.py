@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from atropos_exp.checkpoint import Checkpoints
 from atropos_exp.export import main
-from atropos_exp.model.hf_folder import copy_description
+from atropos_exp.parts.model.hf_folder import copy_description
+from atropos_exp.runs.checkpoints import Checkpoints
 
 TEMPLATE = "{% for message in messages %}<|im_start|>{{ message['content'] }}<|im_end|>{% endfor %}"
 

@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from atropos_exp.held_port import HeldPort
+from atropos_exp.processes.ports import HeldPort
 
 IP_LOCAL_PORT_RANGE = 51  # of Linux 6.3 and newer: which free ports the kernel may give a socket
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from atropos_exp.journal import Journal, read_journal, write_journal
+from atropos_exp.runs.journal import Journal, read_journal, write_journal
 from atropos_exp.types import Dropped, Finish, Rollout, RolloutGroup
 
 

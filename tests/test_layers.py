@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from atropos_exp.config import GROUPS
-from atropos_exp.config_origin import CONF_DIR
+from atropos_exp.config.origin import CONF_DIR
+from atropos_exp.config.root import GROUPS
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("atropos_exp", "data_prep")
@@ -26,8 +26,8 @@ MAX_LINES = 300
 # Library -> who may import it: a file, or a folder with all its files. Everything else asks one of these.
 OWNERS = {
     # verl: its engine, its estimators, its losses, its copy_to_local, its scorers
-    "verl": ("trainer/", "advantage/", "loss/", "model/", "reward/reward_score.py"),
-    "transformers": ("model/", "engine/hf", "trainer/", "gateway/text.py", "data_prep/tiny_model"),
+    "verl": ("trainer/", "advantage/", "loss/", "model/", "parts/reward/reward_score.py"),
+    "transformers": ("model/", "engine/hf", "trainer/", "parts/gateway/text.py", "data_prep/tiny_model"),
     "tokenizers": ("model/", "data_prep/tiny_model"),
     "peft": ("trainer/", "model/"),
     "tensordict": ("trainer/", "advantage/", "loss/"),
@@ -47,7 +47,7 @@ OWNERS = {
     "uvicorn": ("engine/",),
     "aiohttp": ("gateway/",),
     "uvloop": ("gateway/",),
-    "httpx": ("engine/", "model/hub.py", "atropos/"),
+    "httpx": ("engine/", "parts/model/hub.py", "atropos/"),
     "vllm": ("engine/vllm",),
     "sglang": ("engine/sglang",),
     "reasoning_gym": ("reward/", "data_prep/"),
@@ -187,20 +187,20 @@ def test_settings_import_no_framework() -> None:
     [
         ("types.py", "from atropos_exp.metrics import x", True),
         ("metrics.py", "from atropos_exp.types import x", False),
-        ("metrics.py", "from atropos_exp.loss.gspo import x", True),
+        ("metrics.py", "from atropos_exp.parts.loss.gspo import x", True),
         ("metrics.py", "def f():\n    import atropos_exp.loop", True),
         ("metrics.py", "from atropos_exp import loop", True),
-        ("loss/gspo.py", "from atropos_exp.loss.base import x", False),
-        ("loss/gspo.py", "from atropos_exp.advantage.grpo import x", True),
-        ("loss/gspo.py", "from atropos_exp.loop import x", True),
-        ("loss/gspo.py", "if TYPE_CHECKING:\n    from atropos_exp.trainer.fsdp2 import x", False),
-        ("loop.py", "from atropos_exp.loss.gspo import x", True),
+        ("parts/loss/gspo.py", "from atropos_exp.parts.loss.base import x", False),
+        ("parts/loss/gspo.py", "from atropos_exp.parts.advantage.grpo import x", True),
+        ("parts/loss/gspo.py", "from atropos_exp.loop import x", True),
+        ("parts/loss/gspo.py", "if TYPE_CHECKING:\n    from atropos_exp.parts.trainer.settings import x", False),
+        ("loop.py", "from atropos_exp.parts.loss.gspo import x", True),
         ("loop.py", "from atropos_exp.batching import x", False),
-        ("run.py", "from atropos_exp.loss.gspo import x", False),
+        ("run.py", "from atropos_exp.parts.loss.gspo import x", False),
         ("report/__main__.py", "from atropos_exp.loop import x", False),
-        ("data/loader.py", "import data_prep.gsm8k", True),
-        ("atropos/envs/single_turn.py", "from atropos_exp.reward.pool import x", False),
-        ("reward/pool.py", "from atropos_exp.atropos.envs.episode import x", True),
+        ("parts/data/loader.py", "import data_prep.gsm8k", True),
+        ("envs/single_turn.py", "from atropos_exp.parts.reward.pool import x", False),
+        ("parts/reward/pool.py", "from atropos_exp.envs.episode import x", True),
     ],
 )
 def test_the_test_sees_violations(file: str, code: str, broken: bool) -> None:

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from atropos_exp import metrics
-from atropos_exp.metrics import Clock, eval_metrics, sentence, summarize
+from atropos_exp.metrics import Clock, sentence, summarize
+from atropos_exp.parts.eval.held_out import eval_metrics
 from atropos_exp.types import Dropped, Finish, Rollout, RolloutGroup, SyncStats, UpdateStats
 
 

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from atropos_exp.model.tiny import WEIGHTS
-from atropos_exp.quick_start import no_collections
+from atropos_exp.parts.model.tiny import WEIGHTS
+from atropos_exp.processes.startup import no_collections
 
 CODE = """
 import sys
-from atropos_exp.quick_start import tokenizers_only
+from atropos_exp.processes.startup import tokenizers_only
 with tokenizers_only():
     from transformers import AutoTokenizer
 tokenizer = AutoTokenizer.from_pretrained({folder!r}, local_files_only=True)

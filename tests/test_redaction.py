@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from atropos_exp.redaction import REDACTED, is_secret_name, redact
+from atropos_exp.runs.redaction import REDACTED, is_secret_name, redact
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from atropos_exp.run_files import RunFiles, SampleRecord, note_command, read_metrics, read_samples
-from atropos_exp.summary import SUMMARY_KEYS, summarize_run
-from atropos_exp.types import StepMetrics
+from atropos_exp.runs.files import RunFiles, note_command, read_metrics, read_samples
+from atropos_exp.runs.summary import SUMMARY_KEYS, summarize_run
+from atropos_exp.types import SampleRecord, StepMetrics
 
 
 def step(number: int, **values: float) -> StepMetrics:
@@ -75,7 +75,7 @@ def test_lines_that_are_no_rows_are_counted(tmp_path: Path) -> None:
 def test_a_killed_writer_leaves_whole_lines(tmp_path: Path) -> None:
     script = f"""
 from pathlib import Path
-from atropos_exp.run_files import RunFiles
+from atropos_exp.runs.files import RunFiles
 from atropos_exp.types import StepMetrics
 files = RunFiles(Path({str(tmp_path)!r}), first_step=0)
 number = 0

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from atropos_exp.run_folder import open_run_folder
-from atropos_exp.types import UserError
+from atropos_exp.errors import UserError
+from atropos_exp.runs.folder import open_run_folder
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from atropos_exp.statistics import mean_interval, pass_at_k, wilson_interval
+from atropos_exp.parts.eval.estimators import mean_interval, pass_at_k, wilson_interval
 
 
 def test_wilson_interval_by_hand() -> None:

@@ -69,7 +69,7 @@ def test_it_composes_from_another_directory(installed: Path, tmp_path: Path) -> 
     done = run(str(installed / "python"), "-m", "atropos_exp.run", "--cfg", "job", "seed=7", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "\nseed: 7\n" in done.stdout
-    assert "_target_: atropos_exp.model.tiny.TinyModel" in done.stdout
+    assert "_target_: atropos_exp.parts.model.tiny.TinyModel" in done.stdout
 
     done = run(str(installed / "atropos-exp"), "--cfg", "job", "experiment=smollm2_reasoning", cwd=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -16,9 +16,9 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from atropos_exp.config_cli import hydra_main
+from atropos_exp.config.command_line import hydra_main
 from atropos_exp.doctor.line import counts, worst
-from atropos_exp.types import UserError
+from atropos_exp.errors import UserError
 
 
 def before(config: DictConfig) -> int:

@@ -11,7 +11,7 @@ from atropos_exp.doctor.curves import Curve, judge_curves, spans
 from atropos_exp.doctor.line import Line, fail, ok, warn
 from atropos_exp.doctor.stalled import is_locked, look_at_running
 from atropos_exp.report.run_data import RunData, load_run
-from atropos_exp.run_files import Row
+from atropos_exp.runs.files import Row
 
 OVERHEAD = ("journal", "advantage", "pack", "sync", "proof", "save", "eval")  # beside rollout and update
 _SLOW_SHARE = 0.25

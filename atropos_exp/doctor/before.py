@@ -8,9 +8,9 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from atropos_exp.config_check import Checked, check
-from atropos_exp.config_origin import Origin
-from atropos_exp.config_typed import Mistake
+from atropos_exp.config.check import Checked, check
+from atropos_exp.config.origin import Origin
+from atropos_exp.config.typed import Mistake
 from atropos_exp.doctor.line import Line, fail, ok, split_remedy, warn
 from atropos_exp.doctor.machine import check_devices, check_disk, check_memory
 from atropos_exp.doctor.material import check_material, check_model

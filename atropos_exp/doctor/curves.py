@@ -8,8 +8,8 @@ from statistics import fmean, median, pvariance
 from typing import Any
 
 from atropos_exp.doctor.line import Line, ok, warn
-from atropos_exp.run_files import Row
-from atropos_exp.summary import eval_accuracy
+from atropos_exp.runs.files import Row
+from atropos_exp.runs.summary import eval_accuracy
 
 MIN_STEPS = 8  # below, a curve says nothing
 HIGH_REWARD = 0.9

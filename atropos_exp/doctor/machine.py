@@ -10,7 +10,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from atropos_exp.config_check import Checked
+from atropos_exp.config.check import Checked
 from atropos_exp.doctor import memory
 from atropos_exp.doctor.line import Line, fail, ok, warn
 from atropos_exp.doctor.memory import human

@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from atropos_exp.config_check import Checked
+from atropos_exp.config.check import Checked
 from atropos_exp.doctor.line import Line, fail, ok, split_remedy, warn
-from atropos_exp.types import Prompt, RewardFailure, UserError
+from atropos_exp.errors import UserError
+from atropos_exp.types import Prompt, RewardFailure
 
 _ROWS = 16  # that the reward is tried on
 _MANY_OVERLONG = 0.2  # share of rows
@@ -59,7 +60,7 @@ def check_material(checked: Checked, folder: Path) -> list[Line]:
 
 def check_tokenizer(checked: Checked, folder: Path, tokenizer: Any) -> list[Line]:
     """Does a turn end with a token that sampling stops at, and do all tokens have a row in the model?"""
-    from atropos_exp.assembly_atropos import vocab_size
+    from atropos_exp.parts.model.hf_folder import vocab_size
 
     lines: list[Line] = []
     try:
@@ -118,7 +119,7 @@ def check_bos(checked: Checked, tokenizer: Any, prompts: Sequence[Prompt]) -> li
 
 def _load(checked: Checked, tokenizer: Any) -> tuple[Any, list[Line]]:
     """The loader, or None; built data is kept, as the run wants it too."""
-    from atropos_exp.assembly_material import prepare
+    from atropos_exp.assembly.material import prepare
 
     run, data = checked.run, checked.parts["data"]
     try:
@@ -151,7 +152,7 @@ def _load(checked: Checked, tokenizer: Any) -> tuple[Any, list[Line]]:
 
 def check_reward(checked: Checked, prompts: Sequence[Prompt]) -> list[Line]:
     """On real rows: the reference answer, in one of its usual forms, must score more than a text without an answer."""
-    from atropos_exp.reward.pool import RewardPool
+    from atropos_exp.parts.reward.pool import RewardPool
 
     reward = checked.parts["reward"]
     name = type(reward).__name__

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from atropos_exp.config_check import Checked
+from atropos_exp.config.check import Checked
 
 MIB, GIB = 2**20, 2**30
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-MAX_CHUNK_LOGITS = 1 << 26  # of the trainer's output head (trainer/logprob_head.py)
+MAX_CHUNK_LOGITS = 1 << 26  # of the trainer's output head (parts/trainer/logprob_head.py)
 # Resident memory of a process before it holds any model, as measured on a CPU: imports of torch, verl, transformers.
 TRAINER_BYTES, ENGINE_BYTES, WORKER_BYTES = 640 * MIB, 340 * MIB, 30 * MIB
 ATROPOS_BYTES = 700 * MIB  # API, gateway and one environment together

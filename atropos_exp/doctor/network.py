@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from atropos_exp.assembly_atropos import max_sequence_length
-from atropos_exp.atropos.client import ApiDown, AtroposClient
-from atropos_exp.config_check import Checked
-from atropos_exp.config_save import config_hash
+from atropos_exp.assembly.atropos import max_sequence_length
+from atropos_exp.config.check import Checked
+from atropos_exp.config.freeze import config_hash
 from atropos_exp.doctor.line import Line, fail, ok, split_remedy, warn
-from atropos_exp.types import UserError
+from atropos_exp.errors import UserError
+from atropos_exp.parts.atropos.client import ApiDown, AtroposClient
 
 
 def check_ports(checked: Checked) -> list[Line]:

@@ -6,9 +6,9 @@ import os
 import subprocess
 import sys
 
-from atropos_exp.child import child_environment
-from atropos_exp.config_check import Checked
+from atropos_exp.config.check import Checked
 from atropos_exp.doctor.line import Line, fail, ok, split_remedy
+from atropos_exp.processes.child import child_environment
 
 _IMPORT_SECONDS = 90.0
 _TRY = (

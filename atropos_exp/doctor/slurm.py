@@ -7,7 +7,7 @@ import shutil
 import subprocess
 from typing import Any
 
-from atropos_exp.config_check import Checked
+from atropos_exp.config.check import Checked
 from atropos_exp.doctor.line import Line, fail, ok, warn
 
 _ASK_SECONDS = 10.0

@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import median
 
 from atropos_exp.doctor.line import Line, fail, ok
-from atropos_exp.run_files import Row
+from atropos_exp.runs.files import Row
 
 LEAST_PATIENCE, FIRST_PATIENCE = 60.0, 300.0  # seconds; the second until the first step
 _WATCH_SECONDS = 0.5
@@ -23,7 +23,7 @@ ROLES = (
     ("hf_server", "engine server", "engine.log"),
     ("vllm_server", "engine server", "engine.log"),
     ("sglang_server", "engine server", "engine.log"),
-    ("atropos_exp.gateway", "gateway", "gateway.log"),
+    ("atropos_exp.parts.gateway", "gateway", "gateway.log"),
     ("reward.worker", "reward worker", ""),
     ("run_api", "Atropos API", "atropos_api.log"),
     ("wandb", "W&B process", "wandb.log"),

@@ -8,9 +8,9 @@ import socket
 from typing import Any
 from urllib.parse import urlparse
 
-from atropos_exp.config_check import Checked
+from atropos_exp.config.check import Checked
 from atropos_exp.doctor.line import Line, fail, ok, warn
-from atropos_exp.logger.wandb_process import DEFAULT_HOST, has_key
+from atropos_exp.parts.logger.wandb_process import DEFAULT_HOST, has_key
 
 _CONNECT_SECONDS = 3.0
 

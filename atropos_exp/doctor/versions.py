@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from atropos_exp.doctor.line import Line, fail, ok, warn
-from atropos_exp.provenance import PACKAGES
+from atropos_exp.runs.provenance import PACKAGES
 
 _ROOT = Path(__file__).resolve().parents[2]
 NAME = "atropos-exp"

@@ -7,8 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from atropos_exp.errors import UserError
 from atropos_exp.report.page import write_report
-from atropos_exp.types import UserError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

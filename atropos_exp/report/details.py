@@ -9,7 +9,7 @@ from atropos_exp.metrics import sentence
 from atropos_exp.report.charts import STAGES
 from atropos_exp.report.html import card_table, escape, figure, seconds_figure, signed, tag
 from atropos_exp.report.run_data import RunData, flatten
-from atropos_exp.run_files import Row
+from atropos_exp.runs.files import Row
 
 LONGEST_TEXT = 6000  # characters shown of a prompt or completion
 MOST_SAMPLES = 8  # shown of a step

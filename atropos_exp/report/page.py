@@ -7,13 +7,13 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from atropos_exp.atomic import write_atomic
 from atropos_exp.report.charts import STAGES, chart_specs, curve
 from atropos_exp.report.details import all_metrics, configurations, run_labels, samples, stage_seconds, time_shares
 from atropos_exp.report.html import tag
 from atropos_exp.report.run_data import RunData, columns, find_runs, load_run
 from atropos_exp.report.sections import comparison, header, sync_proof, tiles
 from atropos_exp.report.shell import chart_figure, curves, document
+from atropos_exp.runs.atomic import write_atomic
 
 
 def write_report(paths: Sequence[Path], out: Path | None = None) -> Path:

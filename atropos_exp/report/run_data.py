@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from atropos_exp.run_files import Row, read_metrics, read_samples
-from atropos_exp.types import UserError
+from atropos_exp.errors import UserError
+from atropos_exp.runs.files import Row, read_metrics, read_samples
 
 MAX_POINTS = 1500  # of a curve; longer runs are thinned to means of neighbours
 _PARTS = ("metrics.jsonl", "summary.json", "config.yaml", "run.json")

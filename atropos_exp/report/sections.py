@@ -7,7 +7,7 @@ from typing import Any
 
 from atropos_exp.report.html import bytes_figure, card_table, escape, figure, seconds_figure, tag
 from atropos_exp.report.run_data import RunData
-from atropos_exp.summary import eval_accuracy
+from atropos_exp.runs.summary import eval_accuracy
 
 _GROUPS = ("model", "data", "reward", "rollout", "engine", "advantage", "loss", "trainer")
 

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import yaml
 
-from atropos_exp.comparisons import Comparison, SeedMean, compare, seed_mean
-from atropos_exp.run_files import Row, read_metrics
-from atropos_exp.summary import eval_accuracy
-from atropos_exp.sweep_folder import Phase, Request, RunRecord, RunState, SweepFolder, describe_point
+from atropos_exp.report.comparisons import Comparison, SeedMean, compare, seed_mean
+from atropos_exp.runs.files import Row, read_metrics
+from atropos_exp.runs.summary import eval_accuracy
+from atropos_exp.runs.sweep_folder import Phase, Request, RunRecord, RunState, SweepFolder, describe_point
 
 # What decides which held-out prompts a run is judged on, and how. Points that differ in it cannot be compared.
 _JUDGEMENT = ("eval.num_prompts", "eval.correct_at", "data.prepare", "data.eval_paths", "data.format",

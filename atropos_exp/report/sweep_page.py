@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from atropos_exp.atomic import write_atomic
 from atropos_exp.report.charts import curve, line
 from atropos_exp.report.shell import curves, document
 from atropos_exp.report.sweep_data import SweepData, load_sweep, point_series
@@ -19,7 +18,8 @@ from atropos_exp.report.sweep_sections import (
     runs_table,
     sweep_header,
 )
-from atropos_exp.sweep_folder import RunState, SweepFolder
+from atropos_exp.runs.atomic import write_atomic
+from atropos_exp.runs.sweep_folder import RunState, SweepFolder
 
 
 def write_sweep_report(folder: SweepFolder, states: Mapping[int, RunState], out: Path | None = None) -> Path:

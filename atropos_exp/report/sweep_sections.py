@@ -6,11 +6,11 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 
-from atropos_exp.comparisons import Comparison, SeedMean, rank_correlation, variance_shares
+from atropos_exp.report.comparisons import Comparison, SeedMean, rank_correlation, variance_shares
 from atropos_exp.report.html import card_table, escape, figure, seconds_figure, signed, tag
 from atropos_exp.report.sections import swatch
 from atropos_exp.report.sweep_data import Point, SweepData, SweepRun, spread
-from atropos_exp.sweep_folder import Phase, describe_point, shown
+from atropos_exp.runs.sweep_folder import Phase, describe_point, shown
 
 _PILLS = {Phase.FINISHED: "finished", Phase.FAILED: "failed", Phase.KILLED: "failed", Phase.TIMEOUT: "failed"}
 

@@ -7,11 +7,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from atropos_exp.errors import UserError
+from atropos_exp.runs.sweep_folder import SweepFolder
 from atropos_exp.sweep.driver import Sweep, attend, unfinished
+from atropos_exp.sweep.start import finish
 from atropos_exp.sweep.table import LiveTable, counts, print_status
-from atropos_exp.sweep_folder import SweepFolder
-from atropos_exp.sweep_start import finish
-from atropos_exp.types import UserError
 
 HELP = {
     "status": "how every run stands",

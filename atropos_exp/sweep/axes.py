@@ -13,7 +13,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override, ValueType
 from hydra.errors import HydraException
 
-from atropos_exp.types import UserError
+from atropos_exp.errors import UserError
 
 SEED = "seed"  # no axis: it repeats a point
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from atropos_exp.sweep_folder import RunState
+from atropos_exp.config.freeze import FROZEN
+from atropos_exp.runs.sweep_folder import RunState, SweepFolder
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,3 +49,13 @@ class Backend(Protocol):
     def kill(self) -> None:
         """End all jobs now, without waiting for anything."""
         ...
+
+
+def run_command(sweep: SweepFolder, number: int) -> list[str]:
+    """Starts, or continues, one run from its frozen configuration."""
+    return [sys.executable, "-m", "atropos_exp.run", FROZEN, str(sweep.config_path(number))]
+
+
+def worker_command(sweep: SweepFolder, number: int) -> list[str]:
+    """Starts a worker of a search."""
+    return [sys.executable, "-m", "atropos_exp.sweep.worker", str(sweep.path), str(number)]

@@ -10,17 +10,24 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from atropos_exp.config import build
-from atropos_exp.config_save import config_hash, freeze_config
-from atropos_exp.redaction import redact
-from atropos_exp.sweep.backend import Backend, Job
-from atropos_exp.sweep.commands import run_command, worker_command
+from atropos_exp.config.build import build
+from atropos_exp.config.freeze import config_hash, freeze_config
+from atropos_exp.errors import UserError
+from atropos_exp.runs.redaction import redact
+from atropos_exp.runs.sweep_folder import (
+    Phase,
+    Request,
+    RunRecord,
+    RunState,
+    SweepFolder,
+    describe_point,
+    read_trial_end,
+)
+from atropos_exp.sweep.backend import Backend, Job, run_command, worker_command
 from atropos_exp.sweep.local import LocalBackend
 from atropos_exp.sweep.plan import Plan
 from atropos_exp.sweep.search import prepare_study, trial_is_claimed
 from atropos_exp.sweep.settings import OptunaSweep
-from atropos_exp.sweep_folder import Phase, Request, RunRecord, RunState, SweepFolder, describe_point, read_trial_end
-from atropos_exp.types import UserError
 
 POLL_SECONDS = 1.0
 Watcher = Callable[["Sweep"], None]  # shows how the sweep stands; called until it ends

@@ -16,11 +16,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from atropos_exp.atomic import write_atomic
+from atropos_exp.errors import UserError
+from atropos_exp.runs.atomic import write_atomic
+from atropos_exp.runs.sweep_folder import Phase, RunState, SweepFolder
 from atropos_exp.sweep.backend import Job
 from atropos_exp.sweep.supervisor import CANCEL, LOCK
-from atropos_exp.sweep_folder import Phase, RunState, SweepFolder
-from atropos_exp.types import UserError
 
 START_SECONDS = 60.0  # for the supervisor to say that it has the jobs
 KILL_SECONDS = 10.0  # for a killed supervisor to be gone

@@ -14,11 +14,13 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
-from atropos_exp.config import build
-from atropos_exp.config_check import Checked, check, report
-from atropos_exp.config_diagnose import COMPOSE_ERRORS, diagnose
-from atropos_exp.config_origin import CONF_DIR, Origin
-from atropos_exp.config_save import config_hash
+from atropos_exp.config.build import build
+from atropos_exp.config.check import Checked, check, report
+from atropos_exp.config.diagnose import COMPOSE_ERRORS, diagnose
+from atropos_exp.config.freeze import config_hash
+from atropos_exp.config.origin import CONF_DIR, Origin
+from atropos_exp.errors import UserError
+from atropos_exp.runs.sweep_folder import describe_point
 from atropos_exp.sweep.axes import (
     SEED,
     Axis,
@@ -31,8 +33,6 @@ from atropos_exp.sweep.axes import (
 )
 from atropos_exp.sweep.search_space import SearchPlan, plan_search
 from atropos_exp.sweep.settings import GridSweep, OptunaSweep
-from atropos_exp.sweep_folder import describe_point
-from atropos_exp.types import UserError
 
 MOST_RUNS = 10_000  # a typo in a range must not fill a disk
 

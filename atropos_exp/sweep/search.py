@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from atropos_exp.seeds import derive_seed
+from atropos_exp.errors import UserError
+from atropos_exp.runs.seeds import derive_seed
+from atropos_exp.runs.sweep_folder import SweepFolder
 from atropos_exp.sweep.axes import Interval
 from atropos_exp.sweep.search_space import SearchPlan
 from atropos_exp.sweep.settings import OptunaSweep
-from atropos_exp.sweep_folder import SweepFolder
-from atropos_exp.types import UserError
 
 if TYPE_CHECKING:
     import optuna

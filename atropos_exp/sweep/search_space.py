@@ -11,11 +11,11 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from atropos_exp.config_check import Checked, check, report
-from atropos_exp.config_origin import Origin
-from atropos_exp.config_typed import Mistake
+from atropos_exp.config.check import Checked, check, report
+from atropos_exp.config.origin import Origin
+from atropos_exp.config.typed import Mistake
+from atropos_exp.errors import UserError
 from atropos_exp.sweep.axes import Interval, plain_value
-from atropos_exp.types import UserError
 
 MOST_BASES = 256  # combinations of group options
 

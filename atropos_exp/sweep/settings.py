@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from atropos_exp.config_typed import Ranges, check_ranges
+from atropos_exp.config.typed import Ranges, check_ranges
 
 _SHARED: Ranges = {
     "dir": (lambda folder: folder != "", "a folder, or null"),

@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from atropos_exp.runs.sweep_folder import SweepFolder, outcome
 from atropos_exp.sweep.backend import Job
-from atropos_exp.sweep_folder import SweepFolder, outcome
 
 LOCK = "local.lock"
 CANCEL = "local.cancel"

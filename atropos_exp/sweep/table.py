@@ -12,9 +12,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from atropos_exp.run_files import read_metrics
-from atropos_exp.summary import eval_accuracy
-from atropos_exp.sweep_folder import Phase, RunRecord, RunState, SweepFolder, describe_point
+from atropos_exp.runs.files import read_metrics
+from atropos_exp.runs.summary import eval_accuracy
+from atropos_exp.runs.sweep_folder import Phase, RunRecord, RunState, SweepFolder, describe_point
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -15,17 +15,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from atropos_exp.atomic import write_atomic
-from atropos_exp.config import build
-from atropos_exp.config_check import validate
-from atropos_exp.config_save import config_hash, freeze_config
-from atropos_exp.run_files import Row, read_metrics
-from atropos_exp.summary import eval_accuracy
-from atropos_exp.sweep.commands import run_command
+from atropos_exp.config.build import build
+from atropos_exp.config.check import validate
+from atropos_exp.config.freeze import config_hash, freeze_config
+from atropos_exp.errors import UserError
+from atropos_exp.runs.atomic import write_atomic
+from atropos_exp.runs.files import Row, read_metrics
+from atropos_exp.runs.summary import eval_accuracy
+from atropos_exp.runs.sweep_folder import TRIAL_END, Phase, RunRecord, SweepFolder, TrialEnd, outcome, read_trial_end
+from atropos_exp.sweep.backend import run_command
 from atropos_exp.sweep.search import Claim, Search
 from atropos_exp.sweep.settings import OptunaSweep
-from atropos_exp.sweep_folder import TRIAL_END, Phase, RunRecord, SweepFolder, TrialEnd, outcome, read_trial_end
-from atropos_exp.types import UserError
 
 POLL_SECONDS = 0.2
 PR_SET_PDEATHSIG = 1

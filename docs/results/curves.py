@@ -7,7 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-from atropos_exp.statistics import wilson_interval
+from atropos_exp.parts.eval.estimators import wilson_interval
 
 WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 760, 320, 56, 40, 16, 44
 FONT = 'font-family="sans-serif" font-size="13"'

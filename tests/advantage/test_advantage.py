@@ -14,13 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from atropos_exp.advantage.base import VerlAdvantage
-from atropos_exp.advantage.grpo import GRPO
-from atropos_exp.advantage.grpo_passk import GRPOPassK
-from atropos_exp.advantage.opo import OPO
-from atropos_exp.advantage.reinforce_plus_plus_baseline import ReinforcePlusPlusBaseline
-from atropos_exp.advantage.rloo import RLOO
-from atropos_exp.types import Finish, Rollout, RolloutGroup, UserError
+from atropos_exp.errors import UserError
+from atropos_exp.parts.advantage.base import VerlAdvantage
+from atropos_exp.parts.advantage.grpo import GRPO
+from atropos_exp.parts.advantage.grpo_passk import GRPOPassK
+from atropos_exp.parts.advantage.opo import OPO
+from atropos_exp.parts.advantage.reinforce_plus_plus_baseline import ReinforcePlusPlusBaseline
+from atropos_exp.parts.advantage.rloo import RLOO
+from atropos_exp.types import Finish, Rollout, RolloutGroup
 
 PLAIN: dict[str, Any] = {"normalization": "none", "clip": None}
 SCALED: dict[str, Any] = {"norm_by_std": True, "epsilon": 1e-6}

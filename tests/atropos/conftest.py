@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from atropos_exp.atropos.client import ApiDown, AtroposClient
-from atropos_exp.child import Child
-from atropos_exp.held_port import HeldPort
+from atropos_exp.parts.atropos.client import ApiDown, AtroposClient
+from atropos_exp.processes.child import Child
+from atropos_exp.processes.ports import HeldPort
 
 START_SECONDS = 90.0
 

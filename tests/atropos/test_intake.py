@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from ledger_book import Book
 
-from atropos_exp.atropos.intake import Intake
+from atropos_exp.parts.atropos.intake import Intake
 from atropos_exp.types import Finish
 
 STOP = 5

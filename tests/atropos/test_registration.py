@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from atropos_exp.atropos.client import ApiDown, ApiLost, AtroposClient, BatchLost, Registration
-from atropos_exp.atropos.registration import ForeignRun, register
-from atropos_exp.types import UserError
+from atropos_exp.errors import UserError
+from atropos_exp.parts.atropos.client import ApiDown, ApiLost, AtroposClient, BatchLost, Registration
+from atropos_exp.parts.atropos.registration import ForeignRun, register
 
 OURS = Registration(
     wandb_group="group",

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from atropos_exp.atropos.scored_data import Rejected, ScoredGroup, read_group
+from atropos_exp.parts.atropos.scored_data import Rejected, ScoredGroup, read_group
 
 VOCAB, LONGEST = 50, 12
 

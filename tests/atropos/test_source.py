@@ -11,12 +11,12 @@ import httpx
 import pytest
 from ledger_book import Book
 
-from atropos_exp.atropos.client import AtroposClient, Registration
-from atropos_exp.atropos.intake import Intake
-from atropos_exp.atropos.registration import ForeignRun
-from atropos_exp.atropos.source import AtroposSource
-from atropos_exp.atropos.supervisor import Supervisor
-from atropos_exp.types import SourceUnavailable
+from atropos_exp.errors import SourceUnavailable
+from atropos_exp.parts.atropos.client import AtroposClient, Registration
+from atropos_exp.parts.atropos.intake import Intake
+from atropos_exp.parts.atropos.registration import ForeignRun
+from atropos_exp.parts.atropos.source import AtroposSource
+from atropos_exp.parts.atropos.supervisor import Supervisor
 
 OURS = Registration(
     wandb_group="g", wandb_project="p", batch_size=4, max_token_len=9, checkpoint_dir="c",

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from atropos_exp.atropos.stall import explain
+from atropos_exp.parts.atropos.stall import explain
 
 FACTS: dict[str, Any] = {
     "seconds": 61.4,

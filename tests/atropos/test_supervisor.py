@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 from processes import is_alive
 
-from atropos_exp.atropos.client import AtroposClient, Registration
-from atropos_exp.atropos.registration import register
-from atropos_exp.atropos.supervisor import Service, Supervisor
-from atropos_exp.child import Child
+from atropos_exp.parts.atropos.client import AtroposClient, Registration
+from atropos_exp.parts.atropos.registration import register
+from atropos_exp.parts.atropos.supervisor import Service, Supervisor
+from atropos_exp.processes.child import Child
 
 REGISTER = """
 import json, sys, time, urllib.request
@@ -178,7 +178,7 @@ def test_nothing_outlives_the_process_that_started_it(is_stopped: bool, tmp_path
     owner_code = f"""
 import os, sys, time
 from pathlib import Path
-from atropos_exp.child import Child
+from atropos_exp.processes.child import Child
 code = "import subprocess, time; print(subprocess.Popen(['setsid', 'sleep', '600']).pid, flush=True); time.sleep(600)"
 child = Child([sys.executable, "-c", code], log=Path({str(tmp_path / "log")!r}), environment=dict(os.environ))
 print(child.pid, flush=True)

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from contract import HERE, Request, Step, TrainedSequence
 
-from atropos_exp.journal import read_journal
-from atropos_exp.model.tiny import WEIGHTS
+from atropos_exp.parts.model.tiny import WEIGHTS
+from atropos_exp.runs.journal import read_journal
 from atropos_exp.types import RolloutGroup
 
 ROOT = HERE.parents[1]
@@ -19,9 +19,9 @@ EXIT_CODE_REFUSED = 2
 VOCABULARY = 384
 PROGRAMS = {
     "api": "atroposlib.cli.run_api",
-    "environment": "atropos_exp.atropos.envs.",
-    "gateway": "atropos_exp.gateway.server",
-    "engine": "atropos_exp.engine.hf_server",
+    "environment": "atropos_exp.envs.",
+    "gateway": "atropos_exp.parts.gateway.server",
+    "engine": "atropos_exp.parts.engine.hf.server",
 }
 SMALL = (
     "batch_size=2",
@@ -254,7 +254,7 @@ def expect_lost_batch(url: str, *, seconds: float) -> None:
     """Ask once for a batch with this deadline; fails unless the client says that it is lost."""
     import pytest
 
-    from atropos_exp.atropos.client import AtroposClient, BatchLost
+    from atropos_exp.parts.atropos.client import AtroposClient, BatchLost
 
     client = AtroposClient(url, batch_seconds=seconds)
     try:

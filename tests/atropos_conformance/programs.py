@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 from contract import HERE, Request, load
 
-from atropos_exp.held_port import HeldPort
+from atropos_exp.processes.ports import HeldPort
 
 trainer = load()
 MARK = "CONFORMANCE_RUN"

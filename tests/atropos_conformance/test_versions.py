@@ -14,7 +14,7 @@ import pytest
 from expected import IGNORED, SENTINEL, Group
 from programs import START_SECONDS, trainer, wait_for
 
-from atropos_exp.held_port import HeldPort
+from atropos_exp.processes.ports import HeldPort
 
 MAX_LAG = 2
 EQUAL = 5e-4

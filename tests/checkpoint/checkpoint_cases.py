@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from atropos_exp.checkpoint import Checkpoints, find_latest
+from atropos_exp.runs.checkpoints import Checkpoints, find_latest
 
 # System calls that a save makes.
 CALLS = ("open", "write", "fsync", "rename", "mkdir", "rmdir", "unlink")

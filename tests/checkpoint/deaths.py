@@ -17,7 +17,7 @@ from typing import Any
 
 from checkpoint_cases import CALLS, assert_intact, save, state_of, writer
 
-from atropos_exp.checkpoint import Checkpoints
+from atropos_exp.runs.checkpoints import Checkpoints
 
 
 def child(work: Callable[[], Any]) -> int:

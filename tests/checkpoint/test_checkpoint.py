@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from checkpoint_cases import FILES, assert_intact, names, save, state_of, writer
 
-from atropos_exp import manifest
-from atropos_exp.checkpoint import CheckpointError, Checkpoints, open_checkpoint
-from atropos_exp.types import UserError
+from atropos_exp.errors import UserError
+from atropos_exp.runs import manifest
+from atropos_exp.runs.checkpoints import CheckpointError, Checkpoints, open_checkpoint
 
 
 def test_the_newest_comes_back_with_its_state(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from checkpoint_cases import CALLS, assert_intact, names, save, state_of, writer
 
-from atropos_exp.checkpoint import CheckpointError, Checkpoints
+from atropos_exp.runs.checkpoints import CheckpointError, Checkpoints
 
 
 @contextmanager

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from processes import is_alive
 
-from atropos_exp.cluster import local
-from atropos_exp.cluster.local import Local
+from atropos_exp.parts.cluster import local
+from atropos_exp.parts.cluster.local import Local
 
 PLAIN = {name: value for name, value in os.environ.items() if name not in ("WORLD_SIZE", "OMP_NUM_THREADS")}
 
@@ -68,7 +68,7 @@ def test_a_signal_reaches_every_rank_once(tmp_path: Path, number: signal.Signals
         f"open({str(tmp_path)!r} + f'/got{{rank}}', 'w').write(repr(got))\n"
     )
     launcher = (
-        "import sys; from atropos_exp.cluster.local import Local\n"
+        "import sys; from atropos_exp.parts.cluster.local import Local\n"
         f"sys.exit(Local(num_processes=2).launch({rank(tmp_path, code)!r}))"
     )
     parent = subprocess.Popen([sys.executable, "-c", launcher], env=PLAIN)
@@ -83,7 +83,9 @@ def test_a_signal_reaches_every_rank_once(tmp_path: Path, number: signal.Signals
 
 def test_ranks_do_not_outlive_a_killed_parent(tmp_path: Path) -> None:
     code = f"open({str(tmp_path)!r} + f'/pid{{rank}}', 'w').write(f'{{os.getpid()}}.')\ntime.sleep(60)"
-    launcher = f"from atropos_exp.cluster.local import Local; Local(num_processes=2).launch({rank(tmp_path, code)!r})"
+    launcher = (
+        f"from atropos_exp.parts.cluster.local import Local; Local(num_processes=2).launch({rank(tmp_path, code)!r})"
+    )
     parent = subprocess.Popen([sys.executable, "-c", launcher], env=PLAIN)
     files = [tmp_path / f"pid{number}" for number in range(2)]
     wait_for(lambda: all(file.exists() and file.read_text().endswith(".") for file in files))

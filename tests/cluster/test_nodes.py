@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from atropos_exp.held_port import HeldPort
+from atropos_exp.processes.ports import HeldPort
 
 ROOT = Path(__file__).resolve().parents[2]
 # argv: the folder that stands for this node's disk, and whether its download fails. Prints what `find` gave and how
@@ -15,9 +15,9 @@ ROOT = Path(__file__).resolve().parents[2]
 RANK = """
 import sys
 from pathlib import Path
-from atropos_exp.trainer.distributed import join_process_group
+from atropos_exp.parts.trainer.distributed import join_process_group
 join_process_group("cpu", timeout_s=60.0)
-from atropos_exp.ranks import Ranks
+from atropos_exp.processes.ranks import Ranks
 from atropos_exp.types import UserError
 model, downloads = Path(sys.argv[1]) / "model", 0
 def find():

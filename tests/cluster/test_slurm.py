@@ -14,17 +14,17 @@ import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from atropos_exp.cluster.slurm import Slurm
-from atropos_exp.cluster.slurm_attempts import Attempts, read_attempts
-from atropos_exp.cluster.slurm_board import Board, Pulse
-from atropos_exp.cluster.slurm_control import interface_towards, job_state, own_job
-from atropos_exp.cluster.slurm_layout import ENGINE_DEVICES, Layout
-from atropos_exp.cluster.slurm_script import script_text
-from atropos_exp.config import build
-from atropos_exp.config_check import check
-from atropos_exp.config_origin import CONF_DIR
-from atropos_exp.config_save import config_hash, freeze_config
-from atropos_exp.types import UserError
+from atropos_exp.config.build import build
+from atropos_exp.config.check import check
+from atropos_exp.config.freeze import config_hash, freeze_config
+from atropos_exp.config.origin import CONF_DIR
+from atropos_exp.errors import UserError
+from atropos_exp.parts.cluster.slurm.attempts import Attempts, read_attempts
+from atropos_exp.parts.cluster.slurm.board import Board, Pulse
+from atropos_exp.parts.cluster.slurm.cluster import Slurm
+from atropos_exp.parts.cluster.slurm.control import interface_towards, job_state, own_job
+from atropos_exp.parts.cluster.slurm.layout import ENGINE_DEVICES, Layout
+from atropos_exp.parts.cluster.slurm.script import script_text
 
 PLAIN = yaml.safe_load((CONF_DIR / "cluster" / "slurm.yaml").read_text())
 
@@ -77,7 +77,7 @@ def test_the_environment_of_a_rank() -> None:
 
 
 def test_an_engine_sees_the_devices_that_are_kept_for_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from atropos_exp.engine.process import ServerProcess
+    from atropos_exp.parts.engine.process import ServerProcess
 
     def seen() -> str:
         log = tmp_path / "log"

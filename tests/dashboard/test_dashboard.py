@@ -13,11 +13,12 @@ from typing import Any
 
 import pytest
 
-from atropos_exp.config import build
-from atropos_exp.dashboard.workspace import sections
-from atropos_exp.held_port import HeldPort
+from atropos_exp.config.build import build
+from atropos_exp.errors import UserError
 from atropos_exp.metrics import sentence
-from atropos_exp.types import StepMetrics, UserError
+from atropos_exp.processes.ports import HeldPort
+from atropos_exp.report.dashboard.workspace import sections
+from atropos_exp.types import StepMetrics
 
 ROOT = Path(__file__).resolve().parents[2]
 HAS_WORKSPACES = importlib.util.find_spec("wandb_workspaces") is not None
@@ -29,7 +30,7 @@ needs_trackio = pytest.mark.skipif(not HAS_TRACKIO, reason="needs the extra `tra
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     return subprocess.run(
-        [sys.executable, "-m", "atropos_exp.dashboard", *arguments],
+        [sys.executable, "-m", "atropos_exp.report.dashboard", *arguments],
         env=environment, capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
 
@@ -70,7 +71,7 @@ def test_the_workspace_needs_an_owner() -> None:
 
 def trackio(folder: Path, **changed: Any) -> Any:
     values = {
-        "_target_": "atropos_exp.logger.trackio.Trackio", "live": False, "every": 1000, "project": "trials",
+        "_target_": "atropos_exp.parts.logger.trackio.Trackio", "live": False, "every": 1000, "project": "trials",
         "group": "pair", "folder": str(folder), "finish_timeout": 60.0, "queue_size": 100,
     }  # fmt: skip
     return build(values | changed, "logger")
@@ -112,7 +113,8 @@ def test_a_run_is_in_the_local_dashboard(tmp_path: Path) -> None:
     port = held.number
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     shown = subprocess.Popen(
-        [sys.executable, "-m", "atropos_exp.dashboard", "--local", str(store), "--no-browser", "--port", str(port)],
+        [sys.executable, "-m", "atropos_exp.report.dashboard", "--local", str(store), "--no-browser",
+         "--port", str(port)],
         env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     try:

@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from atropos_exp.data.raw import make_row
-from atropos_exp.data.settings import DataSettings
+from atropos_exp.parts.data.raw import make_row
+from atropos_exp.parts.data.verl import VerlData
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}</s>{% endfor %}"
@@ -67,10 +67,10 @@ def write_rows() -> Callable[..., Path]:
 
 
 @pytest.fixture
-def settings() -> Callable[..., DataSettings]:
-    """DataSettings with the values of conf/data/*.yaml less `prepare`, changed as given."""
+def settings() -> Callable[..., VerlData]:
+    """VerlData with the values of conf/data/*.yaml less `prepare`, changed as given."""
 
-    def make(**changes: Any) -> DataSettings:
+    def make(**changes: Any) -> VerlData:
         values: dict[str, Any] = {
             "prepare": None,
             "parquet_paths": [],
@@ -84,13 +84,13 @@ def settings() -> Callable[..., DataSettings]:
             "max_prompts": None,
             "max_bad_fraction": 0.0,
         }
-        return DataSettings(**{**values, **{key: str(v) if isinstance(v, Path) else v for key, v in changes.items()}})
+        return VerlData(**{**values, **{key: str(v) if isinstance(v, Path) else v for key, v in changes.items()}})
 
     return make
 
 
 @pytest.fixture
-def open_loader(tokenizer: Any, settings: Callable[..., DataSettings], tmp_path: Path) -> Callable[..., Any]:
+def open_loader(tokenizer: Any, settings: Callable[..., VerlData], tmp_path: Path) -> Callable[..., Any]:
     """`open_loader(seed=..., max_prompt_length=..., **settings)`."""
 
     def make(*, seed: int = 0, max_prompt_length: int = 1000, **changes: Any) -> Any:

@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from atropos_exp.data.parquet import read_parquet, write_parquet
-from atropos_exp.types import UserError
+from atropos_exp.errors import UserError
+from atropos_exp.parts.data.parquet import read_parquet, write_parquet
 
 Make = Callable[..., Any]
 

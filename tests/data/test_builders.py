@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from atropos_exp.types import UserError
+from atropos_exp.errors import UserError
 from data_prep.arithmetic import OPERATIONS, Arithmetic, is_held_out
 from data_prep.assemble import DataSet, assemble
 from data_prep.gsm8k import Gsm8k

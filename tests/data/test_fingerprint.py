@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from atropos_exp.data.fingerprint import content_hash
+from atropos_exp.parts.data.fingerprint import content_hash
 
 TABLE = pa.table(
     {

@@ -11,9 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from atropos_exp.data.hub import DatasetName, read_verl
-from atropos_exp.data.raw import HELLASWAG, boxed_answer, gsm8k_answer, recognise, verl_row
-from atropos_exp.types import UserError
+from atropos_exp.errors import UserError
+from atropos_exp.parts.data.hub import DatasetName, read_verl
+from atropos_exp.parts.data.raw import HELLASWAG, boxed_answer, gsm8k_answer, recognise, verl_row
 
 Make = Callable[..., Any]
 Raw = dict[str, list[dict[str, Any]]]

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from atropos_exp.types import Prompt, UserError
+from atropos_exp.errors import UserError
+from atropos_exp.types import Prompt
 
 Make = Callable[..., Any]
 WORDS = [f"word {number:02d}" for number in range(20)]

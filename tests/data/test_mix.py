@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from atropos_exp.data.mix import Mix, apportion, permutation
+from atropos_exp.parts.data.mix import Mix, apportion, permutation
 
 
 def stream(mix: Mix, start: int, count: int) -> list[tuple[int, int]]:

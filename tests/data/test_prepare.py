@@ -15,9 +15,9 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from atropos_exp.data.fingerprint import content_hash
-from atropos_exp.data.settings import PrepareSettings
-from atropos_exp.types import UserError
+from atropos_exp.errors import UserError
+from atropos_exp.parts.data.fingerprint import content_hash
+from atropos_exp.parts.data.settings import PrepareSettings
 from data_prep.arithmetic import Arithmetic
 from data_prep.cli import main
 from data_prep.folder import build_into
@@ -110,7 +110,7 @@ def test_waiting_for_another_writer_ends(tmp_path: Path) -> None:
 
 WRITER = """
 import sys, time
-from atropos_exp.data.settings import PrepareSettings
+from atropos_exp.parts.data.settings import PrepareSettings
 from data_prep import folder as module
 from data_prep.prepare import ensure
 build = module._build

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import yaml
 
-from atropos_exp.config import build
-from atropos_exp.data.settings import DataSettings
-from atropos_exp.types import UserError
+from atropos_exp.config.build import build
+from atropos_exp.errors import UserError
+from atropos_exp.parts.data.verl import VerlData
 from data_prep.prepare import configure, preflight
 
 Make = Callable[..., Any]
@@ -26,7 +26,7 @@ OPTIONS = sorted(CONF.glob("*.yaml"))
 def test_every_option_builds(path: Path) -> None:
     values = yaml.safe_load(path.read_text().replace("${output_dir}", "outputs"))
     settings = build(values, "data")
-    assert isinstance(settings, DataSettings)
+    assert isinstance(settings, VerlData)
     assert settings.preflight() == []
     assert settings.prepare is not None
     assert preflight(settings.prepare) == []
@@ -41,7 +41,7 @@ def test_there_are_five_options() -> None:
 
 def test_settings_are_light() -> None:
     code = (
-        "import sys, atropos_exp.data.settings as s, data_prep.prepare as p; "
+        "import sys, atropos_exp.parts.data.settings as s, data_prep.prepare as p; "
         "[p.preflight(s.PrepareSettings(builder=b, folder='x', arguments={})) for b in p.BUILDERS]; "
         "names = {'torch', 'verl', 'transformers', 'datasets', 'pyarrow', 'pandas', 'reasoning_gym'}; "
         "heavy = names & set(sys.modules); "

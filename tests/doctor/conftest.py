@@ -14,11 +14,11 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
-from atropos_exp.config_check import Checked, validate
-from atropos_exp.config_origin import CONF_DIR
+from atropos_exp.config.check import Checked, validate
+from atropos_exp.config.origin import CONF_DIR
 from atropos_exp.doctor.before import examine
 from atropos_exp.doctor.line import Level, Line
-from atropos_exp.model.tiny import WEIGHTS
+from atropos_exp.parts.model.tiny import WEIGHTS
 
 
 def composed(*overrides: str) -> DictConfig:

@@ -15,8 +15,8 @@ import pytest
 from atropos_exp.doctor.after import explain
 from atropos_exp.doctor.curves import spans
 from atropos_exp.doctor.line import Level, Line
-from atropos_exp.run_files import RunFiles
-from atropos_exp.summary import summarize_run
+from atropos_exp.runs.files import RunFiles
+from atropos_exp.runs.summary import summarize_run
 from atropos_exp.types import StepMetrics
 
 STEPS = 20
@@ -46,7 +46,7 @@ def write_run(folder: Path, changed: Values = lambda step: {}, *, status: str | 
     (folder / "run.json").write_text('{"config_hash": "x"}')
     (folder / "config.yaml").write_text(
         "max_response_length: 8\ntrainer: {max_steps: 20}\n"
-        "rollout: {_target_: atropos_exp.rollout.auto.AutoRollout, mask_truncated: false}\n"
+        "rollout: {_target_: atropos_exp.parts.rollout.auto.AutoRollout, mask_truncated: false}\n"
     )
     if status is not None:
         given: dict[str, Any] = {"error": None, "num_failed_syncs": 0} | more

@@ -12,13 +12,13 @@ from typing import Any
 import httpx
 import pytest
 
-from atropos_exp.atropos.client import ApiDown, AtroposClient, Registration
-from atropos_exp.child import Child
-from atropos_exp.config_save import config_hash
+from atropos_exp.config.freeze import config_hash
 from atropos_exp.doctor.line import Level
 from atropos_exp.doctor.network import check_atropos
-from atropos_exp.held_port import HeldPort
-from atropos_exp.run_folder import open_run_folder
+from atropos_exp.parts.atropos.client import ApiDown, AtroposClient, Registration
+from atropos_exp.processes.child import Child
+from atropos_exp.processes.ports import HeldPort
+from atropos_exp.runs.folder import open_run_folder
 
 GROUP = {"tokens": [[1, 2]], "masks": [[-100, 2]], "scores": [1.0]}
 

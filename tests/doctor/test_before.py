@@ -18,10 +18,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from atropos_exp.data.raw import make_row
 from atropos_exp.doctor.line import Level
 from atropos_exp.doctor.slurm import check_slurm, minutes
 from atropos_exp.doctor.versions import check_versions
+from atropos_exp.parts.data.raw import make_row
 
 ROOT = Path(__file__).resolve().parents[2]
 

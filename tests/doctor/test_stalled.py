@@ -20,7 +20,7 @@ from atropos_exp.doctor import memory
 from atropos_exp.doctor.after import explain
 from atropos_exp.doctor.line import Level
 from atropos_exp.doctor.stalled import _newest, watch
-from atropos_exp.model.tiny import WEIGHTS
+from atropos_exp.parts.model.tiny import WEIGHTS
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ("rollout=local", "eval.num_prompts=8", "eval.every=0", "eval.samples_per_prompt=0", "logger=none")

@@ -13,7 +13,7 @@ START_SECONDS = 150.0
 
 def engines(run):
     lines = {pid: command_line(pid) for pid in descendants(run.process.pid)}
-    servers = [pid for pid, words in lines.items() if "atropos_exp.engine.hf_server" in words]
+    servers = [pid for pid, words in lines.items() if "atropos_exp.parts.engine.hf.server" in words]
     return [pid for pid in servers if not any(word.endswith("guard.py") for word in lines[pid])]
 
 

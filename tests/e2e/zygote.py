@@ -12,14 +12,14 @@ import sys
 
 
 def main() -> None:
-    from atropos_exp.trainer import platform_cpu
+    from atropos_exp.parts.trainer import platform_cpu
 
     platform_cpu.install()
     import torch.distributed.checkpoint.state_dict_saver  # noqa: F401
     import transformers.models.qwen2.modeling_qwen2
 
+    import atropos_exp.parts.trainer.engine
     import atropos_exp.run
-    import atropos_exp.trainer.engine
 
     list(transformers.AutoModelForImageTextToText._model_mapping.keys())  # verl does, which imports every configuration
 

@@ -10,7 +10,7 @@ import pytest
 from engines import start_engine
 from random_models import random_model
 
-from atropos_exp.engine.client import EngineClient
+from atropos_exp.parts.engine.servers import Servers
 
 
 @pytest.fixture(scope="session")
@@ -26,7 +26,7 @@ def model_folder(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def engine(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineClient]:
+def engine(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
     client = start_engine("hf", tmp_path_factory.mktemp("log"), model_folder, max_length=48, batching_wait_seconds=0.05)
     yield client
     client.stop()

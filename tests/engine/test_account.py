@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from atropos_exp.engine.account import UpdateAccount
-from atropos_exp.engine.backend import Refused
-from atropos_exp.engine.bucket import adapter_tensors
+from atropos_exp.errors import Refused
+from atropos_exp.weights.account import UpdateAccount
+from atropos_exp.weights.receiver import adapter_tensors
 
 BASE = {
     "model.embed_tokens.weight": ("bfloat16", (48, 16)),

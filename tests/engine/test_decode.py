@@ -9,8 +9,8 @@ import pytest
 import torch
 from random_models import VOCAB, completion_logprobs, greedy_tokens, random_model, random_prompts
 
-from atropos_exp.engine.hf_decode import Decoded, Decoder, Rows
-from atropos_exp.engine.hf_sampling import row_keys
+from atropos_exp.parts.engine.hf.decode import Decoded, Decoder, Rows
+from atropos_exp.parts.engine.serving.seeds import row_keys
 from atropos_exp.types import TokenIds
 
 MAX_TOKENS = 9

@@ -15,9 +15,9 @@ from engines import first_number, start_engine, start_in_another_process
 from processes import is_alive, wait_until
 from random_models import random_prompts
 
-from atropos_exp.engine.client import EngineClient
-from atropos_exp.types import SamplingParams, UserError
-from atropos_exp.wire import EngineError
+from atropos_exp.errors import EngineError, UserError
+from atropos_exp.parts.engine.servers import Servers
+from atropos_exp.types import SamplingParams
 
 HEALTH_SECONDS = 3.0
 LONG = SamplingParams(temperature=1.0, top_p=1.0, top_k=0, max_tokens=32, stop_token_ids=(), seed=0)
@@ -31,7 +31,7 @@ def _exists(fd: str) -> bool:
     return os.path.lexists(f"/proc/self/fd/{fd}")
 
 
-def start(model_folder: Path, log_folder: Path, **changes: Any) -> EngineClient:
+def start(model_folder: Path, log_folder: Path, **changes: Any) -> Servers:
     return start_engine(
         "hf", log_folder, model_folder, max_length=48, **{"health_timeout_seconds": HEALTH_SECONDS, **changes}
     )
@@ -41,15 +41,15 @@ def test_signals_hangs_and_death(model_folder: Path, tmp_path: Path) -> None:
     fds = open_fds()
     with ThreadPoolExecutor(1) as background:  # a thread that ends must not take the server along
         engine = background.submit(start, model_folder, tmp_path).result()
-    pid = engine.process.pid
+    pid = engine.replicas[0].process.pid
     try:
         for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
             os.kill(pid, ignored)
         engine.check()
 
         # A request that takes longer than the health timeout is fine as long as the server shows life.
-        engine.pause()
-        threading.Timer(2 * HEALTH_SECONDS, engine.resume).start()
+        engine.replicas[0].pause()
+        threading.Timer(2 * HEALTH_SECONDS, engine.replicas[0].resume).start()
         started = time.monotonic()
         engine.generate(random_prompts([4]), LONG, num_samples=1)
         assert time.monotonic() - started > HEALTH_SECONDS
@@ -64,7 +64,7 @@ def test_signals_hangs_and_death(model_folder: Path, tmp_path: Path) -> None:
         engine.check()
 
         # Killed under a request that waits.
-        engine.pause()
+        engine.replicas[0].pause()
         threading.Timer(0.5, os.kill, (pid, signal.SIGKILL)).start()
         started = time.monotonic()
         with pytest.raises(EngineError, match=r"16 completions of 1 prompts.*killed by SIGKILL") as raised:

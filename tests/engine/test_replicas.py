@@ -15,14 +15,14 @@ import pytest
 from engines import start_engine
 from random_models import VOCAB, completion_logprobs, random_model, random_prompts
 
-from atropos_exp.engine.replicas import Replicas
-from atropos_exp.ranks import Ranks
-from atropos_exp.sharding.manager import ShardingManager
-from atropos_exp.sharding.proof import SyncError
-from atropos_exp.sharding.resync import Resync
-from atropos_exp.types import SamplingParams, UserError
-from atropos_exp.wire import EngineError, EngineLost
-from atropos_exp.wire_tensors import digest
+from atropos_exp.assembly.resync import Resync
+from atropos_exp.errors import EngineError, EngineLost, SyncError, UserError
+from atropos_exp.parts.engine.servers import Servers
+from atropos_exp.parts.engine.update import update
+from atropos_exp.processes.ranks import Ranks
+from atropos_exp.types import SamplingParams
+from atropos_exp.weights.digest import digest
+from atropos_exp.weights.publisher import ShardingManager
 
 PARAMS = SamplingParams(temperature=1.0, top_p=1.0, top_k=0, max_tokens=6, stop_token_ids=(5,), seed=11)
 ALONE = Ranks(rank=0, world_size=1)
@@ -58,7 +58,7 @@ def start(model_folder: Path, log_folder: Path, **changes: Any) -> Any:
 
 
 @pytest.fixture(scope="module")
-def engines(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Replicas]:
+def engines(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
     client = start(model_folder, tmp_path_factory.mktemp("replicas"))
     yield client
     client.stop()
@@ -69,7 +69,7 @@ def trainer() -> Trainer:
     return Trainer(random_model(seed=3))
 
 
-def test_the_same_tokens_as_one_server(engines: Replicas, engine: Any, model: Any) -> None:
+def test_the_same_tokens_as_one_server(engines: Servers, engine: Any, model: Any) -> None:
     """Of a request whose prompts are split unevenly, of one prompt, and of none."""
     manage(Trainer(model), engines).publish(engines.version() + 1)  # the weights that `engine` has
     prompts = random_prompts([3, 7, 2, 11, 5], seed=1)
@@ -86,7 +86,7 @@ def test_the_same_tokens_as_one_server(engines: Replicas, engine: Any, model: An
         engines.generate([*prompts, np.array([VOCAB], np.int32)], PARAMS, num_samples=1)
 
 
-def test_every_server_gets_every_bit(engines: Replicas, trainer: Trainer) -> None:
+def test_every_server_gets_every_bit(engines: Servers, trainer: Trainer) -> None:
     version = engines.version() + 1
     stats = manage(trainer, engines).publish(version)
     expected = {name: digest(tensor) for name, tensor in trainer.model.named_parameters()}
@@ -97,12 +97,12 @@ def test_every_server_gets_every_bit(engines: Replicas, trainer: Trainer) -> Non
     assert stats.canary_gap_max < 1e-5
 
 
-def test_one_server_with_other_weights_is_found(engines: Replicas, trainer: Trainer) -> None:
+def test_one_server_with_other_weights_is_found(engines: Servers, trainer: Trainer) -> None:
     """By its digests, and by the canary where they agree."""
     manage(trainer, engines).publish(engines.version() + 1)
     other = random_model(seed=4)
     version = engines.version() + 1
-    with engines.replicas[1].updating(version) as receiver:  # behind the engine's back
+    with update(engines.replicas[1:], engines.transport, version) as receiver:  # behind the engine's back
         receiver.receive(list(other.named_parameters()))
     with pytest.raises(EngineError, match=rf"serve different versions: \[{version - 1}, {version}\]"):
         engines.version()
@@ -116,7 +116,7 @@ def test_one_server_with_other_weights_is_found(engines: Replicas, trainer: Trai
 
         @contextmanager
         def updating(self, version: int) -> Iterator[Any]:
-            with engines.replicas[0].updating(version) as receiver:
+            with update(engines.replicas[:1], engines.transport, version) as receiver:
                 self.expected, self.receive = receiver.expected, receiver.receive
                 yield self
 
@@ -143,7 +143,7 @@ def test_one_server_with_other_weights_is_found(engines: Replicas, trainer: Trai
     engines.check()
 
 
-def test_a_lost_server_is_replaced_and_all_are_synced_again(engines: Replicas, trainer: Trainer) -> None:
+def test_a_lost_server_is_replaced_and_all_are_synced_again(engines: Servers, trainer: Trainer) -> None:
     resync = Resync(manage(trainer, engines), engines, ALONE, max_restarts=1)
     version = engines.version() + 1
     resync.publish(version)

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from atropos_exp.engine import hf_sampling
-from atropos_exp.engine.hf_sampling import row_keys, sample_tokens, support, uniforms
+from atropos_exp.parts.engine import hf_sampling
+from atropos_exp.parts.engine.hf.sampling import sample_tokens, support, uniforms
+from atropos_exp.parts.engine.serving.seeds import row_keys
 
 LOGITS = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0, -3.0])
 

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from random_models import VOCAB, random_model, random_prompts
 
-from atropos_exp.engine.backend import Refused
-from atropos_exp.engine.hf_decode import Decoder
-from atropos_exp.engine.hf_scheduler import Generation, Scheduler
-from atropos_exp.engine.hf_weights import WeightStore
+from atropos_exp.errors import Refused
+from atropos_exp.parts.engine.hf.decode import Decoder
+from atropos_exp.parts.engine.hf.scheduler import Generation, Scheduler
+from atropos_exp.parts.engine.hf.weights import WeightStore
 from atropos_exp.types import SamplingParams, TokenIds
 
 LATER = 60.0

@@ -11,8 +11,8 @@ import numpy as np
 from random_models import random_prompts
 from sampling_contract import SamplingContract, ids, sampling
 
-from atropos_exp.engine.client import EngineClient
-from atropos_exp.wire import pack, unpack
+from atropos_exp.parts.engine.servers import Servers
+from atropos_exp.processes.wire import pack, unpack
 
 
 class TestSampling(SamplingContract):
@@ -20,23 +20,23 @@ class TestSampling(SamplingContract):
     max_length = 48  # as conftest.py says
 
 
-def test_the_same_request_gets_the_same_bits(engine: EngineClient) -> None:
+def test_the_same_request_gets_the_same_bits(engine: Servers) -> None:
     (one,), (other,) = (engine.generate(random_prompts([5]), sampling(), num_samples=16) for _ in range(2))
     assert [sample.logprobs.tobytes() for sample in one] == [sample.logprobs.tobytes() for sample in other]
 
 
-def post(engine: EngineClient, path: str, content: bytes, **headers: str) -> tuple[int, str]:
-    headers = headers or {"authorization": f"Bearer {engine.process.token}"}
-    response = httpx.post(engine.process.address + path, content=content, headers=headers, trust_env=False)
+def post(engine: Servers, path: str, content: bytes, **headers: str) -> tuple[int, str]:
+    headers = headers or {"authorization": f"Bearer {engine.replicas[0].process.token}"}
+    response = httpx.post(engine.replicas[0].process.address + path, content=content, headers=headers, trust_env=False)
     return response.status_code, unpack(response.content)["error"]
 
 
-def test_requests_of_several_threads_share_batches(engine: EngineClient) -> None:
+def test_requests_of_several_threads_share_batches(engine: Servers) -> None:
     prompts = random_prompts([4] * 12, seed=3)
     alone = [ids(engine.generate([prompt], sampling(seed=i), num_samples=2)) for i, prompt in enumerate(prompts)]
-    before = engine.info()
+    before = engine.replicas[0].info()
     together: list[Any] = [None] * 12
-    engine.pause()  # so that they all wait, however slowly this machine starts threads
+    engine.replicas[0].pause()  # so that they all wait, however slowly this machine starts threads
 
     def ask(index: int) -> None:
         together[index] = ids(engine.generate([prompts[index]], sampling(seed=index), num_samples=2))
@@ -45,34 +45,34 @@ def test_requests_of_several_threads_share_batches(engine: EngineClient) -> None
     for thread in threads:
         thread.start()
     deadline = time.monotonic() + 60
-    while engine.info()["num_waiting"] < 12:
+    while engine.replicas[0].info()["num_waiting"] < 12:
         assert time.monotonic() < deadline, "waited 60 s for 12 requests to reach the server"
         time.sleep(0.02)
-    assert engine.info()["num_batches"] == before["num_batches"]  # held
+    assert engine.replicas[0].info()["num_batches"] == before["num_batches"]  # held
     engine.check()  # and healthy meanwhile
-    engine.resume()
+    engine.replicas[0].resume()
     for thread in threads:
         thread.join(timeout=30)
-    after = engine.info()
+    after = engine.replicas[0].info()
     assert after["num_rows"] - before["num_rows"] == 24
     assert after["num_batches"] - before["num_batches"] == 1
     assert together == alone
 
 
-def test_only_the_tokens_holder_is_served(engine: EngineClient) -> None:
-    assert engine.process.address.startswith("http://127.0.0.1:")
-    for wrong in ("Bearer wrong", engine.process.token, "Bearer"):
+def test_only_the_tokens_holder_is_served(engine: Servers) -> None:
+    assert engine.replicas[0].process.address.startswith("http://127.0.0.1:")
+    for wrong in ("Bearer wrong", engine.replicas[0].process.token, "Bearer"):
         assert post(engine, "/info", pack({}), authorization=wrong) == (401, "wrong or missing token")
     assert post(engine, "/info", pack({}), other="header") == (401, "wrong or missing token")
 
 
-def test_a_body_that_is_no_message_is_refused(engine: EngineClient) -> None:
+def test_a_body_that_is_no_message_is_refused(engine: Servers) -> None:
     for content in (b"", b"\x80\x04K\x01.", b"\xff" * 40, pack({"x": np.zeros(3, dtype=np.int32)})[:-5]):
         status, error = post(engine, "/generate", content)
         assert status == 400 and error.startswith("bad request: ")
 
 
-def test_out_of_order_weight_messages_are_refused(engine: EngineClient) -> None:
+def test_out_of_order_weight_messages_are_refused(engine: Servers) -> None:
     for path, message, expected in (
         ("/weights/finish", {}, (409, "finish without an update in progress")),
         (

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 from engines import engine_settings
 
-from atropos_exp.engine.devices import choose_transport, near_servers, visible_devices
-from atropos_exp.engine.process import DEVICES_VARIABLE
-from atropos_exp.types import UserError
+from atropos_exp.errors import UserError
+from atropos_exp.parts.engine.devices import visible_devices
+from atropos_exp.parts.engine.process import DEVICES_VARIABLE
+from atropos_exp.weights.choose import choose_transport, near_servers
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from atropos_exp.wire import ARRAY_DTYPES, WireError, flatten, pack, split, unpack
-from atropos_exp.wire_tensors import Piece, digest, layout, read_piece, write_bucket
+from atropos_exp.errors import WireError
+from atropos_exp.processes.wire import ARRAY_DTYPES, flatten, pack, split, unpack
+from atropos_exp.weights.digest import digest
+from atropos_exp.weights.tensors import Piece, layout, read_piece, write_bucket
 
 
 @pytest.mark.parametrize("dtype", ARRAY_DTYPES)
@@ -101,7 +103,7 @@ def test_places_outside_the_buffer_are_refused(item: Any) -> None:
 
 
 def device_digest(tensor: Any) -> str:
-    from atropos_exp.wire_tensors import digest_lanes, resolve_lanes
+    from atropos_exp.weights.digest import digest_lanes, resolve_lanes
 
     return resolve_lanes(digest_lanes([tensor]))[0]
 
@@ -160,7 +162,7 @@ def test_many_digests_at_once_are_those_of_each(monkeypatch: pytest.MonkeyPatch)
     """Small, odd, empty and cut in two by the end of a chunk."""
     import torch
 
-    from atropos_exp import wire_tensors
+    from atropos_exp.weights import tensors as wire_tensors
 
     generator = torch.Generator().manual_seed(0)
     sizes = (1001, 3, 0, 64, 1, 700, 2)

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import yaml
 
-from atropos_exp.config_origin import CONF_DIR
-from atropos_exp.engine.client import EngineClient
-from atropos_exp.engine.hf import HFEngine
-from atropos_exp.gateway.client import GatewayClient
-from atropos_exp.gateway.settings import GatewaySettings
-from atropos_exp.model.tiny import WEIGHTS
+from atropos_exp.config.origin import CONF_DIR
+from atropos_exp.parts.engine.hf.settings import HFEngine
+from atropos_exp.parts.engine.servers import Servers
+from atropos_exp.parts.gateway.client import GatewayClient
+from atropos_exp.parts.gateway.settings import GatewaySettings
+from atropos_exp.parts.model.tiny import WEIGHTS
 from atropos_exp.types import Endpoint, Mask, SamplingParams, TokenIds
 
 MAX_LENGTH = 64
@@ -31,7 +31,7 @@ def settings(**changes: Any) -> GatewaySettings:
     return GatewaySettings(**{**values, **changes})
 
 
-def start_engine(folder: Path, **changes: Any) -> EngineClient:
+def start_engine(folder: Path, **changes: Any) -> Servers:
     values = yaml.safe_load((CONF_DIR / "engine/hf.yaml").read_text())
     del values["_target_"]
     return HFEngine(**{**values, "num_threads": 1, **changes}).start(
@@ -84,14 +84,14 @@ def sequence(prompt: list[int], *parts: tuple[list[int], bool]) -> tuple[TokenId
 
 
 @pytest.fixture(scope="session")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineClient]:
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
     client = start_engine(tmp_path_factory.mktemp("engine"))
     yield client
     client.stop()
 
 
 @pytest.fixture(scope="session")
-def gateway(engine: EngineClient, tmp_path_factory: pytest.TempPathFactory) -> Iterator[GatewayClient]:
+def gateway(engine: Servers, tmp_path_factory: pytest.TempPathFactory) -> Iterator[GatewayClient]:
     client = start_gateway(engine.endpoint, tmp_path_factory.mktemp("gateway"))
     yield client
     client.stop()

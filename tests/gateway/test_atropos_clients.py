@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from atropos_exp.gateway.client import GatewayClient
+from atropos_exp.parts.gateway.client import GatewayClient
 
 KINDS = ("vllm", "sglang", "openai")
 

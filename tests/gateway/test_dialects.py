@@ -7,14 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from atropos_exp.engine.client import EngineClient
-from atropos_exp.gateway.client import GatewayClient
+from atropos_exp.parts.engine.servers import Servers
+from atropos_exp.parts.gateway.client import GatewayClient
 from atropos_exp.types import Sample
 
 Drawn = list[tuple[list[int], list[float], str]]
 
 
-def expected(engine: EngineClient, prompts: list[list[int]], n: int, **changes: Any) -> Drawn:
+def expected(engine: Servers, prompts: list[list[int]], n: int, **changes: Any) -> Drawn:
     from types import SimpleNamespace
 
     helpers: SimpleNamespace = changes.pop("helpers")
@@ -25,7 +25,7 @@ def expected(engine: EngineClient, prompts: list[list[int]], n: int, **changes: 
     return [(sample.token_ids.tolist(), sample.logprobs.tolist(), sample.finish.value) for sample in samples]
 
 
-def test_vllm_generate(gateway: GatewayClient, engine: EngineClient, helpers: Any, tokenizer: Any) -> None:
+def test_vllm_generate(gateway: GatewayClient, engine: Servers, helpers: Any, tokenizer: Any) -> None:
     body = {
         "prompt": {"prompt_token_ids": helpers.chat},
         "logprobs": 0,
@@ -58,7 +58,7 @@ def test_vllm_generate_from_text(gateway: GatewayClient, helpers: Any, tokenizer
     assert helpers.post(gateway, "/generate", {"prompt": helpers.chat, "max_tokens": 1})["prompt_token_ids"]
 
 
-def test_sglang_generate(gateway: GatewayClient, engine: EngineClient, helpers: Any) -> None:
+def test_sglang_generate(gateway: GatewayClient, engine: Servers, helpers: Any) -> None:
     parameters = {"max_new_tokens": 6, "temperature": 0.8, "sampling_seed": 3}
     body = {"input_ids": helpers.chat, "sampling_params": parameters, "return_logprob": True}
     one = helpers.post(gateway, "/generate", body)
@@ -88,7 +88,7 @@ def test_sglang_generate(gateway: GatewayClient, engine: EngineClient, helpers: 
     assert all(isinstance(text, str) for _, _, text in with_text["meta_info"]["output_token_logprobs"])
 
 
-def test_completions(gateway: GatewayClient, engine: EngineClient, helpers: Any, tokenizer: Any) -> None:
+def test_completions(gateway: GatewayClient, engine: Servers, helpers: Any, tokenizer: Any) -> None:
     text = tokenizer.decode(helpers.chat)
     assert tokenizer.encode(text) == helpers.chat
     other = tokenizer.encode("2+2")
@@ -112,7 +112,7 @@ def test_completions(gateway: GatewayClient, engine: EngineClient, helpers: Any,
         assert answer["usage"] == usage and answer["object"] == "text_completion" and answer["model"] == "tiny"
 
 
-def test_chat(gateway: GatewayClient, engine: EngineClient, helpers: Any, tokenizer: Any) -> None:
+def test_chat(gateway: GatewayClient, engine: Servers, helpers: Any, tokenizer: Any) -> None:
     messages = [
         {"role": "system", "content": "add"},
         {"role": "user", "content": [{"type": "text", "text": "1+2"}]},
@@ -175,7 +175,7 @@ def test_requests_without_a_seed_share_no_randomness(gateway: GatewayClient, hel
     assert len(set(drawn)) == 12
 
 
-def test_greedy_and_ignored_stop_tokens(gateway: GatewayClient, engine: EngineClient, helpers: Any) -> None:
+def test_greedy_and_ignored_stop_tokens(gateway: GatewayClient, engine: Servers, helpers: Any) -> None:
     body = {"prompt": helpers.chat, "max_tokens": 8, "temperature": 0}
     answer = helpers.post(gateway, "/generate", body)
     ((ids, _, finish),) = expected(engine, [helpers.chat], 1, temperature=0.0, max_tokens=8, helpers=helpers)

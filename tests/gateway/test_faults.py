@@ -17,10 +17,10 @@ from typing import Any
 import httpx
 import pytest
 
-from atropos_exp.engine.client import EngineClient
-from atropos_exp.gateway.client import GatewayClient
+from atropos_exp.errors import EngineError
+from atropos_exp.parts.engine.servers import Servers
+from atropos_exp.parts.gateway.client import GatewayClient
 from atropos_exp.types import Endpoint
-from atropos_exp.wire import EngineError
 
 BODY = {"prompt": [20, 21, 22], "max_tokens": 2}
 
@@ -51,14 +51,14 @@ class Asking:
 
 
 @pytest.fixture(scope="module")
-def engine(helpers: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineClient]:
+def engine(helpers: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
     client = helpers.start_engine(tmp_path_factory.mktemp("engine"), health_timeout_seconds=10)  # it beats every 2 s
     yield client
     client.stop()
 
 
 @pytest.fixture(scope="module")
-def gateway(engine: EngineClient, helpers: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[GatewayClient]:
+def gateway(engine: Servers, helpers: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[GatewayClient]:
     client = helpers.start_gateway(
         engine.endpoint, tmp_path_factory.mktemp("gateway"), engine_silence_seconds=10.0, health_timeout_seconds=5.0
     )
@@ -66,7 +66,7 @@ def gateway(engine: EngineClient, helpers: Any, tmp_path_factory: pytest.TempPat
     client.stop()
 
 
-def load(engine: EngineClient, weights: Path, version: int) -> None:
+def load(engine: Servers, weights: Path, version: int) -> None:
     """The same weights again as a new version."""
     import torch
     from safetensors.torch import load_file
@@ -81,7 +81,7 @@ def load(engine: EngineClient, weights: Path, version: int) -> None:
         receiver.receive(bucket)
 
 
-def test_a_hold_around_a_weight_update(gateway: GatewayClient, engine: EngineClient, helpers: Any) -> None:
+def test_a_hold_around_a_weight_update(gateway: GatewayClient, engine: Servers, helpers: Any) -> None:
     """Requests wait through both pauses, the gateway's and the engine's, and get the new version."""
     old = helpers.post(gateway, "/generate", BODY)
     before = gateway.counters()
@@ -106,31 +106,31 @@ def test_a_hold_around_a_weight_update(gateway: GatewayClient, engine: EngineCli
     assert [one.policy_version for one in found[:4] if one is not None] == [version] * 4
     values = gateway.counters()
     assert values["held_seconds"] > 0 and values["holding"] == 0 and values["refused_hold"] == 0
-    engine.pause()
+    engine.replicas[0].pause()
     waiting = Asking(gateway)
-    wait_for("the request to reach the engine", lambda: engine.info()["num_waiting"] == 1)
+    wait_for("the request to reach the engine", lambda: engine.replicas[0].info()["num_waiting"] == 1)
     time.sleep(2.5)  # until the engine has sent a sign of life at least once
     assert waiting.response is None
     assert httpx.get(gateway.address + "/health", trust_env=False).status_code == 200
-    engine.resume()
+    engine.replicas[0].resume()
     assert waiting.result().status_code == 200
 
 
-def test_a_client_that_goes_away_takes_its_request_along(gateway: GatewayClient, engine: EngineClient) -> None:
+def test_a_client_that_goes_away_takes_its_request_along(gateway: GatewayClient, engine: Servers) -> None:
     before = gateway.counters()
-    engine.pause()
-    rows = engine.info()["num_rows"]
+    engine.replicas[0].pause()
+    rows = engine.replicas[0].info()["num_rows"]
     port = int(gateway.address.rsplit(":", 1)[1])
     with socket.create_connection(("127.0.0.1", port)) as client:
         body = b'{"prompt": [20, 21], "max_tokens": 2}'
         client.sendall(b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
-        wait_for("the request to reach the engine", lambda: engine.info()["num_waiting"] == 1)
+        wait_for("the request to reach the engine", lambda: engine.replicas[0].info()["num_waiting"] == 1)
     wait_for("the gateway to notice", lambda: gateway.counters()["disconnected"] == before["disconnected"] + 1)
     assert gateway.counters()["in_flight"] == 0
     time.sleep(5)  # the engine looks for its client with every sign of life
-    engine.resume()
-    wait_for("the engine to drop the request", lambda: engine.info()["num_waiting"] == 0)
-    assert engine.info()["num_rows"] == rows
+    engine.replicas[0].resume()
+    wait_for("the engine to drop the request", lambda: engine.replicas[0].info()["num_waiting"] == 0)
+    assert engine.replicas[0].info()["num_rows"] == rows
     assert gateway.counters()["ledger_entries"] == before["ledger_entries"]
 
 
@@ -175,19 +175,19 @@ def test_an_engine_that_hangs_or_dies(helpers: Any, tmp_path: Path) -> None:
         gateway = helpers.start_gateway(engine.endpoint, tmp_path, engine_silence_seconds=3.0)
         try:
             helpers.post(gateway, "/generate", BODY)
-            os.kill(engine.process.pid, signal.SIGSTOP)
+            os.kill(engine.replicas[0].process.pid, signal.SIGSTOP)
             response = helpers.ask(gateway, "/generate", BODY)
             message = response.json()["error"]["message"]
             assert response.status_code == 503 and "no sign of life for 3 s (gateway.engine_silence_seconds)" in message
             assert httpx.get(gateway.address + "/health", trust_env=False, timeout=30).status_code == 503
-            os.kill(engine.process.pid, signal.SIGCONT)
+            os.kill(engine.replicas[0].process.pid, signal.SIGCONT)
 
             def healthy() -> bool:
                 return httpx.get(gateway.address + "/health", trust_env=False, timeout=30).status_code == 200
 
             wait_for("health to return", healthy)
             helpers.post(gateway, "/generate", BODY)
-            engine.process.stop()
+            engine.replicas[0].process.stop()
             response = helpers.ask(gateway, "/generate", BODY)
             assert response.status_code == 503 and "the engine did not answer" in response.json()["error"]["message"]
             assert response.headers["Retry-After"]
@@ -205,8 +205,8 @@ def test_it_dies_with_the_trainer(helpers: Any, tmp_path: Path) -> None:
     code = (
         "import sys, time, yaml\n"
         "from pathlib import Path\n"
-        "from atropos_exp.config_origin import CONF_DIR\n"
-        "from atropos_exp.gateway.settings import GatewaySettings\n"
+        "from atropos_exp.config.origin import CONF_DIR\n"
+        "from atropos_exp.parts.gateway.settings import GatewaySettings\n"
         "from atropos_exp.types import Endpoint\n"
         "values = yaml.safe_load((CONF_DIR / 'gateway/default.yaml').read_text())\n"
         "del values['_target_']\n"

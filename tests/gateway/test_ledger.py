@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from atropos_exp.gateway.admin import pack_provenances, unpack_provenances
-from atropos_exp.gateway.ledger import ENTRY_TOKENS, Ledger
+from atropos_exp.parts.gateway.admin import pack_provenances, unpack_provenances
+from atropos_exp.parts.gateway.ledger import ENTRY_TOKENS, Ledger
+from atropos_exp.processes.wire import pack, unpack
 from atropos_exp.types import Provenance
-from atropos_exp.wire import pack, unpack
 
 P = [5, 6, 7]
 

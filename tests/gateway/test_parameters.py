@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import yaml
 
-from atropos_exp.config_origin import CONF_DIR
-from atropos_exp.gateway.counters import GAUGES, TOTALS, prometheus
-from atropos_exp.gateway.parameters import Fields, token_ids
-from atropos_exp.gateway.refusal import Refusal
-from atropos_exp.gateway.sampler import Seeds
-from atropos_exp.gateway.settings import GatewaySettings
-from atropos_exp.types import UserError
+from atropos_exp.config.origin import CONF_DIR
+from atropos_exp.errors import UserError
+from atropos_exp.parts.gateway.counters import GAUGES, TOTALS, prometheus
+from atropos_exp.parts.gateway.dialects.fields import Fields, token_ids
+from atropos_exp.parts.gateway.refusal import Refusal
+from atropos_exp.parts.gateway.sampler import Seeds
+from atropos_exp.parts.gateway.settings import GatewaySettings
 
 
 def test_fields_are_the_keys_of_the_yaml() -> None:

@@ -8,9 +8,10 @@ from typing import Any
 import httpx
 import pytest
 
-from atropos_exp.gateway.client import GatewayClient
-from atropos_exp.types import Endpoint, UserError
-from atropos_exp.wire import pack
+from atropos_exp.errors import UserError
+from atropos_exp.parts.gateway.client import GatewayClient
+from atropos_exp.processes.wire import pack
+from atropos_exp.types import Endpoint
 
 VLLM = {"prompt": [20, 21], "max_tokens": 1}
 OPENAI = {"model": "tiny", "prompt": "1", "max_tokens": 1}

@@ -9,28 +9,28 @@ from typing import Any
 import pytest
 from publishing import HeldModel, manage
 
-from atropos_exp.engine.client import EngineClient
-from atropos_exp.gateway.client import GatewayClient
-from atropos_exp.ranks import Ranks
-from atropos_exp.sharding.proof import SyncError
-from atropos_exp.sharding.resync import Resync
+from atropos_exp.assembly.resync import Resync
+from atropos_exp.errors import SyncError
+from atropos_exp.parts.engine.servers import Servers
+from atropos_exp.parts.gateway.client import GatewayClient
+from atropos_exp.processes.ranks import Ranks
 
 
 @pytest.fixture
-def engine(helpers: Any, tmp_path: Path) -> Iterator[EngineClient]:
+def engine(helpers: Any, tmp_path: Path) -> Iterator[Servers]:
     client = helpers.start_engine(tmp_path)
     yield client
     client.stop()
 
 
 @pytest.fixture
-def gateway(engine: EngineClient, helpers: Any, tmp_path: Path) -> Iterator[GatewayClient]:
+def gateway(engine: Servers, helpers: Any, tmp_path: Path) -> Iterator[GatewayClient]:
     client = helpers.start_gateway(engine.endpoint, tmp_path)
     yield client
     client.stop()
 
 
-def test_requests_wait_until_a_sync_is_proven(gateway: GatewayClient, engine: EngineClient, helpers: Any) -> None:
+def test_requests_wait_until_a_sync_is_proven(gateway: GatewayClient, engine: Servers, helpers: Any) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from processes import has_pytorch
 
-from atropos_exp.gateway.client import GatewayClient
-from atropos_exp.gateway.refusal import Refusal
-from atropos_exp.gateway.text import Text, checked
+from atropos_exp.parts.gateway.client import GatewayClient
+from atropos_exp.parts.gateway.refusal import Refusal
+from atropos_exp.parts.gateway.text import Text, checked
 
 
 @pytest.fixture(scope="module")

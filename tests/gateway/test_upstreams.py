@@ -11,32 +11,32 @@ import httpx
 import numpy as np
 import pytest
 
-from atropos_exp.engine.replicas import Replicas
-from atropos_exp.gateway.client import GatewayClient
-from atropos_exp.gateway.counters import Counters
-from atropos_exp.gateway.upstreams import AVOID_SECONDS, BLOCK_TOKENS, MAX_AHEAD_ROWS, Upstreams, prefix_keys
+from atropos_exp.parts.engine.servers import Servers
+from atropos_exp.parts.gateway.client import GatewayClient
+from atropos_exp.parts.gateway.counters import Counters
+from atropos_exp.parts.gateway.upstreams import AVOID_SECONDS, BLOCK_TOKENS, MAX_AHEAD_ROWS, Upstreams, prefix_keys
 
 
 @pytest.fixture(scope="module")
-def engine(helpers: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Replicas]:
+def engine(helpers: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
     client = helpers.start_engine(tmp_path_factory.mktemp("engine"), data_parallel_size=2)
     yield client
     client.stop()
 
 
 @pytest.fixture(scope="module")
-def gateway(engine: Replicas, helpers: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[GatewayClient]:
+def gateway(engine: Servers, helpers: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[GatewayClient]:
     endpoints = [one.endpoint for one in engine.replicas]
     client = helpers.start_gateway(endpoints, tmp_path_factory.mktemp("gateway"))
     yield client
     client.stop()
 
 
-def rows(engine: Replicas) -> list[int]:
+def rows(engine: Servers) -> list[int]:
     return [one.info()["num_rows"] for one in engine.replicas]
 
 
-def test_requests_are_shared_and_a_prompt_stays(engine: Replicas, gateway: GatewayClient, helpers: Any) -> None:
+def test_requests_are_shared_and_a_prompt_stays(engine: Servers, gateway: GatewayClient, helpers: Any) -> None:
     before = rows(engine)
     for token in range(10, 20):
         helpers.post(gateway, "/generate", {"prompt": [3, token], "max_tokens": 2})
@@ -48,7 +48,7 @@ def test_requests_are_shared_and_a_prompt_stays(engine: Replicas, gateway: Gatew
     assert sorted(now - old for now, old in zip(rows(engine), before, strict=True)) == [0, 6]
 
 
-def test_the_answers_are_those_of_one_server(engine: Replicas, gateway: GatewayClient, helpers: Any) -> None:
+def test_the_answers_are_those_of_one_server(engine: Servers, gateway: GatewayClient, helpers: Any) -> None:
     """Same seed, same tokens, whichever server draws them."""
     body = {"prompt": [3, 21, 22], "max_tokens": 6, "seed": 5, "temperature": 1.0, "n": 2}
     answer = helpers.post(gateway, "/generate", body)
@@ -58,7 +58,7 @@ def test_the_answers_are_those_of_one_server(engine: Replicas, gateway: GatewayC
         assert [sample.token_ids.tolist() for sample in group] == answer["token_ids"]
 
 
-def test_a_lost_server_is_stepped_in_for(engine: Replicas, gateway: GatewayClient, helpers: Any) -> None:
+def test_a_lost_server_is_stepped_in_for(engine: Servers, gateway: GatewayClient, helpers: Any) -> None:
     os.kill(engine.replicas[0].process.pid, signal.SIGKILL)
     for token in range(20, 28):
         helpers.post(gateway, "/generate", {"prompt": [4, token], "max_tokens": 2})
@@ -72,7 +72,7 @@ def test_a_lost_server_is_stepped_in_for(engine: Replicas, gateway: GatewayClien
 
 def test_which_server_is_asked_first(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
-    monkeypatch.setattr("atropos_exp.gateway.upstreams.time.monotonic", lambda: now)
+    monkeypatch.setattr("atropos_exp.parts.gateway.upstreams.time.monotonic", lambda: now)
     servers = Upstreams([object(), object(), object()], Counters())  # type: ignore[list-item]
     prompt = np.arange(3 * BLOCK_TOKENS + 5, dtype=np.int32)
     keys = prefix_keys(prompt)

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from atropos_exp.held_port import HeldPort
+from atropos_exp.processes.ports import HeldPort
 
 sys.path.insert(0, str(Path(__file__).parent))
 

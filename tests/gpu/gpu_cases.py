@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from scored_groups import clipped_loss
 from trainer_cases import Lora, Model, WeightedLoss, full_weights, make_batch, split, start, write_model
 
-from atropos_exp.trainer import logprob_head
+from atropos_exp.parts.trainer import logprob_head
 from atropos_exp.types import TrainBatch
 
 # Two updates each. Adam divides small gradients by themselves, which enlarges rounding errors; epsilon bounds that.

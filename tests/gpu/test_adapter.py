@@ -11,7 +11,7 @@ from publishing import manage
 from random_models import random_model
 
 from atropos_exp.types import SamplingParams
-from atropos_exp.wire_tensors import digest
+from atropos_exp.weights.digest import digest
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
 
@@ -32,10 +32,10 @@ def test_an_adapter_beside_its_base(device: str, tmp_path: Path) -> None:
             trainer.disturb(0.1)
             stats = manage(trainer, engine, tolerance=None).publish(version)
             sent = {name: tensor.bfloat16() for name, tensor in trainer.adapter(with_base=version == 1)}
-            assert engine.digests() == {name: digest(tensor) for name, tensor in sent.items()}
+            assert engine.replicas[0].digests() == {name: digest(tensor) for name, tensor in sent.items()}
             assert stats.digests_compared == len(sent) == (num_matrices if version > 1 else num_matrices + 26)
             if device == "cuda":
-                assert engine.info()["num_resident_digests"] == len(sent)
+                assert engine.replicas[0].info()["num_resident_digests"] == len(sent)
             assert stats.canary_gap_mean < 0.2
             assert largest_gap(trainer, engine, GREEDY) < 1.0
             with trainer.model.disable_adapter():

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from atropos_exp.trainer.attention import packed_attention
-from atropos_exp.trainer.packing import Packing
+from atropos_exp.parts.trainer.attention import packed_attention
+from atropos_exp.parts.trainer.packing import Packing
 
 pytestmark = pytest.mark.gpu
 

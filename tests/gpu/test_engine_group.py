@@ -16,11 +16,11 @@ from faulty_lines import SQUARE, TransposesOne
 from publishing import manage
 from random_models import random_model
 
-from atropos_exp.ranks import Ranks
-from atropos_exp.sharding.proof import SyncError
-from atropos_exp.sharding.resync import Resync
+from atropos_exp.assembly.resync import Resync
+from atropos_exp.errors import SyncError
+from atropos_exp.processes.ranks import Ranks
 from atropos_exp.types import Floats, TokenIds
-from atropos_exp.wire_tensors import digest
+from atropos_exp.weights.digest import digest
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
 
@@ -57,7 +57,7 @@ def test_weights_reach_an_engine_on_another_gpu(device: str, tmp_path: Path) -> 
         trainer = Trainer(random_model(seed=1), device)
         for version, bucket_bytes in ((1, 1), (2, 40_000), (3, 1 << 30)):
             stats = manage(trainer, engine, bucket_bytes=bucket_bytes, tolerance=None).publish(version)
-            assert engine.digests() == {name: digest(tensor) for name, tensor in trainer.parameters()}
+            assert engine.replicas[0].digests() == {name: digest(tensor) for name, tensor in trainer.parameters()}
             assert stats.digests_compared == stats.num_tensors
 
         with pytest.raises(SyncError, match=f"other bits than were sent of {SQUARE} "):
@@ -70,7 +70,7 @@ def test_weights_reach_an_engine_on_another_gpu(device: str, tmp_path: Path) -> 
                 for index, pair in enumerate(super().parameters()):
                     if index == 5 and not self.killed:
                         self.killed = True
-                        os.kill(engine.process.pid, signal.SIGKILL)
+                        os.kill(engine.replicas[0].process.pid, signal.SIGKILL)
                     yield pair
 
         kills = Kills(trainer.model, device)
@@ -90,7 +90,7 @@ def test_an_engine_may_name_the_gpu_of_the_trainer(device: str, tmp_path: Path) 
     try:
         trainer = Trainer(random_model(seed=1), device)
         assert manage(trainer, engine, tolerance=None).publish(1).digests_compared > 0
-        assert engine.digests() == {name: digest(tensor) for name, tensor in trainer.parameters()}
+        assert engine.replicas[0].digests() == {name: digest(tensor) for name, tensor in trainer.parameters()}
     finally:
         engine.stop()
 

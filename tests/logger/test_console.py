@@ -13,11 +13,12 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from atropos_exp.logger.console import Console, ConsoleLogger
-from atropos_exp.logger.none import NoLogger
-from atropos_exp.logger.step_line import LiveFigures, TimeLeft, clock, step_line
-from atropos_exp.logger.wandb import Wandb
-from atropos_exp.types import StepMetrics, UserError
+from atropos_exp.errors import UserError
+from atropos_exp.parts.logger.console import Console, ConsoleLogger
+from atropos_exp.parts.logger.none import NoLogger
+from atropos_exp.parts.logger.step_line import LiveFigures, TimeLeft, clock, step_line
+from atropos_exp.parts.logger.wandb import Wandb
+from atropos_exp.types import StepMetrics
 
 CONF = Path(__file__).parents[2] / "conf" / "logger"
 SUMMARY = {"status": "finished", "steps": 3, "reward_first": 0.25, "reward_last": 0.75, "wall_seconds": 62.4}
@@ -37,7 +38,7 @@ def logger(stream: Any, *, live: bool | None = None, every: int = 1) -> ConsoleL
 @pytest.mark.parametrize(("option", "schema"), [("console", Console), ("none", NoLogger), ("wandb", Wandb)])
 def test_the_yaml_has_the_settings_of_the_schema(option: str, schema: Any) -> None:
     keys = yaml.safe_load((CONF / f"{option}.yaml").read_text())
-    assert keys.pop("_target_") == f"atropos_exp.logger.{option}.{schema.__name__}"
+    assert keys.pop("_target_") == f"atropos_exp.parts.logger.{option}.{schema.__name__}"
     assert {field.name for field in fields(schema)} == set(keys)
     made = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), keys))
     assert isinstance(made, schema)
@@ -146,7 +147,7 @@ def test_settings_import_no_heavy_library() -> None:
     import subprocess
 
     code = (
-        "import sys, atropos_exp.logger.wandb, atropos_exp.logger.console, atropos_exp.logger.none;"
+        "import sys, atropos_exp.parts.logger.wandb, atropos_exp.parts.logger.console, atropos_exp.parts.logger.none;"
         "print([m for m in ('torch','wandb','rich','verl','pyarrow','omegaconf') if m in sys.modules])"
     )
     root = Path(__file__).parents[2]

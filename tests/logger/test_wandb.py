@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from atropos_exp.logger.wandb import Mode, Wandb, WandbLogger
-from atropos_exp.run_files import SampleRecord
-from atropos_exp.types import StepMetrics, UserError
+from atropos_exp.errors import UserError
+from atropos_exp.parts.logger.wandb import Mode, Wandb, WandbLogger
+from atropos_exp.types import SampleRecord, StepMetrics
 
 KEY = "0123456789abcdef" * 2 + "01234567"  # of the form that wandb accepts
 CANARY = "canary-value-in-no-upload"
@@ -145,7 +145,7 @@ def test_a_killed_run_loses_nothing(tmp_path: Path, read_wandb_offline: Callable
     script = f"""
 import sys, time
 from pathlib import Path
-from atropos_exp.logger.wandb import Mode, Wandb
+from atropos_exp.parts.logger.wandb import Mode, Wandb
 from atropos_exp.types import StepMetrics
 logger = Wandb(live=False, every=1000, mode=Mode.offline, project="p", entity=None, group=None, tags=[],
                job_type=None, init_timeout=30.0, finish_timeout=30.0, queue_size=1000).start(

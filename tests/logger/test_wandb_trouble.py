@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from atropos_exp.logger.wandb import Mode, Wandb, WandbLogger
+from atropos_exp.parts.logger.wandb import Mode, Wandb, WandbLogger
 from atropos_exp.types import StepMetrics
 
 KEY = "0123456789abcdef" * 2 + "01234567"

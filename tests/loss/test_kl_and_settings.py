@@ -12,12 +12,12 @@ import pytest
 from hydra.utils import get_class
 from omegaconf import OmegaConf
 
-from atropos_exp.loss.advantage_weighted_sft import AdvantageWeightedSFT
-from atropos_exp.loss.cispo import CISPO
-from atropos_exp.loss.dr_grpo import DrGRPO
-from atropos_exp.loss.gspo import GSPO
-from atropos_exp.loss.ppo_clip import PPOClip
-from atropos_exp.types import UserError
+from atropos_exp.errors import UserError
+from atropos_exp.parts.loss.advantage_weighted_sft import AdvantageWeightedSFT
+from atropos_exp.parts.loss.cispo import CISPO
+from atropos_exp.parts.loss.dr_grpo import DrGRPO
+from atropos_exp.parts.loss.gspo import GSPO
+from atropos_exp.parts.loss.ppo_clip import PPOClip
 
 Evaluate = Callable[..., tuple[float, Any, dict[str, float]]]
 RandomData = Callable[..., dict[str, Any]]

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from atropos_exp.loss.advantage_weighted_sft import AdvantageWeightedSFT
-from atropos_exp.loss.cispo import CISPO
-from atropos_exp.loss.dr_grpo import DrGRPO
-from atropos_exp.loss.gspo import GSPO
-from atropos_exp.loss.ppo_clip import PPOClip
+from atropos_exp.parts.loss.advantage_weighted_sft import AdvantageWeightedSFT
+from atropos_exp.parts.loss.cispo import CISPO
+from atropos_exp.parts.loss.dr_grpo import DrGRPO
+from atropos_exp.parts.loss.gspo import GSPO
+from atropos_exp.parts.loss.ppo_clip import PPOClip
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 Data = dict[str, Any]  # name -> [N, R], or None

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from atropos_exp.loss.advantage_weighted_sft import AdvantageWeightedSFT
-from atropos_exp.loss.cispo import CISPO
-from atropos_exp.loss.dr_grpo import DrGRPO
-from atropos_exp.loss.gspo import GSPO
-from atropos_exp.loss.ppo_clip import PPOClip
+from atropos_exp.parts.loss.advantage_weighted_sft import AdvantageWeightedSFT
+from atropos_exp.parts.loss.cispo import CISPO
+from atropos_exp.parts.loss.dr_grpo import DrGRPO
+from atropos_exp.parts.loss.gspo import GSPO
+from atropos_exp.parts.loss.ppo_clip import PPOClip
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 Evaluate = Callable[..., tuple[float, Array, dict[str, float]]]

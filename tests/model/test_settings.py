@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import yaml
 
-from atropos_exp.model import hf_folder
-from atropos_exp.model.hub import HubModel
-from atropos_exp.model.settings import LoraSettings
-from atropos_exp.types import UserError
+from atropos_exp.errors import UserError
+from atropos_exp.parts.model import hf_folder
+from atropos_exp.parts.model.hub import HubModel
+from atropos_exp.types import LoraSettings
 
 CONF = Path(__file__).parents[2] / "conf" / "model"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -179,7 +179,7 @@ def test_settings_are_frozen_and_light() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         model().dtype = "float32"  # type: ignore[misc]
     script = (
-        "import sys, atropos_exp.model.hub, atropos_exp.model.tiny, atropos_exp.model.smollm2\n"
+        "import sys, atropos_exp.parts.model.hub, atropos_exp.parts.model.tiny, atropos_exp.parts.model.smollm2\n"
         "heavy = {'torch', 'transformers', 'verl', 'tokenizers', 'gguf', 'huggingface_hub'}\n"
         "print(sorted(heavy & {name.split('.')[0] for name in sys.modules}))"
     )

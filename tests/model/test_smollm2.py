@@ -17,11 +17,11 @@ import pytest
 import yaml
 from synthetic_gguf import write_gguf
 
-from atropos_exp import manifest
-from atropos_exp.model import smollm2, smollm2_convert
-from atropos_exp.model.settings import LoraSettings
-from atropos_exp.model.smollm2 import SmolLM2
-from atropos_exp.types import UserError
+from atropos_exp.errors import UserError
+from atropos_exp.parts.model import smollm2, smollm2_convert
+from atropos_exp.parts.model.smollm2 import SmolLM2
+from atropos_exp.runs import manifest
+from atropos_exp.types import LoraSettings
 
 CONF = Path(__file__).parents[2] / "conf" / "model" / "smollm2_135m.yaml"
 

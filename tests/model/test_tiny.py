@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from atropos_exp.model import tiny
-from atropos_exp.model.settings import LoraSettings
-from atropos_exp.model.tiny import TinyModel
-from atropos_exp.types import UserError
+from atropos_exp.errors import UserError
+from atropos_exp.parts.model import tiny
+from atropos_exp.parts.model.tiny import TinyModel
+from atropos_exp.types import LoraSettings
 
 CONF = Path(__file__).parents[2] / "conf" / "model" / "tiny.yaml"
 

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from atropos_exp.metrics import eval_metrics
-from atropos_exp.run_files import RunFiles, SampleRecord, note_command
-from atropos_exp.summary import summarize_run
-from atropos_exp.types import StepMetrics
+from atropos_exp.parts.eval.held_out import eval_metrics
+from atropos_exp.runs.files import RunFiles, note_command
+from atropos_exp.runs.summary import summarize_run
+from atropos_exp.types import SampleRecord, StepMetrics
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def _write_run(folder: Path, *, steps: int, seed: int = 0, status: str | None = 
     files = RunFiles(folder, first_step=0)
     note_command(folder, ["python", "-m", "atropos_exp.run", f"seed={seed}"])
     (folder / "config.yaml").write_text(
-        f"name: trial\nseed: {seed}\nmodel:\n  _target_: atropos_exp.model.packaged.Packaged\n  path: tiny\n"
+        f"name: trial\nseed: {seed}\nmodel:\n  _target_: atropos_exp.parts.model.packaged.Packaged\n  path: tiny\n"
         f"trainer:\n  max_steps: {steps}\nnote: {json.dumps(text)}\n"
     )
     for step in range(steps + 1):

@@ -12,7 +12,7 @@ import pytest
 from atropos_exp.report.__main__ import main
 from atropos_exp.report.page import write_report
 from atropos_exp.report.run_data import MAX_POINTS, columns, load_run
-from atropos_exp.run_files import RunFiles
+from atropos_exp.runs.files import RunFiles
 from atropos_exp.types import StepMetrics
 
 ATTACK = "</script><script>document.title='taken'</script><img src=x onerror=\"document.title='taken'\">"

@@ -12,7 +12,8 @@ import threading
 import time
 from dataclasses import dataclass
 
-from atropos_exp.types import Prompt, UserError
+from atropos_exp.errors import UserError
+from atropos_exp.types import Prompt
 
 
 @dataclass(frozen=True, kw_only=True)

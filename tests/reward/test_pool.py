@@ -17,10 +17,11 @@ import numpy as np
 import pytest
 from processes import is_alive
 
-from atropos_exp.reward.exact import Exact
-from atropos_exp.reward.math_verify import MathVerify
-from atropos_exp.reward.pool import RewardPool
-from atropos_exp.types import Prompt, RewardFailure, UserError
+from atropos_exp.errors import UserError
+from atropos_exp.parts.reward.exact import Exact
+from atropos_exp.parts.reward.math_verify import MathVerify
+from atropos_exp.parts.reward.pool import RewardPool
+from atropos_exp.types import Prompt, RewardFailure
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPT = Prompt(
@@ -199,7 +200,7 @@ def test_kill_nine_of_the_run_leaves_no_process(tmp_path: Path) -> None:
         import sys, threading, time
         sys.path[:0] = [{str(ROOT)!r}, {str(Path(__file__).parent)!r}]
         import numpy as np, misbehaving
-        from atropos_exp.reward.pool import RewardPool
+        from atropos_exp.parts.reward.pool import RewardPool
         from atropos_exp.types import Prompt
         prompt = Prompt(prompt_id="p", data_source="p", text="", token_ids=np.zeros(1, np.int32), ground_truth="2")
         pool = RewardPool(misbehaving.Obedient(), num_workers=2, timeout_seconds=600.0)
@@ -254,8 +255,7 @@ def test_half_a_thousand_answers_take_milliseconds() -> None:
 
 
 def test_the_worker_imports_no_framework() -> None:
-    code = (
-        "import atropos_exp.reward.worker, sys; print(sorted({'torch', 'verl', 'sympy', 'hydra'} & set(sys.modules)))"
-    )
+    loaded = "sorted({'torch', 'verl', 'sympy', 'hydra'} & set(sys.modules))"
+    code = f"import atropos_exp.parts.reward.worker, sys; print({loaded})"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.stdout == "[]\n", done.stderr

@@ -14,12 +14,13 @@ import pytest
 from hydra.utils import get_class
 from omegaconf import OmegaConf
 
-from atropos_exp.reward.exact import Exact
-from atropos_exp.reward.math_verify import MathVerify
-from atropos_exp.reward.numeric import Numeric
-from atropos_exp.reward.reasoning_gym import ReasoningGym
-from atropos_exp.reward.reward_score import SAFE, RewardScore
-from atropos_exp.types import Prompt, UserError
+from atropos_exp.errors import UserError
+from atropos_exp.parts.reward.exact import Exact
+from atropos_exp.parts.reward.math_verify import MathVerify
+from atropos_exp.parts.reward.numeric import Numeric
+from atropos_exp.parts.reward.reasoning_gym import ReasoningGym
+from atropos_exp.parts.reward.reward_score import SAFE, RewardScore
+from atropos_exp.types import Prompt
 
 RUN: dict[str, Any] = {"num_workers": 1, "timeout_seconds": 5.0}
 EXACT: dict[str, Any] = {"extract": None, "last_line": False, "ignore_case": False, **RUN}

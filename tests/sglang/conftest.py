@@ -12,8 +12,8 @@ import torch
 from engines import start_random
 from random_models import random_model
 
-from atropos_exp.engine import sglang
-from atropos_exp.engine.client import EngineClient
+from atropos_exp.parts.engine import sglang
+from atropos_exp.parts.engine.servers import Servers
 
 torch.set_num_threads(1)
 PYTHON = Path(__file__).parents[2] / ".venv-sglang-cpu" / "bin" / "python"
@@ -31,7 +31,7 @@ ON_CPU = {
 
 def start_sglang(
     folder: Path, model: Any, *, faults: Path | None = None, num_ranks: int = 1, **settings: Any
-) -> EngineClient:
+) -> Servers:
     """`faults`: files in it turn on the faults of `cpu_server.py`. `num_ranks`: processes that share the model."""
     cores = sorted(os.sched_getaffinity(0))
     here = Path(__file__).parent
@@ -49,7 +49,7 @@ def start_sglang(
 
 
 @pytest.fixture(scope="session")
-def start() -> Callable[..., EngineClient]:
+def start() -> Callable[..., Servers]:
     return start_sglang
 
 
@@ -64,7 +64,7 @@ def model() -> Any:
 
 
 @pytest.fixture(scope="session")
-def engine(model: Any, faults: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineClient]:
+def engine(model: Any, faults: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
     """Serves `model` until a test publishes another one. Without a fault turned on it is the real server."""
     client = start_sglang(tmp_path_factory.mktemp("sglang"), model, faults=faults)
     yield client

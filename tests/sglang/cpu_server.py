@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from faulty_lines import SQUARE
 
-from atropos_exp.engine import sglang_loader, sglang_server
+from atropos_exp.parts.engine import sglang_loader, sglang_server
 
 do, write_answer = sglang_loader._do, sglang_loader.write_answer
 tensor = torch.tensor

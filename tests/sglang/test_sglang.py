@@ -16,10 +16,9 @@ from random_models import greedy_tokens, random_model, random_prompts
 from sampling_contract import SamplingContract, sampling
 from sync_contract import SyncContract, check_no_older_key_is_read
 
-from atropos_exp.engine.client import EngineClient
-from atropos_exp.sharding.proof import SyncError
+from atropos_exp.errors import EngineError, EngineLost, SyncError
+from atropos_exp.parts.engine.servers import Servers
 from atropos_exp.types import Finish
-from atropos_exp.wire import EngineError, EngineLost
 
 pytestmark = pytest.mark.sglang
 
@@ -30,10 +29,10 @@ class TestSampling(SamplingContract):
     test_same_request_same_tokens = None  # seeds count in SGLang's deterministic mode only, whose kernels need a GPU
 
     @pytest.fixture(autouse=True)
-    def served(self, engine: EngineClient, model: Any) -> None:
+    def served(self, engine: Servers, model: Any) -> None:
         manage(HeldModel(model), engine).publish(engine.version() + 1)
 
-    def test_a_stop_token_in_the_last_place_is_a_stop(self, engine: EngineClient, model: Any) -> None:
+    def test_a_stop_token_in_the_last_place_is_a_stop(self, engine: Servers, model: Any) -> None:
         (prompt,) = random_prompts([6], seed=9)
         (token,) = greedy_tokens(model, prompt, 1)
         greedy = sampling(temperature=0.0, max_tokens=1, stop_token_ids=(token,))
@@ -49,7 +48,7 @@ class TestFaults(FaultContract):
     loss = "the engine gave no digest of"
 
     @pytest.mark.slow
-    def test_a_weight_that_is_not_finite(self, engine: EngineClient, trainer: HeldModel) -> None:
+    def test_a_weight_that_is_not_finite(self, engine: Servers, trainer: HeldModel) -> None:
         """SGLang's sampler raises, which ends its process and with it the server: the sync fails for what the trainer
         finds itself, nothing is sampled, and a server that is started anew takes finite weights."""
         with (
@@ -64,8 +63,8 @@ class TestFaults(FaultContract):
 
     @pytest.mark.slow
     @pytest.mark.parametrize("whose", ["server", "scheduler"])
-    def test_a_process_that_is_killed(self, engine: EngineClient, trainer: HeldModel, whose: str) -> None:
-        server = psutil.Process(engine.process.pid)
+    def test_a_process_that_is_killed(self, engine: Servers, trainer: HeldModel, whose: str) -> None:
+        server = psutil.Process(engine.replicas[0].process.pid)
         below = server.children(recursive=True)
         (scheduler,) = [child for child in below if "scheduler" in " ".join(child.cmdline())]
         (server if whose == "server" else scheduler).kill()
@@ -74,14 +73,12 @@ class TestFaults(FaultContract):
         assert psutil.wait_procs(below, timeout=20)[1] == [], "SGLang's processes end with the server"
         restart_and_sync(engine, trainer)
 
-    def test_every_digest_is_of_a_resident_tensor(self, engine: EngineClient, trainer: HeldModel) -> None:
+    def test_every_digest_is_of_a_resident_tensor(self, engine: Servers, trainer: HeldModel) -> None:
         """Stacked q, k, v and gate, up included; the tied head has none of its own."""
         manage(trainer, engine).publish(engine.version() + 1)
-        assert engine.info()["num_resident_digests"] == len(list(trainer.parameters())) > 0
+        assert engine.replicas[0].info()["num_resident_digests"] == len(list(trainer.parameters())) > 0
 
-    def test_a_tensor_that_arrives_and_is_not_loaded(
-        self, engine: EngineClient, faults: Path, trainer: HeldModel
-    ) -> None:
+    def test_a_tensor_that_arrives_and_is_not_loaded(self, engine: Servers, faults: Path, trainer: HeldModel) -> None:
         """A digest of what arrived would be right, and the change is too small for the canary."""
         manage(trainer, engine).publish(engine.version() + 1)
         version = engine.version() + 1
@@ -93,16 +90,16 @@ class TestFaults(FaultContract):
             manage(trainer, engine).publish(version)
         assert_refuses_then_recovers(engine, trainer, version)
 
-    def test_a_load_that_fails_inside_is_reported(self, engine: EngineClient, faults: Path, trainer: HeldModel) -> None:
+    def test_a_load_that_fails_inside_is_reported(self, engine: Servers, faults: Path, trainer: HeldModel) -> None:
         """And SGLang lives on."""
-        restarts, version = engine.process.num_restarts, engine.version() + 1
+        restarts, version = engine.replicas[0].process.num_restarts, engine.version() + 1
         said = r"SGLang did not load model\..* \.\.: ValueError: as a test wants it"
         with turned_on(faults / "fails_inside"), pytest.raises(EngineError, match=said):
             manage(trainer, engine).publish(version)
         assert_refuses_then_recovers(engine, trainer, version)
-        assert engine.process.num_restarts == restarts and not engine.process.has_ended()
+        assert engine.replicas[0].process.num_restarts == restarts and not engine.replicas[0].process.has_ended()
 
-    def test_a_prefix_cache_that_is_not_emptied(self, engine: EngineClient, faults: Path, trainer: HeldModel) -> None:
+    def test_a_prefix_cache_that_is_not_emptied(self, engine: Servers, faults: Path, trainer: HeldModel) -> None:
         """The server finds its own prompt in the cache and refuses."""
         manage(trainer, engine).publish(engine.version() + 1)
         version = engine.version() + 1
@@ -115,7 +112,7 @@ class TestFaults(FaultContract):
         assert_refuses_then_recovers(engine, trainer, version)
 
 
-def test_no_key_or_value_of_older_weights_is_read(engine: EngineClient) -> None:
+def test_no_key_or_value_of_older_weights_is_read(engine: Servers) -> None:
     check_no_older_key_is_read(engine)
 
 
@@ -132,7 +129,7 @@ def test_answers_that_cannot_be_read(num_ranks: int, start: Any, tmp_path: Path)
         for version in (1, 2):
             trainer.disturb()
             assert manage(trainer, engine).publish(version).digests_compared == len(list(trainer.parameters()))
-            assert engine.info()["num_resident_digests"] == 0
+            assert engine.replicas[0].info()["num_resident_digests"] == 0
         (tmp_path / "faults" / "fails_inside").touch()
         with pytest.raises(EngineLost):
             manage(trainer, engine).publish(3)
@@ -141,7 +138,7 @@ def test_answers_that_cannot_be_read(num_ranks: int, start: Any, tmp_path: Path)
 
 
 @pytest.mark.timeout(600)
-def test_fifty_syncs_keep_nothing(engine: EngineClient) -> None:
+def test_fifty_syncs_keep_nothing(engine: Servers) -> None:
     """No file of shared memory stays open or mapped, in the server or in SGLang's processes, and no memory grows. The
     first 150 syncs take 10 MB for good, fewer each time; a leak would go on."""
     trainer = HeldModel(random_model(seed=6))
@@ -158,10 +155,10 @@ def test_fifty_syncs_keep_nothing(engine: EngineClient) -> None:
         seen.append(sync(50))
     assert seen[-1]["files"] <= seen[0]["files"] and seen[-1]["shared"] <= seen[0]["shared"]
     assert seen[-1]["bytes"] < seen[-2]["bytes"] + (2 << 20), seen
-    assert set(engine.info()["update_seconds"]) == {"prefixes", "copy", "load", "digests", "flush"}
+    assert set(engine.replicas[0].info()["update_seconds"]) == {"prefixes", "copy", "load", "digests", "flush"}
 
 
-def restart_and_sync(engine: EngineClient, trainer: HeldModel) -> None:
+def restart_and_sync(engine: Servers, trainer: HeldModel) -> None:
     engine.restart()
     with pytest.raises(EngineError, match="started anew and not synced yet"):
         engine.check()
@@ -169,9 +166,9 @@ def restart_and_sync(engine: EngineClient, trainer: HeldModel) -> None:
     engine.check()
 
 
-def held(engine: EngineClient) -> dict[str, int]:
+def held(engine: Servers) -> dict[str, int]:
     """By the server and the processes below it: open files, mapped files of shared memory, resident bytes."""
-    server = psutil.Process(engine.process.pid)
+    server = psutil.Process(engine.replicas[0].process.pid)
     processes = [server, *server.children(recursive=True)]
     maps = [Path(f"/proc/{process.pid}/maps").read_text() for process in processes]
     return {

@@ -9,18 +9,18 @@ import pytest
 from engines import start_random
 from random_models import random_model
 
-from atropos_exp.engine.client import EngineClient
+from atropos_exp.parts.engine.servers import Servers
 
 start_hf = partial(start_random, "hf", max_length=32)
 
 
 @pytest.fixture(scope="session")
-def start() -> Callable[..., EngineClient]:
+def start() -> Callable[..., Servers]:
     return start_hf
 
 
 @pytest.fixture(scope="session")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineClient]:
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
     client = start_hf(tmp_path_factory.mktemp("tied"), random_model())
     yield client
     client.stop()

@@ -13,7 +13,7 @@ from faulty_lines import BreaksHalfWay, Bucket
 from publishing import HeldModel, manage
 from random_models import random_model
 
-from atropos_exp.wire import EngineError
+from atropos_exp.errors import EngineError
 
 
 class TestFaults(FaultContract):
@@ -27,7 +27,7 @@ def test_a_server_killed_half_way(tmp_path: Path, start: Any) -> None:
     class KillsHalfWay(BreaksHalfWay):
         def receive(self, bucket: Bucket) -> None:
             if self.num_left == 0:
-                os.kill(engine.process.pid, signal.SIGKILL)
+                os.kill(engine.replicas[0].process.pid, signal.SIGKILL)
                 self.num_left = 1000
             super().receive(bucket)
 

@@ -11,7 +11,7 @@ from publishing import HeldModel, manage
 from random_models import random_model
 
 from atropos_exp.types import SamplingParams
-from atropos_exp.wire_tensors import digest
+from atropos_exp.weights.digest import digest
 
 
 @pytest.mark.gpu
@@ -23,7 +23,7 @@ def test_a_gpu_server_is_synced_and_samples(tmp_path: Path, start: Any) -> None:
         stats = manage(trainer, engine, tolerance=None).publish(1)
         assert stats.canary_gap_max < 0.2
         parameters = dict(trainer.model.named_parameters())
-        assert engine.digests() == {name: digest(tensor.bfloat16()) for name, tensor in parameters.items()}
+        assert engine.replicas[0].digests() == {name: digest(tensor.bfloat16()) for name, tensor in parameters.items()}
         prompts = [np.arange(3, 3 + length, dtype=np.int32) for length in (2, 9)]
         params = SamplingParams(temperature=0.8, top_p=0.9, top_k=20, max_tokens=6, stop_token_ids=(2,), seed=0)
         for prompt, group in zip(prompts, engine.generate(prompts, params, num_samples=16), strict=True):

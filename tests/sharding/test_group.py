@@ -17,38 +17,37 @@ from faulty_lines import SQUARE, TransposesOne
 from publishing import HeldModel, manage
 from random_models import random_model
 
-from atropos_exp.engine.client import EngineClient
-from atropos_exp.engine.group import Group, GroupError, GroupSource, Transfer, store_file
-from atropos_exp.ranks import Ranks
-from atropos_exp.sharding.proof import SyncError
-from atropos_exp.sharding.resync import Resync
-from atropos_exp.wire import EngineError, EngineLost
-from atropos_exp.wire_tensors import digest
+from atropos_exp.assembly.resync import Resync
+from atropos_exp.errors import EngineError, EngineLost, SyncError
+from atropos_exp.parts.engine.servers import Servers
+from atropos_exp.processes.ranks import Ranks
+from atropos_exp.weights.digest import digest
+from atropos_exp.weights.group import Group, GroupError, GroupSource, Transfer, store_file
 
 ALONE = Ranks(rank=0, world_size=1)
 
 
 @pytest.fixture(scope="module")
-def engine(start: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineClient]:
+def engine(start: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
     model = random_model(seed=0)
     client = start(tmp_path_factory.mktemp("gloo"), model, transport="gloo", health_timeout_seconds=3.0)
     yield client
     client.stop()
 
 
-def test_weights_arrive_bit_for_bit(engine: EngineClient) -> None:
+def test_weights_arrive_bit_for_bit(engine: Servers) -> None:
     trainer = HeldModel(random_model(seed=1))
     for bucket_bytes in (1, 40_000, 1 << 30):  # a tensor a bucket, some, all in one: a longer one than before
         trainer.disturb()
         version = engine.version() + 1
         stats = manage(trainer, engine, bucket_bytes=bucket_bytes).publish(version)
         parameters = dict(trainer.model.named_parameters())
-        assert engine.digests() == {name: digest(tensor) for name, tensor in parameters.items()}
+        assert engine.replicas[0].digests() == {name: digest(tensor) for name, tensor in parameters.items()}
         assert stats.num_tensors == stats.digests_compared == len(parameters)
         assert stats.canary_gap_max < 1e-5
 
 
-def test_a_fault_on_the_line_is_caught(engine: EngineClient) -> None:
+def test_a_fault_on_the_line_is_caught(engine: Servers) -> None:
     trainer = HeldModel(random_model(seed=2))
     version = engine.version() + 1
     with pytest.raises(SyncError, match=rf"other bits than were sent of {SQUARE} \(1 tensors differ\)"):
@@ -59,7 +58,7 @@ def test_a_fault_on_the_line_is_caught(engine: EngineClient) -> None:
     engine.check()
 
 
-def test_a_refused_bucket_leaves_nobody_waiting(engine: EngineClient) -> None:
+def test_a_refused_bucket_leaves_nobody_waiting(engine: Servers) -> None:
     trainer = HeldModel(random_model(seed=2))
     version = engine.version() + 1
     name, tensor = next(iter(trainer.parameters()))
@@ -72,7 +71,7 @@ def test_a_refused_bucket_leaves_nobody_waiting(engine: EngineClient) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["kill", "stop"])
-def test_a_server_lost_in_the_middle_of_a_bucket(engine: EngineClient, number: int) -> None:
+def test_a_server_lost_in_the_middle_of_a_bucket(engine: Servers, number: int) -> None:
     """It has been told of the bucket and has not read it: the sender is not left waiting for it."""
     trainer = HeldModel(random_model(seed=3))
     manage(trainer, engine).publish(engine.version() + 1)  # the group exists
@@ -86,7 +85,7 @@ def test_a_server_lost_in_the_middle_of_a_bucket(engine: EngineClient, number: i
         def __call__(self, buffer: Any) -> None:
             self.num_sent += 1
             if self.num_sent == 2:
-                os.kill(engine.process.pid, number)
+                os.kill(engine.replicas[0].process.pid, number)
 
     loses = Loses()
     resync = Resync(manage(trainer, engine, bucket_bytes=1), engine, ALONE, max_restarts=1)
@@ -111,7 +110,7 @@ def test_a_lost_server_without_a_restart(start: Any, tmp_path: Path) -> None:
     engine = start(tmp_path, random_model(seed=0), transport="gloo")
     try:
         trainer = HeldModel(random_model(seed=1))
-        os.kill(engine.process.pid, signal.SIGKILL)
+        os.kill(engine.replicas[0].process.pid, signal.SIGKILL)
         with pytest.raises(EngineLost, match="killed by SIGKILL"):
             manage(trainer, engine).publish(1)
     finally:
@@ -153,7 +152,7 @@ def test_a_process_ends_well_after_its_groups(tmp_path: Path) -> None:
         "engine = start_random('hf', Path(sys.argv[2]), random_model(), max_length=32, transport='gloo')\n"
         "trainer = HeldModel(random_model(seed=1))\n"
         "manage(trainer, engine).publish(1)\n"
-        "os.kill(engine.process.pid, 9)\n"
+        "os.kill(engine.replicas[0].process.pid, 9)\n"
         "try:\n"
         "    manage(trainer, engine).publish(2)\n"
         "except RuntimeError as error:\n"

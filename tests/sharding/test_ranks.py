@@ -122,7 +122,7 @@ def main(rank: int, meeting: str) -> None:
     """One rank: a sync under each fault of FAULTS, its outcome printed as a line."""
     import torch.distributed as dist
 
-    from atropos_exp.sharding.manager import ShardingManager
+    from atropos_exp.weights.publisher import ShardingManager
 
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
     for fails_at in FAULTS:

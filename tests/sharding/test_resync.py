@@ -12,10 +12,10 @@ import pytest
 from publishing import HeldModel, manage
 from random_models import random_model
 
-from atropos_exp.ranks import Ranks
-from atropos_exp.sharding.resync import Resync, ResyncedEvaluator, ResyncedSource
+from atropos_exp.assembly.resync import Resync, ResyncedEvaluator, ResyncedSource
+from atropos_exp.errors import EngineError, EngineLost
+from atropos_exp.processes.ranks import Ranks
 from atropos_exp.types import SamplingParams
-from atropos_exp.wire import EngineError, EngineLost
 
 GREEDY = SamplingParams(temperature=0.0, top_p=1.0, top_k=0, max_tokens=8, stop_token_ids=(), seed=0)
 PROMPT = np.array([3, 1, 4, 1, 5], dtype=np.int32)
@@ -52,7 +52,7 @@ class Once:
     def __call__(self) -> None:
         if not self.done:
             self.done = True
-            os.kill(self.engine.process.pid, self.number)
+            os.kill(self.engine.replicas[0].process.pid, self.number)
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
@@ -64,20 +64,20 @@ def test_a_lost_engine_samples_from_the_published_weights_again(tmp_path: Path, 
         resync = Resync(publisher, engine, ALONE, max_restarts=2)
         resync.publish(3)
         ((before,),) = engine.generate([PROMPT], GREEDY, num_samples=1)
-        first, address = engine.process.pid, engine.process.address
+        first, address = engine.replicas[0].process.pid, engine.replicas[0].process.address
 
         source = ResyncedSource(CountingSource(engine, Once(engine, number)), resync)
         (((sample,),), position) = source.take(4, step=4)
         assert position == 4, "the step was undone before it was sampled again"
-        assert engine.process.pid != first and engine.process.address == address
+        assert engine.replicas[0].process.pid != first and engine.replicas[0].process.address == address
         assert sample.token_ids.tolist() == before.token_ids.tolist() and sample.policy_version == 3
         assert source.counters() == {"engine/restarts": 1}
         assert publisher.num_syncs == publisher.num_verified == 2
 
         evaluate = ResyncedEvaluator(lambda version: {"x": float(engine.version())}, resync, ALONE)
-        os.kill(engine.process.pid, number)
+        os.kill(engine.replicas[0].process.pid, number)
         assert evaluate(3) == {"x": 3.0}
-        os.kill(engine.process.pid, number)
+        os.kill(engine.replicas[0].process.pid, number)
         with pytest.raises(EngineLost) as raised:  # the third time, of two
             source.take(4, step=5)
         assert "started anew 2 times (engine.max_restarts)" in raised.value.__notes__[0]

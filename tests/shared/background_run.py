@@ -11,14 +11,14 @@ import pytest
 from experiments import ROOT, command, environment, metrics
 from processes import command_line, descendants
 
-from atropos_exp.journal import Journal, read_journal
+from atropos_exp.runs.journal import Journal, read_journal
 
 PROGRAMS = {
     "atroposlib.cli.run_api": "api",
-    "atropos_exp.atropos.envs.single_turn": "environment",
-    "atropos_exp.gateway.server": "gateway",
-    "atropos_exp.engine.hf_server": "engine",
-    "atropos_exp.engine.vllm_server": "engine",
+    "atropos_exp.envs.single_turn": "environment",
+    "atropos_exp.parts.gateway.server": "gateway",
+    "atropos_exp.parts.engine.hf.server": "engine",
+    "atropos_exp.parts.engine.vllm.server": "engine",
 }
 
 

@@ -15,8 +15,8 @@ from typing import Any
 
 import yaml
 
-from atropos_exp.config_origin import CONF_DIR
-from atropos_exp.engine.client import EngineClient
+from atropos_exp.config.origin import CONF_DIR
+from atropos_exp.parts.engine.servers import Servers
 
 
 def engine_settings(option: str, **changes: Any) -> Any:
@@ -34,18 +34,18 @@ def start_engine(
     device: str = "cpu",
     adapter: Any = None,
     **changes: Any,
-) -> EngineClient:
+) -> Servers:
     """`adapter`: rank and target modules of LoRA matrices that it is sent by themselves."""
     model: dict[str, Any] = {} if adapter is None else {"lora": adapter}
     if adapter is not None:
         changes["lora"] = "adapter"
-    client: EngineClient = engine_settings(option, **changes).start(
+    client: Servers = engine_settings(option, **changes).start(
         model_folder=model_folder, device=device, log_folder=log_folder, max_sequence_length=max_length, **model
     )
     return client
 
 
-def start_random(option: str, folder: Path, model: Any, *, max_length: int, **changes: Any) -> EngineClient:
+def start_random(option: str, folder: Path, model: Any, *, max_length: int, **changes: Any) -> Servers:
     """A float32 server of this model; its files and logs are in `folder`."""
     model.save_pretrained(folder / "model")
     return start_engine(option, folder, folder / "model", max_length=max_length, **{"dtype": "float32", **changes})
@@ -71,5 +71,5 @@ def first_number(parent: subprocess.Popen[str]) -> int:
 
 if __name__ == "__main__":
     client = start_engine(sys.argv[1], Path(sys.argv[3]), Path(sys.argv[2]), max_length=32)
-    print(client.process.pid, flush=True)
+    print(client.replicas[0].process.pid, flush=True)
     time.sleep(600)

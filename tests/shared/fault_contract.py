@@ -20,12 +20,11 @@ from faulty_lines import (
 from publishing import CANARY, HeldModel, manage
 from random_models import random_model
 
-from atropos_exp.engine.client import EngineClient
-from atropos_exp.sharding.proof import SyncError
-from atropos_exp.wire import EngineError
+from atropos_exp.errors import EngineError, SyncError
+from atropos_exp.parts.engine.servers import Servers
 
 
-def assert_refuses_then_recovers(engine: EngineClient, trainer: HeldModel, version: int) -> None:
+def assert_refuses_then_recovers(engine: Servers, trainer: HeldModel, version: int) -> None:
     for refused in (engine.check, lambda: engine.score(CANARY, temperature=1.0)):
         with pytest.raises(EngineError, match=f"answered 409: weights incomplete: update to version {version} interr"):
             refused()
@@ -54,7 +53,7 @@ class FaultContract:
     def trainer(self) -> HeldModel:
         return HeldModel(random_model(seed=7))
 
-    def test_a_skipped_tensor(self, engine: EngineClient, trainer: HeldModel) -> None:
+    def test_a_skipped_tensor(self, engine: Servers, trainer: HeldModel) -> None:
         """Lost on the line (only the engine's digests know), and never given by the trainer."""
         version = engine.version() + 1
         with pytest.raises(SyncError, match=f"{self.loss} {SQUARE}"):
@@ -69,7 +68,7 @@ class FaultContract:
             manage(Forgets(trainer.model), engine).publish(version + 1)
         assert_refuses_then_recovers(engine, trainer, version + 1)
 
-    def test_the_engine_itself_misses_a_skipped_tensor(self, engine: EngineClient, trainer: HeldModel) -> None:
+    def test_the_engine_itself_misses_a_skipped_tensor(self, engine: Servers, trainer: HeldModel) -> None:
         version = engine.version() + 1
         with (
             pytest.raises(EngineError, match=rf"update to version {version} misses {SQUARE} of \d+ tensors"),
@@ -78,7 +77,7 @@ class FaultContract:
             receiver.receive([(name, tensor) for name, tensor in trainer.parameters() if name != SQUARE])
         assert_refuses_then_recovers(engine, trainer, version)
 
-    def test_a_transposed_tensor(self, engine: EngineClient, trainer: HeldModel) -> None:
+    def test_a_transposed_tensor(self, engine: Servers, trainer: HeldModel) -> None:
         """On the line the digest names it. In the trainer's hands, before any digest, the canary sees it."""
         assert len(set(trainer.model.get_parameter(SQUARE).shape)) == 1
         version = engine.version() + 1
@@ -94,7 +93,7 @@ class FaultContract:
             manage(Transposes(trainer.model), engine).publish(version + 1)
         assert_refuses_then_recovers(engine, trainer, version + 1)
 
-    def test_stale_weights_under_a_new_version(self, engine: EngineClient, trainer: HeldModel) -> None:
+    def test_stale_weights_under_a_new_version(self, engine: Servers, trainer: HeldModel) -> None:
         manage(trainer, engine).publish(engine.version() + 1)
         stale = DeliversOld(engine, trainer.model)
         trainer.disturb()
@@ -103,7 +102,7 @@ class FaultContract:
             manage(trainer, stale).publish(version)
         assert_refuses_then_recovers(engine, trainer, version)
 
-    def test_the_canary_alone_catches_stale_weights(self, engine: EngineClient, trainer: HeldModel) -> None:
+    def test_the_canary_alone_catches_stale_weights(self, engine: Servers, trainer: HeldModel) -> None:
         """With an engine that accepts everything, counts a version up and cannot give digests."""
         manage(trainer, engine).publish(engine.version() + 1)
         stale = DeliversOldAndCannotTell(engine, trainer.model)
@@ -115,7 +114,7 @@ class FaultContract:
             manage(trainer, stale).publish(version + 1)
         assert_refuses_then_recovers(engine, trainer, version + 1)
 
-    def test_a_version_that_did_not_change(self, engine: EngineClient, trainer: HeldModel) -> None:
+    def test_a_version_that_did_not_change(self, engine: Servers, trainer: HeldModel) -> None:
         line: Any = FaultyLine(engine)
         version = engine.version() + 1
         line.version = lambda: version - 1
@@ -123,7 +122,7 @@ class FaultContract:
             manage(trainer, line).publish(version)
         assert_refuses_then_recovers(engine, trainer, version)
 
-    def test_an_interruption_half_way(self, engine: EngineClient, trainer: HeldModel) -> None:
+    def test_an_interruption_half_way(self, engine: Servers, trainer: HeldModel) -> None:
         version = engine.version() + 1
         with pytest.raises(ConnectionError, match="the line is cut"):
             manage(trainer, BreaksHalfWay(engine), bucket_bytes=1).publish(version)
@@ -134,7 +133,7 @@ class FaultContract:
             engine.check()
         assert_refuses_then_recovers(engine, trainer, version)
 
-    def test_a_weight_that_is_not_finite(self, engine: EngineClient, trainer: HeldModel) -> None:
+    def test_a_weight_that_is_not_finite(self, engine: Servers, trainer: HeldModel) -> None:
         """In the trainer, and on the way from it."""
         version = engine.version() + 1
         with (

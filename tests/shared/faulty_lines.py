@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from atropos_exp.engine.client import EngineClient
+from atropos_exp.parts.engine.servers import Servers
 
 Bucket = Sequence[tuple[str, torch.Tensor]]
 SQUARE = "model.layers.1.self_attn.q_proj.weight"
@@ -18,7 +18,7 @@ MATRIX = "model.layers.1.self_attn.q_proj.lora_B.weight"
 class FaultyLine:
     """An engine, but with a faulty line for weights in front of it. Everything else is the real server's."""
 
-    def __init__(self, engine: EngineClient) -> None:
+    def __init__(self, engine: Servers) -> None:
         self._engine = engine
         self.dtype, self.version, self.score = engine.dtype, engine.version, engine.score
         self.transfers_on_device = engine.transfers_on_device
@@ -64,7 +64,7 @@ class TransposesOne(FaultyLine):
 class DeliversOld(FaultyLine):
     """The new version arrives with the weights of the last one, or with those of a given model."""
 
-    def __init__(self, engine: EngineClient, old: Any) -> None:
+    def __init__(self, engine: Servers, old: Any) -> None:
         super().__init__(engine)
         self.old = {name: tensor.clone() for name, tensor in old.named_parameters()}
 
@@ -78,7 +78,7 @@ class DeliversOldAndCannotTell(DeliversOld):
 
 
 class BreaksHalfWay(FaultyLine):
-    def __init__(self, engine: EngineClient) -> None:
+    def __init__(self, engine: Servers) -> None:
         super().__init__(engine)
         self.num_left = 3
 

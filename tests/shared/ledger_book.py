@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from atropos_exp.gateway.ledger import Ledger
+from atropos_exp.errors import EngineError
+from atropos_exp.parts.gateway.ledger import Ledger
 from atropos_exp.types import Floats, Mask, Provenance, TokenIds
-from atropos_exp.wire import EngineError
 
 
 class Book:

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from random_models import plain_logprobs, random_prompts
 
-from atropos_exp.sharding.manager import ShardingManager
 from atropos_exp.types import Floats, TokenIds, TrainBatch, UpdateStats
+from atropos_exp.weights.publisher import ShardingManager
 
 CANARY = random_prompts([4, 9, 6], seed=5)
 

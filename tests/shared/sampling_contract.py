@@ -9,8 +9,9 @@ import pytest
 import torch
 from random_models import VOCAB, completion_logprobs, greedy_tokens, plain_logits, plain_logprobs, random_prompts
 
-from atropos_exp.engine.client import EngineClient
-from atropos_exp.types import Finish, Sample, SamplingParams, UserError
+from atropos_exp.errors import UserError
+from atropos_exp.parts.engine.servers import Servers
+from atropos_exp.types import Finish, Sample, SamplingParams
 
 
 def sampling(**changes: Any) -> SamplingParams:
@@ -29,7 +30,7 @@ class SamplingContract:
     max_length: int  # of the engine's sequences
 
     @pytest.mark.parametrize("temperature", [1.0, 0.7])
-    def test_samples_carry_what_the_trainer_needs(self, engine: EngineClient, model: Any, temperature: float) -> None:
+    def test_samples_carry_what_the_trainer_needs(self, engine: Servers, model: Any, temperature: float) -> None:
         prompts = random_prompts([5, 1, 9])
         params = sampling(temperature=temperature)
         groups = engine.generate(prompts, params, num_samples=8)
@@ -48,7 +49,7 @@ class SamplingContract:
                 finishes.add(sample.finish)
         assert finishes == {Finish.STOP, Finish.LENGTH}
 
-    def test_same_request_same_tokens(self, engine: EngineClient) -> None:
+    def test_same_request_same_tokens(self, engine: Servers) -> None:
         prompts = random_prompts([5, 7])
         first = engine.generate(prompts, sampling(), num_samples=16)
         again = engine.generate(prompts, sampling(), num_samples=16)
@@ -58,7 +59,7 @@ class SamplingContract:
         assert ids(engine.generate(prompts, sampling(seed=2), num_samples=16)) != ids(first)
         assert len({tuple(tokens) for tokens in ids(first)[0]}) > 10  # samples of one prompt differ
 
-    def test_greedy_tokens_are_those_of_transformers(self, engine: EngineClient, model: Any) -> None:
+    def test_greedy_tokens_are_those_of_transformers(self, engine: Servers, model: Any) -> None:
         greedy = sampling(temperature=0.0, max_tokens=16, stop_token_ids=())
         for prompt in random_prompts([4, 12], seed=5):
             ((sample,),) = engine.generate([prompt], greedy, num_samples=1)
@@ -69,7 +70,7 @@ class SamplingContract:
 
     @pytest.mark.parametrize("changes", [{"top_p": 0.7}, {"top_k": 5}, {"top_p": 0.9, "top_k": 10}], ids=str)
     def test_logprobs_of_truncated_sampling_are_of_the_whole_distribution(
-        self, engine: EngineClient, model: Any, changes: dict[str, Any]
+        self, engine: Servers, model: Any, changes: dict[str, Any]
     ) -> None:
         (prompt,) = random_prompts([6], seed=2)
         params = sampling(temperature=0.8, max_tokens=8, stop_token_ids=(), **changes)
@@ -84,7 +85,7 @@ class SamplingContract:
                 assert int((logits > own).sum(dim=1).max()) < changes["top_k"]
 
     @pytest.mark.parametrize("temperature", [1.0, 0.6, 2.0])
-    def test_scores_are_the_trainers(self, engine: EngineClient, model: Any, temperature: float) -> None:
+    def test_scores_are_the_trainers(self, engine: Servers, model: Any, temperature: float) -> None:
         sequences = random_prompts([2, 30, 7, 1, self.max_length], seed=4)
         scored = engine.score(sequences, temperature=temperature)
         assert len(scored[3]) == 0
@@ -92,15 +93,17 @@ class SamplingContract:
             expected = plain_logprobs(model, sequence, temperature)
             np.testing.assert_allclose(found, expected, atol=self.tolerance)
 
-    def test_the_likeliest_tokens_of_every_place(self, engine: EngineClient, model: Any) -> None:
+    def test_the_likeliest_tokens_of_every_place(self, engine: Servers, model: Any) -> None:
         (sequence,) = random_prompts([9], seed=8)
-        logprobs, top_ids, top_logprobs = engine.score_top(sequence, temperature=0.7, num_top=3)
+        message = {"token_ids": sequence, "lengths": np.array([len(sequence)]), "temperature": 0.7, "num_top": 3}
+        found = engine.replicas[0].exchange("/score", message, what="the likeliest tokens")
+        logprobs, top_ids, top_logprobs = found["logprobs"], found["top_token_ids"], found["top_logprobs"]
         np.testing.assert_allclose(logprobs, plain_logprobs(model, sequence, 0.7), atol=self.tolerance)
         top = torch.log_softmax(plain_logits(model, sequence)[:-1] / 0.7, dim=-1).topk(3, dim=-1)
         assert top_ids.tolist() == top.indices.tolist()
         np.testing.assert_allclose(top_logprobs, top.values, atol=self.tolerance)
 
-    def test_wrong_requests_are_refused_with_the_reason(self, engine: EngineClient) -> None:
+    def test_wrong_requests_are_refused_with_the_reason(self, engine: Servers) -> None:
         (prompt,) = random_prompts([4])
         length, most = self.max_length - 5, self.max_length - 6
         cases: list[tuple[Any, dict[str, Any], str]] = [

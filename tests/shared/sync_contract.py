@@ -12,10 +12,10 @@ import pytest
 from publishing import HeldModel, manage
 from random_models import completion_logprobs, greedy_tokens, random_model, random_prompts
 
-from atropos_exp.engine.client import EngineClient
+from atropos_exp.errors import EngineError
+from atropos_exp.parts.engine.servers import Servers
 from atropos_exp.types import SamplingParams
-from atropos_exp.wire import EngineError
-from atropos_exp.wire_tensors import digest
+from atropos_exp.weights.digest import digest
 
 GREEDY = SamplingParams(temperature=0.0, top_p=1.0, top_k=0, max_tokens=8, stop_token_ids=(), seed=0)
 PROMPT = np.array([3, 1, 4, 1, 5], dtype=np.int32)
@@ -26,7 +26,7 @@ class SyncContract:
 
     tolerance: float  # nats, of a logprob
 
-    def test_tied_weights_arrive_bit_for_bit(self, engine: EngineClient) -> None:
+    def test_tied_weights_arrive_bit_for_bit(self, engine: Servers) -> None:
         trainer = HeldModel(random_model(seed=1))
         for bucket_bytes in (1, 40_000, 1 << 30):  # a tensor a bucket, some, all in one
             trainer.disturb()
@@ -35,7 +35,7 @@ class SyncContract:
             stats = manager.publish(version)
             parameters = dict(trainer.model.named_parameters())
             assert "lm_head.weight" not in parameters
-            assert engine.digests() == {name: digest(tensor) for name, tensor in parameters.items()}
+            assert engine.replicas[0].digests() == {name: digest(tensor) for name, tensor in parameters.items()}
             assert stats.policy_version == version == engine.version()
             assert stats.num_tensors == stats.digests_compared == len(parameters)
             assert stats.num_bytes == sum(tensor.numel() * 4 for tensor in parameters.values())
@@ -43,7 +43,7 @@ class SyncContract:
             assert stats.seconds > 0 and stats.proof_seconds > 0
             assert manager.num_syncs == manager.num_verified == 1
 
-    def test_the_engine_samples_from_the_new_weights(self, engine: EngineClient) -> None:
+    def test_the_engine_samples_from_the_new_weights(self, engine: Servers) -> None:
         trainer = HeldModel(random_model(seed=2))
         version = engine.version() + 1
         manage(trainer, engine).publish(version)
@@ -51,10 +51,10 @@ class SyncContract:
         assert sample.token_ids.tolist() == greedy_tokens(trainer.model, PROMPT, GREEDY.max_tokens)
         assert sample.policy_version == version
 
-    def test_a_tied_head_may_come_under_its_own_name_if_equal(self, engine: EngineClient) -> None:
+    def test_a_tied_head_may_come_under_its_own_name_if_equal(self, engine: Servers) -> None:
         check_tied_head_under_its_own_name(engine)
 
-    def test_requests_during_an_update_wait_for_its_weights(self, engine: EngineClient) -> None:
+    def test_requests_during_an_update_wait_for_its_weights(self, engine: Servers) -> None:
         trainer = HeldModel(random_model(seed=5))
         version = engine.version() + 1
         with ThreadPoolExecutor(1) as background:
@@ -63,7 +63,7 @@ class SyncContract:
                 receiver.receive(parameters[:5])
                 waiting = background.submit(engine.generate, [PROMPT], GREEDY, num_samples=1)
                 deadline = time.monotonic() + 60
-                while engine.info()["num_waiting"] == 0:
+                while engine.replicas[0].info()["num_waiting"] == 0:
                     assert time.monotonic() < deadline, "waited 60 s for the request to reach the server"
                     time.sleep(0.02)
                 assert not waiting.done()
@@ -73,7 +73,7 @@ class SyncContract:
         expected = completion_logprobs(trainer.model, PROMPT, sample.token_ids)
         np.testing.assert_allclose(sample.logprobs, expected, atol=self.tolerance)
 
-    def test_versions_do_not_go_back(self, engine: EngineClient) -> None:
+    def test_versions_do_not_go_back(self, engine: Servers) -> None:
         trainer = HeldModel(random_model(seed=4))
         version = engine.version() + 5
         manage(trainer, engine).publish(version)
@@ -91,7 +91,9 @@ class SyncContract:
             stats = manage(trainer, engine, tolerance=None).publish(1)
             parameters = dict(trainer.model.named_parameters())
             assert "lm_head.weight" in parameters
-            assert engine.digests() == {name: digest(tensor.bfloat16()) for name, tensor in parameters.items()}
+            assert engine.replicas[0].digests() == {
+                name: digest(tensor.bfloat16()) for name, tensor in parameters.items()
+            }
             assert stats.num_bytes == sum(tensor.numel() * 2 for tensor in parameters.values())
             assert 1e-5 < stats.canary_gap_max < 0.2
             trainer.disturb()
@@ -101,7 +103,7 @@ class SyncContract:
         assert {path.name for path in tmp_path.iterdir()} == {"model", "engine.log"}
 
 
-def check_tied_head_under_its_own_name(engine: EngineClient) -> None:
+def check_tied_head_under_its_own_name(engine: Servers) -> None:
     model = random_model(seed=3)
 
     class WithHead(HeldModel):
@@ -125,7 +127,7 @@ def check_tied_head_under_its_own_name(engine: EngineClient) -> None:
     engine.check()
 
 
-def check_no_older_key_is_read(engine: EngineClient) -> tuple[dict[str, Any], dict[str, Any]]:
+def check_no_older_key_is_read(engine: Servers) -> tuple[dict[str, Any], dict[str, Any]]:
     """A prompt is in the prefix cache when the weights change. What the engine said of itself before and after."""
     (prompt,) = random_prompts([280], seed=21)
     trainer = HeldModel(random_model(seed=2))
@@ -133,10 +135,10 @@ def check_no_older_key_is_read(engine: EngineClient) -> tuple[dict[str, Any], di
     for _ in range(2):
         ((old,),) = engine.generate([prompt], GREEDY, num_samples=1)
     trainer.disturb(0.1)
-    before = engine.info()
+    before = engine.replicas[0].info()
     manage(trainer, engine).publish(engine.version() + 1)
     ((new,),) = engine.generate([prompt], GREEDY, num_samples=1)
-    after = engine.info()
+    after = engine.replicas[0].info()
     assert after["num_cache_proofs"] == before["num_cache_proofs"] + 1
     expected = completion_logprobs(trainer.model, prompt, new.token_ids)
     np.testing.assert_allclose(new.logprobs, expected, atol=1e-4)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from experiments import SMALL, final_state, metrics
 
-from atropos_exp.cluster.slurm_attempts import read_attempts
+from atropos_exp.parts.cluster.slurm.attempts import read_attempts
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = Path(__file__).with_name("slurm_up.sh")

@@ -14,12 +14,12 @@ from experiments import SMALL, summary
 from hydra import compose, initialize_config_dir
 from slurm_cluster import Cluster, output
 
-from atropos_exp.cluster import slurm_jobs
-from atropos_exp.cluster.slurm_attempts import read_attempts
-from atropos_exp.cluster.slurm_jobs import JobSpec, cancel, states, submit
-from atropos_exp.config import build
-from atropos_exp.config_origin import CONF_DIR
-from atropos_exp.config_save import freeze_config
+from atropos_exp.config.build import build
+from atropos_exp.config.freeze import freeze_config
+from atropos_exp.config.origin import CONF_DIR
+from atropos_exp.parts.cluster import slurm_jobs
+from atropos_exp.parts.cluster.slurm.attempts import read_attempts
+from atropos_exp.parts.cluster.slurm.jobs import JobSpec, cancel, states, submit
 
 
 @pytest.fixture

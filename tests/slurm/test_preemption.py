@@ -11,7 +11,7 @@ import pytest
 from experiments import summary
 from slurm_cluster import Cluster, assert_same, ends, last_step, output
 
-from atropos_exp.cluster.slurm_attempts import read_attempts
+from atropos_exp.parts.cluster.slurm.attempts import read_attempts
 
 NUM_PREEMPTIONS = 10
 NUM_STEPS = 100

@@ -132,8 +132,8 @@ def test_two_nodes_with_two_ranks_each(cluster: Cluster, tmp_path: Path, local: 
 
 def test_every_process_gets_its_place_and_the_devices_that_slurm_gave(cluster: Cluster, tmp_path: Path) -> None:
     """Two jobs side by side on one node, so that the second one's devices are not the first ones of the machine."""
-    from atropos_exp.cluster.slurm_jobs import JobSpec, submit
-    from atropos_exp.config import build
+    from atropos_exp.config.build import build
+    from atropos_exp.parts.cluster.slurm.jobs import JobSpec, submit
 
     code = (
         "import os, pathlib, sys, time\n"
@@ -187,7 +187,7 @@ def test_what_slurm_refuses_is_said_in_its_words(cluster: Cluster, tmp_path: Pat
 def plain_settings() -> dict[str, object]:
     import yaml
 
-    from atropos_exp.config_origin import CONF_DIR
+    from atropos_exp.config.origin import CONF_DIR
 
     found: dict[str, object] = yaml.safe_load((CONF_DIR / "cluster" / "slurm.yaml").read_text())
     return found

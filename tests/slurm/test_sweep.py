@@ -16,7 +16,7 @@ from experiments import final_state, metrics, run, summary
 from page_text import Text, expected_comparison
 from slurm_cluster import ON_SLURM, ROOT, Cluster, ends, last_step, output, rank_pid
 
-from atropos_exp.cluster.slurm_attempts import read_attempts
+from atropos_exp.parts.cluster.slurm.attempts import read_attempts
 
 NUM_STEPS = 30
 NUM_PROMPTS = 16

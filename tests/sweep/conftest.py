@@ -15,8 +15,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from experiments import SMALL, environment
 
+from atropos_exp.runs.sweep_folder import SweepFolder
 from atropos_exp.sweep.local import LocalBackend
-from atropos_exp.sweep_folder import SweepFolder
 
 PATIENCE = 900.0  # seconds; other tests, and others altogether, may take most of two cores
 

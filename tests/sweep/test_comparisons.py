@@ -6,18 +6,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from atropos_exp.comparisons import compare, holm, rank_correlation, seed_mean, variance_shares
-from atropos_exp.student_t import t_quantile, t_two_sided
+from atropos_exp.report.comparisons import compare, holm, rank_correlation, seed_mean, variance_shares
 
 NUM_SIMULATIONS = 1000
-
-
-@pytest.mark.parametrize("df", [1, 2, 3, 4, 9, 30, 1000])
-def test_student_t_is_scipys(df: int) -> None:
-    for t in (0.0, 1e-6, 0.3, 1.0, 2.5, 12.7, 300.0):
-        assert t_two_sided(t, df) == pytest.approx(2 * stats.t.sf(t, df), rel=1e-8, abs=1e-200)
-    for confidence in (0.5, 0.9, 0.95, 0.999):
-        assert t_quantile(confidence, df) == pytest.approx(stats.t.ppf(0.5 + confidence / 2, df), rel=1e-10)
 
 
 def test_an_interval_over_seeds_is_scipys() -> None:

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from atropos_exp.errors import UserError
+from atropos_exp.runs.sweep_folder import Phase, RunState, SweepFolder
 from atropos_exp.sweep.backend import Job
 from atropos_exp.sweep.local import LocalBackend
-from atropos_exp.sweep_folder import Phase, RunState, SweepFolder
-from atropos_exp.types import UserError
 
 # Notes that it started, with its device; ends well after `seconds`. "stubborn" ignores SIGTERM.
 JOB = """

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from atropos_exp.config_origin import CONF_DIR
+from atropos_exp.config.origin import CONF_DIR
+from atropos_exp.errors import UserError
 from atropos_exp.sweep.axes import Interval, override_text, plain_value
 from atropos_exp.sweep.plan import Plan, plan_sweep
 from atropos_exp.sweep.search_space import SearchPlan
-from atropos_exp.types import UserError
 
 
 def runs_of(plan: Plan) -> list[tuple[dict[str, object], int]]:
@@ -116,7 +116,7 @@ def test_a_mistake_anywhere_is_found_before_anything_starts(overrides: list[str]
     try:
         message = refused(*overrides)
     except Exception as error:  # the base itself cannot be composed: the program lets Hydra's error be diagnosed
-        from atropos_exp.config_diagnose import diagnose
+        from atropos_exp.config.diagnose import diagnose
 
         message = diagnose(error, overrides, None)
     for word in words:

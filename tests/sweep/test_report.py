@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from page_text import Text
 
-from atropos_exp.atomic import write_atomic
 from atropos_exp.report.sweep_data import load_sweep
 from atropos_exp.report.sweep_page import write_sweep_report
-from atropos_exp.run_files import RunFiles
-from atropos_exp.sweep_folder import Phase, Request, RunRecord, RunState, SweepFolder
+from atropos_exp.runs.atomic import write_atomic
+from atropos_exp.runs.files import RunFiles
+from atropos_exp.runs.sweep_folder import Phase, Request, RunRecord, RunState, SweepFolder
 from atropos_exp.types import StepMetrics
 
 CHROMIUM = next(

@@ -14,7 +14,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 from test_local import assert_nothing_is_left
 
-from atropos_exp.sweep_folder import SweepFolder
+from atropos_exp.runs.sweep_folder import SweepFolder
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 STEPS = 12

@@ -16,7 +16,7 @@ import yaml
 from page_text import Text, expected_comparison
 from test_local import assert_nothing_is_left
 
-from atropos_exp.sweep_folder import SweepFolder
+from atropos_exp.runs.sweep_folder import SweepFolder
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 STEPS = 8

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from scored_groups import clipped_loss, multi_turn, packed
 from trainer_cases import Lora, Model, WeightedLoss, make_batch, split, start
 
-from atropos_exp.types import UserError
+from atropos_exp.errors import UserError
 
 # Adam divides small gradients by themselves and so enlarges rounding errors; a larger epsilon bounds that
 ADAM = {"learning_rate": 0.01, "adam_epsilon": 1e-3, "max_grad_norm": 1.0}

@@ -20,9 +20,9 @@ from plain_grpo import (
 )
 from trainer_cases import plain_model, weights_after_step
 
-from atropos_exp.advantage.grpo import GRPO
 from atropos_exp.batching import pack
-from atropos_exp.loss.ppo_clip import PPOClip
+from atropos_exp.parts.advantage.grpo import GRPO
+from atropos_exp.parts.loss.ppo_clip import PPOClip
 from atropos_exp.types import RolloutGroup, TrainBatch
 
 # prompt, answer, tool output, answer, user, answer

@@ -11,7 +11,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from trainer_cases import VOCAB, Lora, Model, make_batch, plain_model
 
-from atropos_exp.trainer.flops import PEAK_FLOPS, UpdateFlops, peak_flops
+from atropos_exp.parts.trainer.flops import PEAK_FLOPS, UpdateFlops, peak_flops
 
 LENGTH = 11
 

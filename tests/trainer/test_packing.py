@@ -8,9 +8,9 @@ from itertools import pairwise
 import pytest
 import torch
 
-from atropos_exp.trainer.attention import packed_attention
-from atropos_exp.trainer.packing import Packing, plan_micro_batches, split_balanced
-from atropos_exp.types import UserError
+from atropos_exp.errors import UserError
+from atropos_exp.parts.trainer.attention import packed_attention
+from atropos_exp.parts.trainer.packing import Packing, plan_micro_batches, split_balanced
 
 
 def test_bins_are_balanced_and_complete() -> None:

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from trainer_cases import full_weights, make_batch, write_model
 
-from atropos_exp.held_port import HeldPort
+from atropos_exp.processes.ports import HeldPort
 
 # fp32 sums in another order
 CLOSE = {"atol": 2e-6, "rtol": 1e-4}

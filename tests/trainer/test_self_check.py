@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from trainer_cases import Model, full_weights, make_batch
 
-from atropos_exp.types import UserError
+from atropos_exp.errors import UserError
 
 
 @pytest.fixture

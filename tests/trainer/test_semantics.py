@@ -18,7 +18,7 @@ from scored_groups import CLIPPING, assert_differs, check_update, clipped_loss, 
 from torch import Tensor
 from trainer_cases import full_weights, plain_model
 
-from atropos_exp.loss.ppo_clip import PPOClip
+from atropos_exp.parts.loss.ppo_clip import PPOClip
 from atropos_exp.types import Rollout, RolloutGroup
 
 
@@ -178,7 +178,7 @@ def test_a_zeroed_rollout_counts_in_the_baseline_and_teaches_nothing(start: Any,
 def test_mixed_temperatures_are_those_of_each_sequence(
     start: Any, model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from atropos_exp.trainer import logprob_head
+    from atropos_exp.parts.trainer import logprob_head
 
     rollouts = [
         make_rollout("ppaaatttaa" + "a" * at, reward, seed=at, temperature=temperature)

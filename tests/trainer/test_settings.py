@@ -13,9 +13,10 @@ import pytest
 import yaml
 from trainer_cases import CONF, Model, make_batch, settings, write_model
 
-from atropos_exp.trainer.fsdp2 import VerlFSDP2, require_ranks
-from atropos_exp.trainer.schedule import learning_rate_factor
-from atropos_exp.types import UserError
+from atropos_exp.errors import UserError
+from atropos_exp.parts.trainer.fsdp2 import VerlFSDP2
+from atropos_exp.parts.trainer.schedule import learning_rate_factor
+from atropos_exp.parts.trainer.settings import require_ranks
 
 
 def test_yaml_and_dataclass_agree() -> None:
@@ -23,7 +24,7 @@ def test_yaml_and_dataclass_agree() -> None:
 
 
 def test_settings_import_no_framework() -> None:
-    code = "import sys, atropos_exp.trainer.fsdp2; print({'torch', 'verl', 'transformers'} & set(sys.modules))"
+    code = "import sys, atropos_exp.parts.trainer.fsdp2; print({'torch', 'verl', 'transformers'} & set(sys.modules))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert result.stdout.strip() == "set()"
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 from trainer_cases import Lora, Model, full_weights, make_batch, plain_logprobs, plain_model, split
 
-from atropos_exp.trainer import tensor_files
-from atropos_exp.types import UserError
+from atropos_exp.errors import UserError
+from atropos_exp.parts.trainer import tensor_files
 
 ADAM = {"learning_rate": 0.01, "adam_epsilon": 1e-8, "weight_decay": 0.1, "max_grad_norm": 1.0}
 RUN = {**ADAM, "scheduler": "cosine", "warmup_steps": 2, "max_steps": 6, "num_mini_batches": 2}

@@ -23,8 +23,9 @@ from trainer_cases import (
     weights_after_step,
 )
 
-from atropos_exp.trainer import logprob_head
-from atropos_exp.types import TrainBatch, UserError
+from atropos_exp.errors import UserError
+from atropos_exp.parts.trainer import logprob_head
+from atropos_exp.types import TrainBatch
 
 
 def assert_weights(actual: dict[str, Any], expected: dict[str, Any], atol: float = 2e-6) -> None:

@@ -13,7 +13,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from atropos_exp.trainer.fsdp2 import VerlFSDP2
+from atropos_exp.parts.trainer.fsdp2 import VerlFSDP2
 from atropos_exp.types import TrainBatch
 
 CONF = Path(__file__).parents[2] / "conf" / "trainer" / "fsdp2.yaml"

@@ -14,8 +14,8 @@ from engines import start_random
 from held_adapter import CHOICE
 from random_models import random_model
 
-from atropos_exp.engine import vllm
-from atropos_exp.engine.client import EngineClient
+from atropos_exp.parts.engine import vllm
+from atropos_exp.parts.engine.servers import Servers
 
 torch.set_num_threads(1)
 # Tokens: vLLM's blocks of keys and values have 128 on a CPU, and only whole ones are ever cached.
@@ -23,7 +23,7 @@ start_vllm = partial(start_random, "vllm", max_length=300)
 
 
 @pytest.fixture(scope="session")
-def start() -> Callable[..., EngineClient]:
+def start() -> Callable[..., Servers]:
     return start_vllm
 
 
@@ -38,7 +38,7 @@ def model() -> Any:
     return random_model()
 
 
-def start_faulty(folder: Path, model: Any, faults: Path, **settings: Any) -> EngineClient:
+def start_faulty(folder: Path, model: Any, faults: Path, **settings: Any) -> Servers:
     """`faulty_server.py`: without a fault turned on it is the real server."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(vllm, "SERVER", "faulty_server")
@@ -50,7 +50,7 @@ def start_faulty(folder: Path, model: Any, faults: Path, **settings: Any) -> Eng
 
 
 @pytest.fixture(scope="session")
-def engine(model: Any, faults: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineClient]:
+def engine(model: Any, faults: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
     """Serves `model` until a test publishes another one."""
     client = start_faulty(tmp_path_factory.mktemp("vllm"), model, faults)
     yield client

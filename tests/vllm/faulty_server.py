@@ -8,9 +8,9 @@ from typing import Any
 
 from faulty_lines import MATRIX
 
-from atropos_exp.engine import vllm_server
-from atropos_exp.engine.vllm_core import Core
-from atropos_exp.engine.vllm_worker import WeightWorker
+from atropos_exp.parts.engine import vllm_server
+from atropos_exp.parts.engine.vllm.core import Core
+from atropos_exp.parts.engine.vllm.worker import WeightWorker
 
 
 def is_on(fault: str) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 
 from faulty_lines import SQUARE
 
-from atropos_exp.engine import vllm_server, vllm_worker
+from atropos_exp.parts.engine import vllm_server, vllm_worker
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import plain_server
 
-from atropos_exp.engine.vllm_worker import WeightWorker
+from atropos_exp.parts.engine.vllm.worker import WeightWorker
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 NO_ACCESS, READ_AND_WRITE, GIVE_BACK = 0, 3, 4  # PROT_NONE, PROT_READ | PROT_WRITE, MADV_DONTNEED

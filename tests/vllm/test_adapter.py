@@ -15,12 +15,11 @@ from held_adapter import CHOICE, HeldAdapter, largest_gap
 from publishing import manage
 from random_models import completion_logprobs, random_model, random_prompts
 
-from atropos_exp.ranks import Ranks
-from atropos_exp.sharding.proof import SyncError
-from atropos_exp.sharding.resync import Resync
+from atropos_exp.assembly.resync import Resync
+from atropos_exp.errors import EngineError, EngineLost, SyncError
+from atropos_exp.processes.ranks import Ranks
 from atropos_exp.types import SamplingParams
-from atropos_exp.wire import EngineError, EngineLost
-from atropos_exp.wire_tensors import digest
+from atropos_exp.weights.digest import digest
 
 GREEDY = SamplingParams(temperature=0.0, top_p=1.0, top_k=0, max_tokens=8, stop_token_ids=(), seed=0)
 SAMPLED = SamplingParams(temperature=0.8, top_p=0.9, top_k=0, max_tokens=8, stop_token_ids=(), seed=3)

@@ -15,20 +15,20 @@ from faulty_lines import BreaksHalfWay
 from publishing import HeldModel, manage
 from random_models import completion_logprobs, random_model, random_prompts
 
-from atropos_exp.colocated import ColocatedTrainer
-from atropos_exp.engine import vllm
-from atropos_exp.engine.client import EngineClient
-from atropos_exp.ranks import Ranks
-from atropos_exp.sharding.resync import Resync
+from atropos_exp.assembly.colocated import ColocatedTrainer
+from atropos_exp.assembly.resync import Resync
+from atropos_exp.errors import EngineError
+from atropos_exp.parts.engine import vllm
+from atropos_exp.parts.engine.servers import Servers
+from atropos_exp.processes.ranks import Ranks
 from atropos_exp.types import SamplingParams
-from atropos_exp.wire import EngineError
 
 GREEDY = SamplingParams(temperature=0.0, top_p=1.0, top_k=0, max_tokens=8, stop_token_ids=(), seed=0)
 CACHE_BYTES = 2**27
 
 
 @pytest.fixture(scope="module")
-def sleepy(tmp_path_factory: pytest.TempPathFactory, start: Any) -> Iterator[EngineClient]:
+def sleepy(tmp_path_factory: pytest.TempPathFactory, start: Any) -> Iterator[Servers]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(vllm, "SERVER", "sleepy_server")
         tests = Path(__file__).parents[1]
@@ -42,7 +42,7 @@ def sleepy(tmp_path_factory: pytest.TempPathFactory, start: Any) -> Iterator[Eng
     client.stop()
 
 
-def assert_serves(engine: EngineClient, trainer: Any) -> None:
+def assert_serves(engine: Servers, trainer: Any) -> None:
     prompts = random_prompts([40, 280], seed=3)
     for prompt, (sample,) in zip(prompts, engine.generate(prompts, GREEDY, num_samples=1), strict=True):
         expected = completion_logprobs(trainer.model, prompt, sample.token_ids, 1.0)
@@ -50,7 +50,7 @@ def assert_serves(engine: EngineClient, trainer: Any) -> None:
 
 
 @pytest.mark.vllm
-def test_an_update_wakes_it_with_new_weights_and_an_empty_cache(sleepy: EngineClient) -> None:
+def test_an_update_wakes_it_with_new_weights_and_an_empty_cache(sleepy: Servers) -> None:
     trainer = HeldModel(random_model(seed=1))
     sleepy.sleep()
     manage(trainer, sleepy).publish(sleepy.version() + 1)  # now every page of it is in use
@@ -72,7 +72,7 @@ def test_an_update_wakes_it_with_new_weights_and_an_empty_cache(sleepy: EngineCl
 
 
 @pytest.mark.vllm
-def test_an_update_that_breaks_leaves_it_refusing_until_a_whole_one(sleepy: EngineClient) -> None:
+def test_an_update_that_breaks_leaves_it_refusing_until_a_whole_one(sleepy: Servers) -> None:
     trainer = HeldModel(random_model(seed=2))
     version = sleepy.version() + 1
     sleepy.sleep()
@@ -87,7 +87,7 @@ def test_an_update_that_breaks_leaves_it_refusing_until_a_whole_one(sleepy: Engi
 
 
 @pytest.mark.vllm
-def test_it_sleeps_during_the_trainer_s_update_also_after_a_restart(sleepy: EngineClient) -> None:
+def test_it_sleeps_during_the_trainer_s_update_also_after_a_restart(sleepy: Servers) -> None:
     class Training(HeldModel):
         def update(self, batch: Any) -> Any:
             seen.append(sleepy.info()["is_asleep"])
@@ -118,7 +118,7 @@ def test_it_sleeps_during_the_trainer_s_update_also_after_a_restart(sleepy: Engi
 
 
 @pytest.mark.vllm
-def test_a_server_without_it_says_so_and_goes_on(engine: EngineClient) -> None:
+def test_a_server_without_it_says_so_and_goes_on(engine: Servers) -> None:
     with pytest.raises(EngineError, match=r"answered 400: this engine was started without engine\.colocate=true"):
         engine.sleep()
     assert engine.generate(random_prompts([5]), GREEDY, num_samples=1)

@@ -10,10 +10,9 @@ from fault_contract import FaultContract, assert_refuses_then_recovers
 from publishing import HeldModel, manage
 from random_models import completion_logprobs, random_prompts
 
-from atropos_exp.engine.client import EngineClient
-from atropos_exp.sharding.proof import SyncError
+from atropos_exp.errors import EngineError, SyncError
+from atropos_exp.parts.engine.servers import Servers
 from atropos_exp.types import SamplingParams
-from atropos_exp.wire import EngineError
 
 pytestmark = pytest.mark.vllm
 
@@ -23,7 +22,7 @@ GREEDY = SamplingParams(temperature=0.0, top_p=1.0, top_k=0, max_tokens=4, stop_
 class TestFaults(FaultContract):
     loss = "the engine gave no digest of"
 
-    def test_a_tied_head_that_stays_stale(self, engine: EngineClient, faults: Path, trainer: HeldModel) -> None:
+    def test_a_tied_head_that_stays_stale(self, engine: Servers, faults: Path, trainer: HeldModel) -> None:
         """vLLM's CPU head computes with a packed copy of the embedding. Unless it is loaded too, every digest is right,
         the version counts up, and the logprobs are those of another model: the canary alone sees it."""
         manage(trainer, engine).publish(engine.version() + 1)
@@ -37,7 +36,7 @@ class TestFaults(FaultContract):
             (faults / "forgets_head").unlink()
         assert_refuses_then_recovers(engine, trainer, version)
 
-    def test_a_prefix_cache_that_is_not_emptied(self, engine: EngineClient, faults: Path, trainer: HeldModel) -> None:
+    def test_a_prefix_cache_that_is_not_emptied(self, engine: Servers, faults: Path, trainer: HeldModel) -> None:
         """The server finds its own prompt in the cache and refuses. Without that proof, old keys and values speak."""
         (prompt,) = random_prompts([280], seed=31)
         manage(trainer, engine).publish(engine.version() + 1)

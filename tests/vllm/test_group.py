@@ -13,12 +13,11 @@ from faulty_lines import SQUARE, TransposesOne
 from publishing import HeldModel, manage
 from random_models import random_model, random_prompts
 
-from atropos_exp.ranks import Ranks
-from atropos_exp.sharding.proof import SyncError
-from atropos_exp.sharding.resync import Resync
+from atropos_exp.assembly.resync import Resync
+from atropos_exp.errors import EngineError, SyncError
+from atropos_exp.processes.ranks import Ranks
 from atropos_exp.types import SamplingParams
-from atropos_exp.wire import EngineError
-from atropos_exp.wire_tensors import digest
+from atropos_exp.weights.digest import digest
 
 pytestmark = pytest.mark.vllm
 

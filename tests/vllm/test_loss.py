@@ -16,10 +16,10 @@ from processes import is_alive, wait_until
 from publishing import HeldModel, manage
 from random_models import completion_logprobs, random_model
 
-from atropos_exp.ranks import Ranks
-from atropos_exp.sharding.resync import Resync
+from atropos_exp.assembly.resync import Resync
+from atropos_exp.errors import EngineError, EngineLost
+from atropos_exp.processes.ranks import Ranks
 from atropos_exp.types import SamplingParams
-from atropos_exp.wire import EngineError, EngineLost
 
 pytestmark = pytest.mark.vllm
 
@@ -37,17 +37,17 @@ def test_killed_and_stopped_servers_are_noticed_and_replaced(tmp_path: Path, sta
         resync = Resync(publisher, engine, Ranks(rank=0, world_size=1), max_restarts=2)
         resync.publish(3)
 
-        pid = engine.process.pid
+        pid = engine.replicas[0].process.pid
         threading.Timer(0.5, os.kill, (pid, signal.SIGKILL)).start()  # while it samples
         with pytest.raises(EngineLost, match=r"engine vllm: waited for 64 completions .*killed by SIGKILL"):
             engine.generate([PROMPT], LONG, num_samples=64)
         assert not is_alive(pid)
         samples = resync.through(lambda: engine.generate([PROMPT], LONG, num_samples=2))
-        assert samples[0][0].policy_version == 3 and engine.process.pid != pid
+        assert samples[0][0].policy_version == 3 and engine.replicas[0].process.pid != pid
         expected = completion_logprobs(trainer.model, PROMPT, samples[0][0].token_ids)
         np.testing.assert_allclose(samples[0][0].logprobs, expected, atol=1e-4)
 
-        pid = engine.process.pid
+        pid = engine.replicas[0].process.pid
         os.kill(pid, signal.SIGSTOP)
         started = time.monotonic()
         with pytest.raises(EngineLost, match=r"no sign of life for 20 s \(engine\.health_timeout_seconds\): it hangs"):
@@ -59,7 +59,7 @@ def test_killed_and_stopped_servers_are_noticed_and_replaced(tmp_path: Path, sta
         assert (resync.num_restarts, publisher.num_verified) == (2, 3)
     finally:
         engine.stop()
-    assert not is_alive(engine.process.pid)
+    assert not is_alive(engine.replicas[0].process.pid)
 
 
 @pytest.mark.timeout(600)

@@ -14,12 +14,11 @@ from publishing import HeldModel, manage
 from random_models import completion_logprobs, random_model, random_prompts
 from sync_contract import check_tied_head_under_its_own_name
 
-from atropos_exp.engine import vllm
-from atropos_exp.engine.client import EngineClient
-from atropos_exp.sharding.proof import SyncError
+from atropos_exp.errors import EngineError, SyncError
+from atropos_exp.parts.engine import vllm
+from atropos_exp.parts.engine.servers import Servers
 from atropos_exp.types import SamplingParams
-from atropos_exp.wire import EngineError
-from atropos_exp.wire_tensors import digest
+from atropos_exp.weights.digest import digest
 
 pytestmark = pytest.mark.vllm
 
@@ -32,7 +31,7 @@ def faults(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def plain(faults: Path, tmp_path_factory: pytest.TempPathFactory, start: Any) -> Iterator[EngineClient]:
+def plain(faults: Path, tmp_path_factory: pytest.TempPathFactory, start: Any) -> Iterator[Servers]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(vllm, "SERVER", "plain_server")
         tests = Path(__file__).parents[1]
@@ -49,7 +48,7 @@ def trainer() -> Any:
     return HeldModel(random_model(seed=7))
 
 
-def test_every_digest_is_of_a_resident_tensor(plain: EngineClient, trainer: Any) -> None:
+def test_every_digest_is_of_a_resident_tensor(plain: Servers, trainer: Any) -> None:
     parameters = dict(trainer.model.named_parameters())
     for bucket_bytes in (1, 40_000, 1 << 30):
         trainer.disturb()
@@ -70,7 +69,7 @@ def test_every_digest_is_of_a_resident_tensor(plain: EngineClient, trainer: Any)
     np.testing.assert_allclose(sample.logprobs, expected, atol=1e-4)
 
 
-def test_a_tied_head_under_its_own_name_is_compared_with_the_embedding(plain: EngineClient) -> None:
+def test_a_tied_head_under_its_own_name_is_compared_with_the_embedding(plain: Servers) -> None:
     check_tied_head_under_its_own_name(plain)
 
 
@@ -82,7 +81,7 @@ def test_a_tied_head_under_its_own_name_is_compared_with_the_embedding(plain: En
         (BreaksHalfWay, ConnectionError, "the line is cut"),
     ],
 )
-def test_faults_on_the_line(plain: EngineClient, trainer: Any, line: Any, error: type[Exception], message: str) -> None:
+def test_faults_on_the_line(plain: Servers, trainer: Any, line: Any, error: type[Exception], message: str) -> None:
     version = plain.version() + 1
     with pytest.raises(error, match=message):
         manage(trainer, line(plain), bucket_bytes=1).publish(version)
@@ -91,7 +90,7 @@ def test_faults_on_the_line(plain: EngineClient, trainer: Any, line: Any, error:
     assert manage(trainer, plain).publish(version).canary_gap_max < 1e-4
 
 
-def test_stale_weights_under_a_new_version(plain: EngineClient, trainer: Any) -> None:
+def test_stale_weights_under_a_new_version(plain: Servers, trainer: Any) -> None:
     version = plain.version() + 1
     stale = DeliversOld(plain, trainer.model)
     manage(trainer, plain).publish(version)
@@ -101,7 +100,7 @@ def test_stale_weights_under_a_new_version(plain: EngineClient, trainer: Any) ->
     manage(trainer, plain).publish(version + 1)
 
 
-def test_a_tensor_that_arrives_and_is_not_loaded(plain: EngineClient, faults: Path, trainer: Any) -> None:
+def test_a_tensor_that_arrives_and_is_not_loaded(plain: Servers, faults: Path, trainer: Any) -> None:
     """A digest of what arrived would be right."""
     version = plain.version() + 1
     manage(trainer, plain).publish(version)

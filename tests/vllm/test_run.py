@@ -17,8 +17,8 @@ from random_models import plain_logprobs
 from safetensors.torch import load_file
 
 from atropos_exp.export import export
-from atropos_exp.model.smollm2 import converted_folder
-from atropos_exp.model.tiny import WEIGHTS
+from atropos_exp.parts.model.smollm2 import converted_folder
+from atropos_exp.parts.model.tiny import WEIGHTS
 from atropos_exp.types import Rollout
 
 pytestmark = pytest.mark.vllm

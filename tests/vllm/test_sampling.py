@@ -15,14 +15,14 @@ from publishing import HeldModel, manage
 from random_models import plain_logits, random_model, random_prompts
 from sampling_contract import SamplingContract, ids, sampling
 
-from atropos_exp.engine.client import EngineClient
-from atropos_exp.model.tiny import WEIGHTS
+from atropos_exp.parts.engine.servers import Servers
+from atropos_exp.parts.model.tiny import WEIGHTS
 
 pytestmark = pytest.mark.vllm
 
 
 @pytest.fixture(scope="module", autouse=True)
-def served(engine: EngineClient, model: Any) -> None:
+def served(engine: Servers, model: Any) -> None:
     manage(HeldModel(model), engine).publish(engine.version() + 1)
 
 
@@ -31,7 +31,7 @@ class TestSampling(SamplingContract):
     max_length = 300  # as conftest.py says
 
 
-def test_a_short_request_joins_and_leaves_a_running_batch(engine: EngineClient) -> None:
+def test_a_short_request_joins_and_leaves_a_running_batch(engine: Servers) -> None:
     (prompt,) = random_prompts([8])
     ended: dict[str, float] = {}
 
@@ -44,7 +44,7 @@ def test_a_short_request_joins_and_leaves_a_running_batch(engine: EngineClient) 
     long = threading.Thread(target=ask, args=("long", 290, 16))
     long.start()
     deadline = time.monotonic() + 60
-    while engine.info()["num_running_rows"] < 16:
+    while engine.replicas[0].info()["num_running_rows"] < 16:
         assert time.monotonic() < deadline, "waited 60 s for the long request to run"
         time.sleep(0.01)
     ask("short", 4, 2)
@@ -55,17 +55,17 @@ def test_a_short_request_joins_and_leaves_a_running_batch(engine: EngineClient) 
     assert ended["short"] < ended["check"] < ended["long"]
 
 
-def test_prompts_of_a_group_share_their_prefix(engine: EngineClient) -> None:
+def test_prompts_of_a_group_share_their_prefix(engine: Servers) -> None:
     (prompt,) = random_prompts([260], seed=11)
-    before = engine.info()
+    before = engine.replicas[0].info()
     engine.generate([prompt], sampling(), num_samples=4)
     engine.generate([prompt], sampling(seed=3), num_samples=4)
-    after = engine.info()
+    after = engine.replicas[0].info()
     assert after["num_prompt_tokens"] - before["num_prompt_tokens"] == 8 * 260
     assert after["num_cached_tokens"] - before["num_cached_tokens"] >= 4 * 256
 
 
-def test_more_prompt_tokens_than_a_step_takes(engine: EngineClient) -> None:
+def test_more_prompt_tokens_than_a_step_takes(engine: Servers) -> None:
     """A prompt read in parts must not cost the seeds, nor the server (vLLM 0.30 on a CPU)."""
     prompts = random_prompts([int(length) for length in np.linspace(100, 140, 48)], seed=12)
     params = sampling(max_tokens=3)
@@ -74,7 +74,7 @@ def test_more_prompt_tokens_than_a_step_takes(engine: EngineClient) -> None:
     assert ids(together[-1:]) == ids(alone)
 
 
-def test_requests_of_several_threads(engine: EngineClient) -> None:
+def test_requests_of_several_threads(engine: Servers) -> None:
     prompts = random_prompts([4] * 8, seed=3)
 
     def ask(index: int) -> Any:
@@ -85,8 +85,8 @@ def test_requests_of_several_threads(engine: EngineClient) -> None:
         assert list(pool.map(ask, range(8))) == alone
 
 
-def test_the_server_says_which_versions_it_runs(engine: EngineClient) -> None:
-    versions = engine.info()["versions"]
+def test_the_server_says_which_versions_it_runs(engine: Servers) -> None:
+    versions = engine.replicas[0].info()["versions"]
     assert versions["vllm"].startswith("0.") and versions["torch"].startswith("2.")
 
 

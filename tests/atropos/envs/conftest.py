@@ -15,12 +15,12 @@ import httpx
 import pytest
 import yaml
 
-from atropos_exp.config_origin import CONF_DIR
-from atropos_exp.engine.client import EngineClient
-from atropos_exp.engine.hf import HFEngine
-from atropos_exp.gateway.settings import GatewaySettings
-from atropos_exp.held_port import HeldPort
-from atropos_exp.model.tiny import WEIGHTS
+from atropos_exp.config.origin import CONF_DIR
+from atropos_exp.parts.engine.hf.settings import HFEngine
+from atropos_exp.parts.engine.servers import Servers
+from atropos_exp.parts.gateway.settings import GatewaySettings
+from atropos_exp.parts.model.tiny import WEIGHTS
+from atropos_exp.processes.ports import HeldPort
 
 ROOT = Path(__file__).resolve().parents[3]
 STOP = 1  # <|end|>
@@ -80,7 +80,7 @@ class Programs:
 
     def environment(self, module: str, mode: str, run_config: Path, gateway: str, *flags: str) -> Program:
         return self.start(
-            *("-m", f"atropos_exp.atropos.envs.{module}", mode, "--env.run_config", str(run_config)),
+            *("-m", f"atropos_exp.envs.{module}", mode, "--env.run_config", str(run_config)),
             *("--openai.base_url", f"{gateway}/v1", *flags),
         )
 
@@ -138,7 +138,7 @@ def helpers() -> Any:
 
 
 @pytest.fixture(scope="session")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineClient]:
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
     values = yaml.safe_load((CONF_DIR / "engine/hf.yaml").read_text())
     del values["_target_"]
     client = HFEngine(**{**values, "num_threads": 1}).start(
@@ -149,7 +149,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineClient]:
 
 
 @pytest.fixture(scope="session")
-def gateway(engine: EngineClient, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def gateway(engine: Servers, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Its address."""
     values = yaml.safe_load((CONF_DIR / "gateway/default.yaml").read_text())
     del values["_target_"]
@@ -173,7 +173,7 @@ def write_config(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path
     """write_config(*overrides) -> the config.yaml of a run, as `run.py` leaves it."""
     from hydra import compose, initialize_config_dir
 
-    from atropos_exp.config_save import save_config
+    from atropos_exp.config.freeze import save_config
 
     data = tmp_path_factory.mktemp("outputs")
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from atropos_exp.engine.client import EngineClient
+from atropos_exp.parts.engine.servers import Servers
 from atropos_exp.types import SamplingParams
 
 MODULE = "multi_turn_calculator"
@@ -38,7 +38,7 @@ def trained_runs(mask: list[int]) -> list[range]:
 
 @pytest.mark.slow
 def test_turns_masks_logprobs_and_credit(
-    engine: EngineClient, gateway: str, write_config: Callable[..., Path], programs: Any, helpers: Any
+    engine: Servers, gateway: str, write_config: Callable[..., Path], programs: Any, helpers: Any
 ) -> None:
     from transformers import AutoTokenizer
 
@@ -90,7 +90,7 @@ def test_turns_masks_logprobs_and_credit(
 
 
 def test_evaluation_is_what_the_engine_answers_greedily(
-    engine: EngineClient, gateway: str, write_config: Callable[..., Path], programs: Any, helpers: Any, tmp_path: Path
+    engine: Servers, gateway: str, write_config: Callable[..., Path], programs: Any, helpers: Any, tmp_path: Path
 ) -> None:
     from transformers import AutoTokenizer
 

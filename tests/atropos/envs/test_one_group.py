@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from atropos_exp.atropos.envs.single_turn import SingleTurnEnv
-from atropos_exp.atropos.envs.stream import Place
-from atropos_exp.model.tiny import WEIGHTS
+from atropos_exp.envs.single_turn import SingleTurnEnv
+from atropos_exp.envs.stream import Place
+from atropos_exp.parts.model.tiny import WEIGHTS
 
 Make = Callable[..., SingleTurnEnv]
 GROUP = {"tokens": [[17] * 2000], "scores": [1.0]}  # long enough for atroposlib to pack it

@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from atropos_exp.atropos.envs.calculator_chain import Chain, Dialogue, draw_chain, evaluate, turn_credit
-from atropos_exp.atropos.envs.episode import Episode, scored_group
-from atropos_exp.atropos.envs.run_settings import RunSettings
-from atropos_exp.atropos.envs.sampler import Completion
-from atropos_exp.atropos.envs.stream import Stream
-from atropos_exp.atropos.envs.turn_encoder import TurnEncoder
-from atropos_exp.types import Finish, UserError
+from atropos_exp.envs.calculator_chain import Chain, Dialogue, draw_chain, evaluate, turn_credit
+from atropos_exp.envs.episode import Episode, scored_group
+from atropos_exp.envs.run_settings import RunSettings
+from atropos_exp.envs.sampler import Completion
+from atropos_exp.envs.stream import Stream
+from atropos_exp.envs.turn_encoder import TurnEncoder
+from atropos_exp.errors import UserError
+from atropos_exp.types import Finish
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] | trim }}<|im_end|>\n"

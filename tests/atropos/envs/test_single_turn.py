@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from processes import descendants, has_pytorch
 
-from atropos_exp.atropos.envs.run_settings import RunSettings
-from atropos_exp.engine.client import EngineClient
-from atropos_exp.reward.pool import RewardPool
-from atropos_exp.seeds import derive_seed
+from atropos_exp.envs.run_settings import RunSettings
+from atropos_exp.parts.engine.servers import Servers
+from atropos_exp.parts.reward.pool import RewardPool
+from atropos_exp.runs.seeds import derive_seed
 from atropos_exp.types import Prompt, Sample, SamplingParams, TokenIds
 
 MODULE = "single_turn"
@@ -65,7 +65,7 @@ def check_group(group: dict[str, Any], tokenizer: Any, scored: Sequence[Any]) ->
     return questions.pop()
 
 
-def expected_tokens(engine: EngineClient, prompt: Prompt, seed: int) -> list[list[int]]:
+def expected_tokens(engine: Servers, prompt: Prompt, seed: int) -> list[list[int]]:
     """What the engine itself draws for a group: calls of at most 8, each with a seed of its own."""
     params = SamplingParams(temperature=0.9, top_p=0.98, top_k=50, max_tokens=3, stop_token_ids=(1,), seed=0)
     drawn: list[Sample] = []
@@ -79,7 +79,7 @@ def expected_tokens(engine: EngineClient, prompt: Prompt, seed: int) -> list[lis
 
 @pytest.mark.slow
 def test_groups_reach_the_trainer_exactly_as_they_were_sampled(
-    engine: EngineClient, gateway: str, write_config: Callable[..., Path], programs: Any, tmp_path: Path
+    engine: Servers, gateway: str, write_config: Callable[..., Path], programs: Any, tmp_path: Path
 ) -> None:
     config = write_config()
     api = programs.api()
@@ -128,7 +128,7 @@ def test_groups_reach_the_trainer_exactly_as_they_were_sampled(
 class _OnePromptAtATime:
     """The engine, asked as the environment asks it."""
 
-    def __init__(self, engine: EngineClient) -> None:
+    def __init__(self, engine: Servers) -> None:
         self._engine = engine
 
     def generate(self, prompts: Sequence[TokenIds], params: SamplingParams, *, num_samples: int) -> Any:
@@ -141,7 +141,7 @@ class _OnePromptAtATime:
 
 
 def test_evaluation_gives_the_numbers_of_our_own(
-    engine: EngineClient, gateway: str, write_config: Callable[..., Path], programs: Any, tmp_path: Path
+    engine: Servers, gateway: str, write_config: Callable[..., Path], programs: Any, tmp_path: Path
 ) -> None:
     from data_prep.prepare import ensure
 
@@ -227,6 +227,6 @@ def test_mistakes_end_it_with_code_2_and_say_what(
     flags: tuple[str, ...], said: str, write_config: Callable[..., Path], programs: Any
 ) -> None:
     given = ("--env.run_config", str(write_config()), *flags) if flags else ()
-    program = programs.start("-m", "atropos_exp.atropos.envs.single_turn", "serve", *given)
+    program = programs.start("-m", "atropos_exp.envs.single_turn", "serve", *given)
     assert program.wait() == 2, program.text()
     assert said in program.text() and "Traceback" not in program.text()

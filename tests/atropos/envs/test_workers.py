@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from atropos_exp.atropos.envs.base import RunEnv, RunEnvConfig
+from atropos_exp.envs.base import RunEnv, RunEnvConfig
 
 BATCH, GROUP = 32, 4  # rollouts, so eight groups are a batch
 

@@ -1,0 +1,168 @@
+"""The Atropos part of a run: gateway, API, environments and the source that reads them. Rank 0 only."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from atropos_exp.config.check import Checked
+from atropos_exp.errors import EngineError
+from atropos_exp.parts.atropos.client import Registration
+from atropos_exp.parts.atropos.environment import Facts
+from atropos_exp.parts.atropos.intake import Intake
+from atropos_exp.parts.atropos.launch import UNLIMITED_STEPS, Programs, make_source, start_programs
+from atropos_exp.parts.model.hf_folder import vocab_size
+from atropos_exp.runs.folder import RunFolder
+from atropos_exp.runs.seeds import derive_seed
+
+if TYPE_CHECKING:
+    from atropos_exp.interfaces import Engine
+    from atropos_exp.parts.atropos.source import AtroposSource
+    from atropos_exp.parts.gateway.client import GatewayClient
+    from atropos_exp.parts.gateway.ports import Doors
+
+NO_TOKEN = "x"  # an environment's OpenAI client wants a key, whatever it is
+
+
+def max_sequence_length(checked: Checked) -> int:
+    """Tokens of a prompt and its answer; a whole conversation of an environment has at most as many."""
+    return checked.run.max_prompt_length + checked.run.max_response_length
+
+
+def wandb_place(checked: Checked, folder: RunFolder) -> tuple[str, str]:
+    """(project, group) that the run and its environments log to; also how the API knows this run again."""
+    logger = checked.parts["logger"]
+    own = "/".join(folder.path.parts[-3:])
+    return getattr(logger, "project", checked.run.name), getattr(logger, "group", None) or own
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outside:
+    """What loads while trainer and engine do: the gateway's ports, the API, the environments."""
+
+    doors: Doors
+    programs: Programs
+
+
+def start_gateway(
+    checked: Checked, folder: RunFolder, outside: Outside, engine: Engine, *, model_folder: Path, stack: ExitStack
+) -> GatewayClient:
+    """The gateway, held until the first weights are proven."""
+    run, parts = checked.run, checked.parts
+    gateway: GatewayClient = parts["gateway"].start(
+        doors=outside.doors,
+        endpoints=[replica.endpoint for replica in engine.replicas],
+        model_folder=model_folder,
+        model_name=run.name,
+        stop_token_ids=parts["model"].stop_token_ids(model_folder),
+        max_sequence_length=max_sequence_length(checked),
+        # What a resumed run samples anew must not repeat what it sampled before.
+        seed=derive_seed(run.seed, "gateway", sum(1 for _ in (folder.path / "rollouts").glob("*.parquet"))),
+        log_folder=folder.path / "log",
+    )
+    stack.callback(gateway.stop)
+    gateway.hold()
+    return gateway
+
+
+def start_outside(checked: Checked, folder: RunFolder, *, model_folder: Path, stack: ExitStack) -> Outside | None:
+    """API and environments, which load in the background, and the ports that they will ask at. None without Atropos."""
+    run, parts = checked.run, checked.parts
+    if not parts["rollout"].uses_atropos:
+        return None
+    doors: Doors = parts["gateway"].listen(parts["atropos"].extra_ports)
+    stack.callback(doors.close)
+    logger = parts["logger"]
+    programs = start_programs(
+        parts["atropos"],
+        parts["env"],
+        facts=Facts(
+            api_url="",
+            gateway_url=doors.address,
+            gateway_token=parts["gateway"].token or NO_TOKEN,
+            model_name=run.name,
+            tokenizer=model_folder,
+            run_config=folder.path / "config.yaml",
+            run_folder=folder.path,
+            group_size=run.group_size,
+            max_token_length=max_sequence_length(checked),
+            uses_wandb=getattr(logger, "project", None) is not None,
+        ),
+        log_folder=folder.path / "log",
+    )
+    stack.callback(programs.client.close)
+    stack.callback(programs.supervisor.stop)
+    return Outside(doors=doors, programs=programs)
+
+
+def read_atropos(
+    checked: Checked,
+    folder: RunFolder,
+    outside: Outside,
+    gateway: GatewayClient,
+    engine: Engine,
+    *,
+    model_folder: Path,
+    stack: ExitStack,
+) -> AtroposSource:
+    """The source that reads them, with the border in front of it. Registers a new run at once if the API is there."""
+    run, parts = checked.run, checked.parts
+    project, group = wandb_place(checked, folder)
+    longest = max_sequence_length(checked)
+
+    def registration(step: int) -> Registration:
+        return Registration(
+            wandb_group=group,
+            wandb_project=project,
+            batch_size=run.batch_size * run.group_size,
+            max_token_len=longest + 1,  # environments drop what is as long or longer
+            checkpoint_dir=str(folder.path / "atropos"),
+            save_checkpoint_interval=max(2, run.checkpoint.every),  # at 1 an environment never saves
+            starting_step=max(0, step - 1),
+            num_steps=UNLIMITED_STEPS,
+        )
+
+    def watch() -> None:
+        """While waiting: an engine that died is the cause, not the API; a gateway that died is started again."""
+        engine.check()
+        gateway.restart_if_dead()
+
+    def gateway_counters() -> Mapping[str, float]:
+        try:
+            return {f"gateway/{name}": value for name, value in gateway.counters().items() if value}
+        except EngineError:  # it is down: `watch` sees to it when something is waited for
+            return {}
+
+    source = make_source(
+        parts["atropos"],
+        outside.programs,
+        falls_back=parts["rollout"].falls_back,
+        registration=registration,
+        intake=Intake(
+            gateway,
+            vocab_size=vocab_size(model_folder),
+            max_tokens=longest,
+            group_size=run.group_size,
+            stop_token_ids=parts["model"].stop_token_ids(model_folder),
+            max_version_lag=parts["atropos"].max_version_lag,
+        ),
+        watch=watch,
+        more_counters=gateway_counters,
+        group_size=run.group_size,
+    )
+    stack.callback(outside.programs.supervisor.stop)  # before the gateway: nobody asks while it goes
+    if not folder.resumed:
+        source.connect(step=1)
+    return source
+
+
+def grouped_logger(checked: Checked, folder: RunFolder) -> Any:
+    """The logger's settings, in the group that environments are told to log to."""
+    logger = checked.parts["logger"]
+    if checked.parts["rollout"].uses_atropos and getattr(logger, "group", "") is None:
+        return dataclasses.replace(logger, group=wandb_place(checked, folder)[1])
+    return logger

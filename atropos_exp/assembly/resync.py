@@ -1,0 +1,196 @@
+"""An engine that is lost in the middle of a run: started anew, synced again, and asked once more."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from atropos_exp.types import Dropped, RolloutGroup
+
+if TYPE_CHECKING:
+    from atropos_exp.interfaces import JSON, RolloutSource
+    from atropos_exp.processes.ranks import Ranks
+
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Protocol, TypeVar
+
+from atropos_exp.errors import EngineError, EngineLost
+from atropos_exp.types import SyncStats
+
+if TYPE_CHECKING:
+    from atropos_exp.interfaces import JSON, Engine, Evaluator, Publisher, RolloutSource
+    from atropos_exp.processes.ranks import Ranks
+
+log = logging.getLogger(__name__)
+
+Value = TypeVar("Value")
+
+
+class Gate(Protocol):
+    """What requests of environments go through. Both raise EngineError."""
+
+    def hold(self) -> None: ...
+
+    def release(self) -> None: ...
+
+
+class Resync:
+    """A `Publisher` around another one, and the way to an engine that may be lost. Collective: every rank makes the
+    same calls; rank 0 alone has the engine.
+
+    A new server serves what its folder holds, so it refuses to sample until `publish` has been repeated: nobody gets
+    a token of other weights than those of the version. For the same reason the gate is shut from the start of a sync
+    until it is proven, and stays shut if it is not.
+    """
+
+    def __init__(
+        self,
+        publisher: Publisher,
+        engine: Engine | None,
+        ranks: Ranks,
+        *,
+        max_restarts: int,
+        gate: Gate | None = None,
+    ) -> None:
+        """`gate`: rank 0's, if environments sample from the engine."""
+        self._publisher = publisher
+        self._engine = engine
+        self._ranks = ranks
+        self._max_restarts = max_restarts
+        self._gate = gate
+        self._version: int | None = None  # published last
+        self.num_restarts = 0
+        self.num_repeated = 0  # proven syncs of a version that had been proven before, for a new server
+        self._memory: dict[str, float] = {}
+
+    @property
+    def num_syncs(self) -> int:
+        return self._publisher.num_syncs
+
+    @property
+    def num_verified(self) -> int:
+        return self._publisher.num_verified
+
+    def publish(self, version: int) -> SyncStats:
+        self._version = None  # what was published before is no longer wanted: only this
+        self._order(lambda gate: gate.hold())
+        stats = self.through(lambda: self._publisher.publish(version))
+        self._version = version
+        self._order(lambda gate: gate.release())
+        return stats
+
+    def sleep(self) -> None:
+        """The engine gives its memory back until the next `publish`, and the gate is shut until then."""
+        self._order(lambda gate: gate.hold())
+        before, after = self.through(lambda: self._ranks.on_zero(self._sleep_engine))
+        self._memory = {
+            "engine/memory_awake_gb": before / 2**30,
+            "engine/memory_asleep_gb": after / 2**30,
+            "engine/memory_freed_gb": (before - after) / 2**30,
+        }
+
+    def counters(self) -> dict[str, float]:
+        return {"engine/restarts": self.num_restarts, **self._memory}
+
+    def _order(self, order: Callable[[Gate], None]) -> None:
+        """A gateway that is down is no reason to stop: nobody gets tokens from it."""
+        if self._gate is not None:
+            try:
+                order(self._gate)
+            except EngineError as error:
+                log.warning("the gateway did not take an order: %s", error)
+
+    def _sleep_engine(self) -> tuple[int, int]:
+        assert self._engine is not None, "rank 0 has the engine"
+        return self._engine.sleep()
+
+    def through(self, work: Callable[[], Value], *, undo: Callable[[], None] = lambda: None) -> Value:
+        """What `work` returns. If the engine is lost in it, `undo` comes before the repetition. `work` must fail on
+        every rank if it fails on one."""
+        while True:
+            try:
+                return work()
+            except Exception as error:  # raised again unless rank 0 lost its engine
+                if not self._ranks.any(isinstance(error, EngineLost)):
+                    raise
+                self._restart(error)
+            if self._version is not None:
+                self.publish(self._version)
+                self.num_repeated += 1
+            undo()
+
+    def _restart(self, error: Exception) -> None:
+        if self.num_restarts >= self._max_restarts:
+            error.add_note(f"the engine was started anew {self.num_restarts} times (engine.max_restarts)")
+            raise error
+        self.num_restarts += 1
+        if self._ranks.is_zero:
+            log.warning("engine lost, restart %d of %d: %s", self.num_restarts, self._max_restarts, error)
+        self._ranks.on_zero(self._restart_engine)
+
+    def _restart_engine(self) -> None:
+        assert self._engine is not None, "rank 0 has the engine"
+        try:
+            self._engine.restart()
+        except EngineLost as error:  # a fresh server that is lost at once would be lost again
+            raise EngineError(f"the engine was lost, and its new server too: {error}") from error
+
+
+class ResyncedSource:
+    """A `RolloutSource` that samples a step again if the engine is lost in it."""
+
+    def __init__(self, inner: RolloutSource, resync: Resync) -> None:
+        self._inner = inner
+        self._resync = resync
+
+    def take(self, num_groups: int, *, step: int) -> tuple[list[RolloutGroup], Dropped]:
+        state = self._inner.state()
+        return self._resync.through(
+            lambda: self._inner.take(num_groups, step=step), undo=lambda: self._inner.restore(state)
+        )
+
+    def counters(self) -> Mapping[str, float]:
+        return {**self._inner.counters(), **self._resync.counters()}
+
+    def state(self) -> JSON:
+        return self._inner.state()
+
+    def restore(self, state: JSON) -> None:
+        self._inner.restore(state)
+
+
+class ResyncedEvaluator:
+    """An `Evaluator` that asks again if the engine is lost. Every rank gets rank 0's metrics."""
+
+    def __init__(self, inner: Evaluator, resync: Resync, ranks: Ranks) -> None:
+        self._inner = inner
+        self._resync = resync
+        self._ranks = ranks
+
+    def __call__(self, policy_version: int) -> dict[str, float]:
+        return self._resync.through(lambda: self._ranks.on_zero(lambda: self._inner(policy_version)))
+
+
+class RankZeroSource:
+    """A `RolloutSource` for all ranks around the one of rank 0 (None elsewhere). Collective."""
+
+    def __init__(self, inner: RolloutSource | None, ranks: Ranks) -> None:
+        self._inner = inner
+        self._ranks = ranks
+
+    def take(self, num_groups: int, *, step: int) -> tuple[list[RolloutGroup], Dropped]:
+        return self._ranks.on_zero(lambda: self._of_rank_zero().take(num_groups, step=step))
+
+    def counters(self) -> Mapping[str, float]:
+        return self._inner.counters() if self._inner is not None else {}
+
+    def state(self) -> JSON:
+        return self._inner.state() if self._inner is not None else {}
+
+    def restore(self, state: JSON) -> None:
+        self._ranks.on_zero(lambda: self._of_rank_zero().restore(state))
+
+    def _of_rank_zero(self) -> RolloutSource:
+        assert self._inner is not None, "rank 0 has the source"
+        return self._inner

@@ -1,0 +1,70 @@
+"""TODO."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from atropos_exp.config.typed import Mistake, construct
+from atropos_exp.errors import UserError
+
+PACKAGE = "atropos_exp"
+
+
+FOLDERS = {"env": "parts.atropos", "sweep": "sweep"}  # where a group's code is, if not in a folder of its name
+
+
+def build(node: Mapping[str, Any] | DictConfig, group: str = "") -> Any:
+    """The settings object that `node._target_` names, made of the node's other keys.
+
+    Unlike `hydra.utils.instantiate`, a value of the wrong type is an error, as are unknown and missing keys; nothing
+    outside this package is ever imported or called. Raises UserError with every mistake, one a line.
+    """
+    mistakes: list[Mistake] = []
+    part = build_into(mistakes, _plain(node), group)
+    if mistakes:
+        raise UserError("\n".join(f"{mistake.path}: {mistake.message}".lstrip(": ") for mistake in mistakes))
+    return part
+
+
+def build_into(mistakes: list[Mistake], values: Mapping[str, Any], group: str) -> Any:
+    """Like `build`, but appends to `mistakes` and returns None if it did."""
+    path = f"{group}._target_" if group else "_target_"
+    try:
+        cls = find_class(values.get("_target_"), group)
+    except UserError as error:
+        mistakes.append(Mistake(path=path, message=str(error)))
+        return None
+    return construct(cls, {key: value for key, value in values.items() if key != "_target_"}, group, mistakes)
+
+
+def find_class(target: object, group: str = "") -> type:
+    """The settings class of this package that a `_target_` names. Raises UserError for anything else."""
+    inside = f"{PACKAGE}.{FOLDERS.get(group, f'parts.{group}')}." if group else f"{PACKAGE}."
+    if not isinstance(target, str) or not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", target):
+        raise UserError(f"got {target!r}, expected {inside}<file>.<Class>")
+    if not target.startswith(inside):
+        raise UserError(f"got {target!r}, expected a class inside {inside[:-1]}: others are refused")
+    module_name, _, class_name = target.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module_name), class_name, None)
+    except ModuleNotFoundError as error:
+        if error.name and module_name.startswith(error.name):
+            raise UserError(f"got {target!r}, but there is no module {error.name}") from error
+        raise
+    if not isinstance(found, type) or not dataclasses.is_dataclass(found):
+        raise UserError(f"got {target!r}, which is not a dataclass")
+    if f"{found.__module__}.{found.__qualname__}" != target:
+        raise UserError(f"got {target!r}, which is another name of {found.__module__}.{found.__qualname__}")
+    return found
+
+
+def _plain(node: Mapping[str, Any] | DictConfig) -> Mapping[str, Any]:
+    if isinstance(node, DictConfig):
+        return OmegaConf.to_container(node, resolve=True, throw_on_missing=True)  # type: ignore[return-value]
+    return node

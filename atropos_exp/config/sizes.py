@@ -1,0 +1,116 @@
+"""Sizes that follow from the configuration, and what refuses to fit together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from atropos_exp.config.root import RunConfig
+from atropos_exp.config.typed import Mistake
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sizes:
+    """Of one step."""
+
+    device: str  # cpu | cuda
+    world_size: int  # trainer processes
+    data_parallel: int  # of them, those with sequences of their own
+    prompts: int
+    sequences: int
+    sequences_per_rank: int
+    tokens_per_sequence: int  # at most, prompt and response
+    trained_tokens: int  # at most
+    tokens_per_micro_batch: int  # at most, per rank
+    num_mini_batches: int  # optimizer steps
+    micro_batches: int  # at most, per rank
+
+
+def check_sizes(
+    run: RunConfig, parts: Mapping[str, Any], device: str, environ: Mapping[str, str], mistakes: list[Mistake]
+) -> Sizes:
+    """Derived sizes; appends to `mistakes` what does not divide or fit."""
+    num_processes: int = getattr(parts.get("cluster"), "num_processes", 1)
+    world_size = int(environ.get("WORLD_SIZE", num_processes))  # set by whoever started several ranks
+    per_sequence = max(1, getattr(parts.get("trainer"), "sequence_parallel_size", 1))
+    if world_size % per_sequence:
+        message = f"got {per_sequence}, which does not divide the {world_size} trainer processes"
+        mistakes.append(Mistake(path="trainer.sequence_parallel_size", message=message))
+    data_parallel = max(1, world_size // per_sequence)
+    num_mini_batches = max(1, getattr(parts.get("trainer"), "num_mini_batches", 1))
+    sequences = run.batch_size * run.group_size
+    if sequences % (data_parallel * num_mini_batches):
+        over = f"{data_parallel} ranks" + (
+            f" x {num_mini_batches} mini-batches (trainer.num_mini_batches)" if num_mini_batches > 1 else ""
+        )
+        nearest = _nearest(run.batch_size, run.group_size, data_parallel * num_mini_batches)
+        message = (
+            f"{run.batch_size} prompts x {run.group_size} rollouts (group_size) = {sequences} sequences "
+            f"do not divide over {over}; {nearest}"
+        )
+        mistakes.append(Mistake(path="batch_size", message=message))
+    # An estimator that needs no comparison says so.
+    min_group_size: int = getattr(parts["advantage"], "min_group_size", 2) if "advantage" in parts else 1
+    if run.group_size < min_group_size:
+        mistakes.append(
+            Mistake(
+                path="group_size",
+                message=f"got {run.group_size}, but {type(parts['advantage']).__name__} (advantage) compares the "
+                f"rollouts of a group: expected at least {min_group_size}",
+            )
+        )
+    longest = run.max_prompt_length + run.max_response_length
+    budget = getattr(parts.get("trainer"), "max_tokens_per_micro_batch", longest)
+    if longest > budget:
+        mistakes.append(
+            Mistake(
+                path="trainer.max_tokens_per_micro_batch",
+                message=f"got {budget}, but one sequence may have max_prompt_length + max_response_length = "
+                f"{run.max_prompt_length} + {run.max_response_length} = {longest} tokens; raise it or shorten them",
+            )
+        )
+    per_rank = -(-sequences // data_parallel)
+    return Sizes(
+        device=device,
+        world_size=world_size,
+        data_parallel=data_parallel,
+        prompts=run.batch_size,
+        sequences=sequences,
+        sequences_per_rank=per_rank,
+        tokens_per_sequence=longest,
+        trained_tokens=sequences * run.max_response_length,
+        tokens_per_micro_batch=budget,
+        num_mini_batches=num_mini_batches,
+        micro_batches=num_mini_batches * -(-per_rank // num_mini_batches // max(1, budget // longest)),
+    )
+
+
+def describe(sizes: Sizes) -> str:
+    """The table that a run prints when it starts."""
+    rows = [
+        ("device", sizes.device),
+        ("trainer processes", f"{sizes.world_size:,} ({sizes.data_parallel:,} with data of their own)"),
+        ("prompts a step", f"{sizes.prompts:,}"),
+        ("sequences a step", f"{sizes.sequences:,} ({sizes.sequences_per_rank:,} a rank)"),
+        ("tokens a sequence", f"{sizes.tokens_per_sequence:,} at most"),
+        ("trained tokens a step", f"{sizes.trained_tokens:,} at most"),
+        ("tokens a micro-batch", f"{sizes.tokens_per_micro_batch:,} at most"),
+        ("optimizer steps a step", f"{sizes.num_mini_batches:,}"),
+        ("micro-batches a rank", f"{sizes.micro_batches:,} at most"),
+    ]
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"  {name:<{width}}  {value}" for name, value in rows)
+
+
+def _nearest(batch_size: int, group_size: int, ranks: int) -> str:
+    """The nearest values of either key that divide, such as "use batch_size=6 or 8, or group_size=4"."""
+
+    def around(value: int, factor: int) -> list[int]:
+        below = next((n for n in range(value - 1, 0, -1) if n * factor % ranks == 0), None)
+        above = next(n for n in range(value + 1, value + ranks + 1) if n * factor % ranks == 0)
+        return [n for n in (below, above) if n is not None]
+
+    batches = " or ".join(map(str, around(batch_size, group_size)))
+    groups = " or ".join(map(str, around(group_size, batch_size)))
+    return f"use batch_size={batches}, or group_size={groups}"

@@ -1,0 +1,71 @@
+"""One sequence as it grows: what the environment said is context, what the policy sampled is trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from atropos_exp.envs.sampler import Completion
+from atropos_exp.types import Finish
+
+IGNORED = -100  # mask of a token that is not trained
+NO_LOGPROB = 1.0  # where nothing was sampled
+
+
+class Episode:
+    """Token ids, masks and logprobs as the API wants them: unshifted, each [T]. No token is ever encoded again."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.masks: list[int] = []
+        self.logprobs: list[float] = []
+        self.turns: list[range] = []  # the positions that each completion takes
+        self.is_truncated = False  # whether the token limit cut one of them
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def add_context(self, token_ids: Iterable[int]) -> None:
+        ids = [int(token) for token in token_ids]
+        self.tokens += ids
+        self.masks += [IGNORED] * len(ids)
+        self.logprobs += [NO_LOGPROB] * len(ids)
+
+    def add_completion(self, completion: Completion) -> None:
+        self.turns.append(range(len(self.tokens), len(self.tokens) + len(completion.token_ids)))
+        self.tokens += completion.token_ids
+        self.masks += completion.token_ids
+        self.logprobs += completion.logprobs
+        self.is_truncated |= completion.finish is Finish.LENGTH
+
+    def spread(self, values: Sequence[float]) -> list[float]:
+        """One value per turn as one per token [T]; 0 where nothing is trained."""
+        spread = [0.0] * len(self.tokens)
+        for turn, value in zip(self.turns, values, strict=True):
+            for position in turn:
+                spread[position] = value
+        return spread
+
+
+def scored_group(
+    episodes: Sequence[Episode],
+    scores: Sequence[float],
+    *,
+    temperature: float,
+    mask_truncated: bool,
+    advantages: list[list[float]] | None = None,
+) -> dict[str, Any]:
+    """A `ScoredDataGroup`. `group_overrides` is left out, because atroposlib cannot bear it to be null."""
+    overrides = [
+        {"set_advantage_to_zero": True} if mask_truncated and episode.is_truncated else {} for episode in episodes
+    ]
+    return {
+        "tokens": [episode.tokens for episode in episodes],
+        "masks": [episode.masks for episode in episodes],
+        "scores": [float(score) for score in scores],
+        "inference_logprobs": [episode.logprobs for episode in episodes],
+        "advantages": advantages,
+        "messages": None,
+        "overrides": overrides if any(overrides) else None,
+        "generation_params": {"temperature": temperature},
+    }

@@ -1,0 +1,80 @@
+"""What an environment needs to know of a run, read from the run folder's config.yaml."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from atropos_exp.config.build import build_into
+from atropos_exp.config.root import RunConfig
+from atropos_exp.config.typed import Mistake, construct
+from atropos_exp.errors import UserError
+
+if TYPE_CHECKING:
+    from atropos_exp.parts.data.verl import VerlData
+    from atropos_exp.parts.eval.held_out import HeldOut
+    from atropos_exp.parts.model.settings import ModelSettings
+    from atropos_exp.parts.reward.base import PooledReward
+
+GROUPS = ("model", "data", "reward", "eval")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunSettings:
+    """The part of a run's configuration that its environments share with its trainer."""
+
+    run: RunConfig
+    model: ModelSettings
+    data: VerlData
+    reward: PooledReward
+    held_out: HeldOut
+    mask_truncated: bool
+
+    @classmethod
+    def read(cls, path: Path) -> RunSettings:
+        """Of a resolved configuration. Raises UserError with everything that is wrong in what is used of it."""
+        values = _read_yaml(path)
+        mistakes: list[Mistake] = []
+        shared = {field.name for field in fields(RunConfig)}
+        run = construct(RunConfig, {key: item for key, item in values.items() if key in shared}, "", mistakes)
+        parts = {}
+        for group in GROUPS:
+            if isinstance(values.get(group), Mapping):
+                parts[group] = build_into(mistakes, values[group], group)
+            else:
+                mistakes.append(Mistake(path=group, message="missing: it needs one of its options"))
+        rollout = values.get("rollout")
+        mask_truncated = rollout.get("mask_truncated") if isinstance(rollout, Mapping) else None
+        if not isinstance(mask_truncated, bool):
+            mistakes.append(Mistake(path="rollout.mask_truncated", message=f"got {mask_truncated!r}, expected a bool"))
+        if mistakes:
+            lines = [f"{mistake.path}: {mistake.message}" for mistake in mistakes]
+            raise UserError("\n  ".join([f"{path} is not the configuration of a run of this version:", *lines]))
+        assert isinstance(mask_truncated, bool)
+        return cls(
+            run=run,
+            model=parts["model"],
+            data=parts["data"],
+            reward=parts["reward"],
+            held_out=parts["eval"],
+            mask_truncated=mask_truncated,
+        )
+
+    def model_folder(self) -> Path:
+        """Where the tokenizer is. The copy that is here already, for the trainer fetched it; else it is fetched."""
+        folder = self.model.local_folder()
+        return folder if folder is not None and folder.is_dir() else self.model.fetch()
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise UserError(f"env.run_config: {path} cannot be read: {error}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"env.run_config: {path} is no configuration; give config.yaml of a run folder")
+    return values

@@ -1,0 +1,171 @@
+"""Single-turn questions from any data source, scored by any reward: the trainer's own rollouts, through Atropos.
+
+python -m atropos_exp.envs.single_turn serve --env.run_config RUN/config.yaml \
+    --env.rollout_server_url http://127.0.0.1:8000 --openai.base_url http://127.0.0.1:9004/v1
+"""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from atropos_exp.processes.startup import no_collections, tokenizers_only
+
+if __name__ == "__main__":
+    with tokenizers_only(), no_collections():
+        import atroposlib.envs.base  # noqa: F401
+
+from atropos_exp.envs.base import RunEnv
+from atropos_exp.envs.episode import Episode
+from atropos_exp.envs.sampler import Completion, SamplerEngine
+from atropos_exp.envs.stream import Place
+from atropos_exp.types import Prompt, RewardFailure
+
+if TYPE_CHECKING:
+    from atropos_exp.interfaces import PromptLoader, Scorer
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Task:
+    """One prompt to be answered `group_size` times."""
+
+    place: Place
+    prompt: Prompt
+
+
+class SingleTurnEnv(RunEnv):
+    """A real Atropos environment made of a run's `data` and `reward`."""
+
+    name: ClassVar[str] = "single_turn"
+
+    def prepare(self) -> None:
+        from atropos_exp.parts.reward.pool import RewardPool
+
+        settings, run = self.settings, self.settings.run
+        self.scorer: Scorer = RewardPool(
+            settings.reward,  # type: ignore[arg-type]
+            num_workers=settings.reward.num_workers,
+            timeout_seconds=settings.reward.timeout_seconds,
+        )
+        prepared_folder = _prepared(settings.data.prepare)
+        with tempfile.TemporaryDirectory() as folder:  # bad rows are the trainer's to list; they are the same
+            self.loader: PromptLoader = settings.data.loader(
+                self.tokenizer,
+                seed=run.seed,
+                max_prompt_length=run.max_prompt_length,
+                max_response_length=run.max_response_length,
+                run_folder=Path(folder),
+                prepared_folder=prepared_folder,
+            )
+        self.held_out: list[Prompt] = []
+        if settings.held_out.num_prompts and settings.data.has_eval:
+            self.held_out = settings.data.eval_prompts(
+                self.tokenizer,
+                num_prompts=settings.held_out.num_prompts,
+                max_prompt_length=run.max_prompt_length,
+                prepared_folder=prepared_folder,
+            )
+        self.scorer.score([])  # a reward that cannot be loaded says so here
+
+    async def get_next_item(self) -> Task:
+        place = self.stream.next()
+        self.loader.restore({**self.loader.state(), "cursor": place.position})
+        return Task(place=place, prompt=self.loader.take(1)[0])
+
+    async def collect(self, item: Task) -> dict[str, Any] | None:
+        completions = await self.sampler.complete(
+            item.prompt.token_ids.tolist(), self.training_params(item.place), num_samples=self.config.group_size
+        )
+        texts, scores = await asyncio.to_thread(self._score, item.prompt, completions)
+        failures = [score.reason for score in scores if isinstance(score, RewardFailure)]
+        failures += ["empty_completion" for completion in completions if not completion.token_ids]
+        if failures:
+            for reason in failures:
+                self.drop(reason)
+            return None
+        episodes = []
+        for completion in completions:
+            episode = Episode()
+            episode.add_context(completion.prompt_ids)
+            episode.add_completion(completion)
+            episodes.append(episode)
+        group = self.group(episodes, [score for score in scores if not isinstance(score, RewardFailure)])
+        if self.config.include_messages:
+            question = {"role": "user", "content": item.prompt.text}
+            group["messages"] = [[question, {"role": "assistant", "content": text}] for text in texts]
+        return group
+
+    def _score(self, prompt: Prompt, completions: list[Completion]) -> tuple[list[str], list[float | RewardFailure]]:
+        texts = self.decode(completions)
+        return texts, self.scorer.score([(text, prompt) for text in texts])
+
+    async def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """The trainer's own held-out evaluation, through the server that this environment samples from."""
+        started, scorer = time.time(), _Listener(self.scorer)
+        evaluator = self.settings.held_out.start(
+            prompts=self.held_out,
+            engine=SamplerEngine(  # type: ignore[arg-type]
+                self.sampler, asyncio.get_running_loop(), timeout_seconds=self.config.worker_timeout
+            ),
+            scorer=scorer,
+            tokenizer=self.tokenizer,
+            stop_token_ids=self.stop_token_ids,
+            max_tokens=self.config.max_response_length,
+            seed=self.settings.run.seed,
+        )
+        metrics = await asyncio.to_thread(evaluator, 0)
+        await self.evaluate_log(
+            metrics,
+            start_time=started,
+            end_time=time.time(),
+            generation_parameters={
+                "temperature": self.settings.held_out.temperature,
+                "max_new_tokens": self.config.max_response_length,
+                "samples_per_prompt": self.settings.held_out.samples_per_prompt,
+            },
+            samples=scorer.heard,
+        )
+        await self.wandb_log(dict(metrics))
+        return metrics
+
+
+class _Listener:
+    """A `Scorer` that keeps what it was asked and what came out."""
+
+    def __init__(self, scorer: Scorer) -> None:
+        self._scorer = scorer
+        self.heard: list[dict[str, Any]] = []
+
+    def score(self, items: Sequence[tuple[str, Prompt]]) -> list[float | RewardFailure]:
+        scores = self._scorer.score(items)
+        for (answer, prompt), score in zip(items, scores, strict=True):
+            failed = isinstance(score, RewardFailure)
+            self.heard.append(
+                {
+                    "prompt_id": prompt.prompt_id,
+                    "question": prompt.text,
+                    "ground_truth": prompt.ground_truth,
+                    "answer": answer,
+                    "score": None if failed else score,
+                    "failure": score.reason if isinstance(score, RewardFailure) else None,
+                }
+            )
+        return scores
+
+
+def _prepared(prepare: Any) -> Path | None:
+    """The folder of the data set that the run builds; whoever comes first builds it, the others wait."""
+    if prepare is None:
+        return None
+    from data_prep.prepare import ensure
+
+    return ensure(prepare)
+
+
+if __name__ == "__main__":
+    SingleTurnEnv.main()

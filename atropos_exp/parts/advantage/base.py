@@ -1,0 +1,140 @@
+"""What every advantage estimator shares: which rollouts take part, verl's estimator by name, whitening, clipping."""
+
+from __future__ import annotations
+
+from abc import ABC
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from atropos_exp.errors import UserError
+from atropos_exp.types import Floats, RolloutGroup
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+LARGEST_REWARD = 1e18  # its square still fits into float32
+# Rewards of a group that differ by less than this fraction of the largest are equal: a few float32 roundings.
+# Dividing such a residue by its own standard deviation would blow it up to a full-sized advantage.
+EQUAL_WITHIN = 1e-6
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Rows:
+    """The rollouts that are compared, all groups end to end."""
+
+    rewards_N: Floats
+    index_N: NDArray[np.object_]  # number of the group; objects, because verl groups by hash
+    lengths_N: NDArray[np.int64]  # trained tokens
+    counts_N: NDArray[np.bool_]  # False: only part of the baseline (`zero_advantage`)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerlAdvantage(ABC):
+    """An estimator of verl's registry (`get_adv_estimator_fn`) as an `AdvantageEstimator`.
+
+    Exactly zero, and left out of every statistic: groups of one, groups without variance, groups with
+    environment-supplied advantages, and supervised rollouts, which their group is compared without. A rollout with
+    `zero_advantage` is part of its group's baseline only.
+    """
+
+    normalization: str
+    clip: list[float] | None
+
+    verl_name: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        if self.normalization not in ("none", "batch"):
+            raise UserError(f"advantage.normalization is {self.normalization!r}; expected none or batch")
+        if self.clip is not None and not (len(self.clip) == 2 and self.clip[0] <= 0 <= self.clip[1] != self.clip[0]):
+            raise UserError(
+                f"advantage.clip is {self.clip}; expected null or [low, high] with low <= 0 <= high and low < high, "
+                "so that a rollout without advantage keeps none"
+            )
+
+    def __call__(self, groups: Sequence[RolloutGroup]) -> list[Floats]:
+        """One float32 [G] per group. Raises UserError for a reward beyond float32."""
+        rewards = [_rewards(group) for group in groups]
+        compared = [i for i, group in enumerate(groups) if not group.has_own_advantages and not is_constant(rewards[i])]
+        advantages = [np.zeros(len(group.rollouts), dtype=np.float32) for group in groups]
+        if not compared:
+            return advantages
+        rollouts = [rollout for i in compared for rollout in groups[i].compared]
+        sizes = [len(rewards[i]) for i in compared]
+        rows = Rows(
+            rewards_N=np.concatenate([rewards[i] for i in compared]),
+            index_N=np.repeat(np.arange(len(compared)), sizes).astype(object),
+            lengths_N=np.array([rollout.num_trained for rollout in rollouts], dtype=np.int64),
+            counts_N=np.array([not rollout.zero_advantage for rollout in rollouts]),
+        )
+        parts = np.split(self._finish(self.estimate(rows), rows), np.cumsum(sizes)[:-1])
+        for i, part in zip(compared, parts, strict=True):
+            advantages[i][[not rollout.supervised for rollout in groups[i].rollouts]] = part
+        return advantages
+
+    def estimate(self, rows: Rows) -> Floats:
+        """Advantages [N] of `rows`, before normalization and clipping."""
+        return self.call_verl(rows, mask=np.ones((len(rows.rewards_N), 1), dtype=bool))[:, 0]
+
+    def call_verl(self, rows: Rows, *, mask: NDArray[Any], **settings: Any) -> Floats:
+        """verl's estimator on one reward per row; the mask [N, R] broadcasts the result to its shape."""
+        import torch
+        from verl.trainer.ppo import core_algos
+
+        verl: Any = core_algos
+        advantages, _ = verl.get_adv_estimator_fn(self.verl_name)(
+            token_level_rewards=torch.tensor(rows.rewards_N).unsqueeze(-1),
+            response_mask=torch.from_numpy(mask),
+            index=rows.index_N,
+            **settings,
+        )
+        return _as_array(advantages)
+
+    def _finish(self, advantages_N: Floats, rows: Rows) -> Floats:
+        if self.normalization == "batch":
+            advantages_N = whiten(advantages_N, rows)
+        if self.clip is not None:
+            advantages_N = np.clip(advantages_N, self.clip[0], self.clip[1])
+        assert np.isfinite(advantages_N).all(), f"{self.verl_name} gave a non-finite advantage"
+        return np.where(rows.counts_N, advantages_N, np.float32(0.0))
+
+
+def is_constant(values: NDArray[np.floating[Any]], *, among: NDArray[np.floating[Any]] | None = None) -> bool:
+    """Whether there is nothing to compare: fewer than two values, or equal up to float32 rounding of the
+    largest of `among` (default: the values)."""
+    largest = np.abs(values if among is None else among).max(initial=0.0)
+    return len(values) < 2 or bool(np.ptp(values) <= EQUAL_WITHIN * largest)
+
+
+def whiten(advantages_N: Floats, rows: Rows) -> Floats:
+    """Zero mean and unit variance over the trained tokens of the rows that count (verl's `masked_whiten`).
+
+    Zero if they do not differ: whitening a constant would only magnify its rounding.
+    """
+    import torch
+    from verl.utils import torch_functional
+
+    if is_constant(advantages_N[rows.counts_N], among=advantages_N):
+        return np.zeros_like(advantages_N)
+    verl: Any = torch_functional
+    # a row counts once per trained token: the number of tokens as mask does what repeating the row would do
+    weights_N = torch.from_numpy(rows.lengths_N * rows.counts_N)
+    return _as_array(verl.masked_whiten(torch.tensor(advantages_N), weights_N))
+
+
+def _rewards(group: RolloutGroup) -> Floats:
+    rewards = np.array([rollout.reward for rollout in group.compared], dtype=np.float64)
+    if not (np.abs(rewards) <= LARGEST_REWARD).all():
+        raise UserError(
+            f"a reward of prompt {group.prompt_id!r} is {np.abs(rewards).max():g} in size; "
+            f"expected at most {LARGEST_REWARD:g}, scale the reward"
+        )
+    return rewards.astype(np.float32)
+
+
+def _as_array(tensor: Tensor) -> Floats:
+    array: Floats = tensor.numpy().astype(np.float32)
+    return array

@@ -1,0 +1,109 @@
+"""`conf/env`: how to start the processes of one Atropos environment, this project's own or anybody's."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from atropos_exp.errors import UserError
+
+SERVER_TYPES = ("vllm", "sglang", "openai")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What every environment process of a run is told, and what {name} stands for in its arguments."""
+
+    api_url: str
+    gateway_url: str  # without /v1
+    gateway_token: str  # "x" if it asks for none
+    model_name: str
+    tokenizer: Path
+    run_config: Path
+    run_folder: Path
+    group_size: int
+    max_token_length: int
+    uses_wandb: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Environment:
+    """The command line is `python command… serve`, then flags for what `Facts` say, then `arguments`, which win."""
+
+    name: str
+    python: str | None
+    command: list[str]
+    num_processes: int
+    server_type: str
+    max_batches_offpolicy: int
+    arguments: dict[str, Any]
+    server_arguments: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        if self.num_processes < 1:
+            raise UserError(f"num_processes: got {self.num_processes}, expected at least 1")
+        if self.server_type not in SERVER_TYPES:
+            raise UserError(f"server_type: got {self.server_type!r}, expected one of {', '.join(SERVER_TYPES)}")
+        if self.max_batches_offpolicy < 1:
+            raise UserError(
+                f"max_batches_offpolicy: got {self.max_batches_offpolicy}, expected at least 1 (0 samples nothing)"
+            )
+
+    def preflight(self, *, launches_atropos: bool) -> Iterator[str]:
+        """What can be known to be wrong before the process is started."""
+        if not launches_atropos:
+            return
+        if not self.command:
+            yield "command: got an empty list, expected [path/to/env.py], or [-m, module]"
+            return
+        if self.python is not None and shutil.which(os.path.expanduser(self.python)) is None:
+            yield f"python: got {self.python!r}, which is no program; name the interpreter that it needs"
+        script = self.command[0]
+        if script.endswith(".py") and not Path(script).expanduser().is_file():
+            yield f"command: got {script}, but there is no such file"
+
+    def argv(self, facts: Facts, process: int) -> list[str]:
+        """The command line of process number `process`."""
+        options: dict[str, Any] = {
+            "env.rollout_server_url": facts.api_url,
+            "env.tokenizer_name": facts.tokenizer,
+            "env.group_size": facts.group_size,
+            "env.max_token_length": facts.max_token_length,
+            "env.max_batches_offpolicy": self.max_batches_offpolicy,
+            "env.total_steps": -1,  # as many as the trainer registers
+            "env.use_wandb": facts.uses_wandb,
+            "openai.base_url": f"{facts.gateway_url}/v1",
+            "openai.api_key": facts.gateway_token,
+            "openai.model_name": facts.model_name,
+            "openai.tokenizer_name": facts.tokenizer,  # else atroposlib takes the model_name for a folder or a hub id
+            "openai.server_type": self.server_type,
+        }
+        places = {name: str(getattr(facts, name)) for name in vars(facts)}
+        places |= {"process_index": str(process), "num_processes": str(self.num_processes)}
+        for prefix, arguments in (("env", self.arguments), ("openai", self.server_arguments)):
+            for key, value in arguments.items():
+                options[f"{prefix}.{key}"] = _fill(value, places) if isinstance(value, str) else value
+        python = sys.executable if self.python is None else os.path.expanduser(self.python)
+        command = [os.path.expanduser(word) for word in self.command]
+        # One word each: atroposlib takes a value that starts with a dash for the next flag.
+        flags = [f"--{key}={_word(value)}" for key, value in options.items() if value is not None]
+        return [python, *command, "serve", *flags]
+
+
+def _fill(text: str, places: Mapping[str, str]) -> str:
+    try:
+        return text.format_map(places)
+    except (KeyError, IndexError, ValueError) as error:
+        raise UserError(
+            f"env.arguments: {text!r} has a placeholder {error} that nothing stands for; there are: "
+            f"{', '.join(sorted(places))} (double a brace that is meant as such)"
+        ) from None
+
+
+def _word(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)

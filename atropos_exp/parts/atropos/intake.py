@@ -1,0 +1,185 @@
+"""The border: from what environments sent to typed groups. A bad group is dropped and counted, and nothing else."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections import Counter, OrderedDict
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from atropos_exp.errors import EngineError
+from atropos_exp.parts.atropos.scored_data import Rejected, ScoredGroup, ScoredSequence, read_group
+from atropos_exp.types import Finish, Provenance, Rollout, RolloutGroup
+
+if TYPE_CHECKING:
+    from atropos_exp.interfaces import Ledger
+
+log = logging.getLogger(__name__)
+
+REMEMBERED_GROUPS = 8192  # whose digests are kept, to know a doubled group that the ledger cannot tell
+LOGPROB_TOLERANCE = 1e-3  # nats between an environment's logprob and what the sampler said
+
+
+class Intake:
+    """Checks groups, completes them from the ledger, and counts. The counters are totals of this process."""
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        *,
+        vocab_size: int,
+        max_tokens: int,
+        group_size: int,
+        stop_token_ids: Sequence[int],
+        max_version_lag: int | None,
+    ) -> None:
+        """`max_tokens`: of a whole sequence. `max_version_lag`: groups with older tokens are dropped; None: none."""
+        self._ledger = ledger
+        self._vocab_size = vocab_size
+        self._max_tokens = max_tokens
+        self._group_size = group_size
+        self._stop_token_ids = frozenset(stop_token_ids)
+        self._max_version_lag = max_version_lag
+        self._seen: OrderedDict[bytes, None] = OrderedDict()
+        self._said: set[str] = set()
+        self.dropped_rollouts: Counter[str] = Counter()  # by reason, taken and cleared by the source
+        self.counters: Counter[str] = Counter()
+
+    def accept(self, raw_groups: Sequence[Any], *, policy_version: int) -> list[RolloutGroup]:
+        """The groups that can be trained on by weights of `policy_version`, in the order given."""
+        scored: list[ScoredGroup] = []
+        for raw in raw_groups:
+            self.counters["groups_received"] += 1
+            try:
+                scored.append(read_group(raw, vocab_size=self._vocab_size, max_tokens=self._max_tokens))
+            except Rejected as rejected:
+                self._drop(rejected, _num_sequences(raw))
+        rest = iter(self._look_up([sequence for group in scored for sequence in group.sequences]))
+        groups = []
+        for group in scored:
+            provenances = [next(rest) for _ in group.sequences]
+            try:
+                groups.append(self._complete(group, provenances, policy_version))
+            except Rejected as rejected:
+                self._drop(rejected, len(group.sequences))
+        self.counters["groups_accepted"] += len(groups)
+        return groups
+
+    def _look_up(self, sequences: Sequence[ScoredSequence]) -> Sequence[Provenance | None]:
+        try:
+            return self._ledger.lookup(
+                [(sequence.token_ids, sequence.trained) for sequence in sequences],
+                claim=True,
+                logprobs=[sequence.logprobs for sequence in sequences],
+            )
+        except EngineError as error:  # the gateway is down; it is started again before the next wait
+            self.counters["ledger_failures"] += 1
+            log.warning("the ledger of the gateway cannot be asked: %s", error)
+            return [None] * len(sequences)
+
+    def _complete(
+        self, group: ScoredGroup, provenances: Sequence[Provenance | None], policy_version: int
+    ) -> RolloutGroup:
+        self._note_peculiarities(group)
+        digest = self._refuse_doubled(group, provenances)
+        rollouts = [
+            self._rollout(sequence, provenance, policy_version)
+            for sequence, provenance in zip(group.sequences, provenances, strict=True)
+        ]
+        lag = policy_version - min(rollout.policy_version for rollout in rollouts)
+        if self._max_version_lag is not None and lag > self._max_version_lag:
+            raise Rejected("stale", f"sampled {lag} versions ago (atropos.max_version_lag={self._max_version_lag})")
+        first = next((provenance.key for provenance in provenances if provenance is not None), digest.hex())
+        return RolloutGroup(prompt_id=f"atropos/{group.env_id}/{first}", source="atropos", rollouts=tuple(rollouts))
+
+    def _rollout(self, sequence: ScoredSequence, provenance: Provenance | None, policy_version: int) -> Rollout:
+        logprobs, temperature = sequence.logprobs, sequence.temperature
+        sampled_by = policy_version
+        if provenance is None:
+            self.counters["rollouts_of_unknown_version"] += 1
+        else:
+            sampled_by = min(provenance.policy_version, policy_version)
+            if provenance.temperature is None:
+                raise Rejected("mixed_temperature", "completions of one sequence were sampled at several temperatures")
+            temperature = provenance.temperature
+            if logprobs is None:
+                self.counters["logprobs_from_ledger"] += 1
+                logprobs = provenance.logprobs
+            elif float(np.abs(logprobs - provenance.logprobs).max()) > LOGPROB_TOLERANCE:
+                self.counters["logprobs_corrected"] += 1
+                self._say(
+                    "logprobs", "an environment sends other logprobs than its sampler gave; the sampler's are used"
+                )
+                logprobs = provenance.logprobs
+        if logprobs is None:
+            self.counters["rollouts_without_logprobs"] += 1
+        last = int(sequence.token_ids[np.flatnonzero(sequence.trained)[-1]])
+        return Rollout(
+            token_ids=sequence.token_ids,
+            trained=sequence.trained,
+            logprobs=logprobs,
+            reward=sequence.score,
+            finish=Finish.STOP if last in self._stop_token_ids else Finish.LENGTH,
+            policy_version=sampled_by,
+            advantages=sequence.advantages,
+            zero_advantage=sequence.zero_advantage,
+            reference_logprobs=sequence.reference_logprobs,
+            temperature=temperature,
+            supervised=sequence.supervised,
+        )
+
+    def _refuse_doubled(self, group: ScoredGroup, provenances: Sequence[Provenance | None]) -> bytes:
+        """A digest of the group. The ledger tells a doubled group from an equal one that was sampled again; where it
+        knows nothing of a group, an equal one counts as doubled."""
+        digest = _digest(group)
+        known = [provenance for provenance in provenances if provenance is not None]
+        if len(known) == len(provenances):
+            if all(provenance.returned_before for provenance in known):
+                raise Rejected("doubled", "every completion in it came back before")
+        elif digest in self._seen:
+            raise Rejected("doubled", "an equal group came before")
+        self._seen[digest] = None
+        if len(self._seen) > REMEMBERED_GROUPS:
+            self._seen.popitem(last=False)
+        return digest
+
+    def _note_peculiarities(self, group: ScoredGroup) -> None:
+        if len(group.sequences) != self._group_size:
+            self.counters["groups_of_other_size"] += 1
+            self._say(
+                f"size {len(group.sequences)}",
+                f"a group of {len(group.sequences)} rollouts (group_size is {self._group_size}): compared as it is",
+            )
+        for name in group.unknown:
+            self.counters["unknown_fields"] += 1
+            self._say(name, f"environments send `{name}`, which this trainer does not know and does not follow")
+
+    def _drop(self, rejected: Rejected, num_rollouts: int) -> None:
+        self.counters[f"groups_dropped_{rejected.reason}"] += 1
+        self.dropped_rollouts[rejected.reason] += num_rollouts
+        self._say(
+            rejected.reason, f"a group from an environment is dropped, {rejected} (further ones are only counted)"
+        )
+
+    def _say(self, what: str, text: str) -> None:
+        if what not in self._said:
+            self._said.add(what)
+            log.warning("%s", text)
+
+
+def _digest(group: ScoredGroup) -> bytes:
+    digest = hashlib.blake2b(digest_size=16)
+    for sequence in group.sequences:
+        for part in (sequence.token_ids, sequence.trained, np.float64(sequence.score)):
+            raw = part.tobytes()
+            digest.update(len(raw).to_bytes(8, "little") + raw)
+    return digest.digest()
+
+
+def _num_sequences(raw: object) -> int:
+    """How many rollouts a group that cannot be read claims to have, at least 1."""
+    tokens = raw.get("tokens") if isinstance(raw, dict) else None
+    return max(1, len(tokens)) if isinstance(tokens, list) else 1

@@ -1,0 +1,116 @@
+"""Starts what `rollout=atropos|auto` needs: finds the API or launches it with its environments, under supervision."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from atropos_exp.parts.atropos.client import ApiDown, AtroposClient, Registration
+from atropos_exp.parts.atropos.environment import Environment, Facts
+from atropos_exp.parts.atropos.intake import Intake
+from atropos_exp.parts.atropos.settings import AtroposSettings
+from atropos_exp.parts.atropos.source import AtroposSource
+from atropos_exp.parts.atropos.supervisor import Service, Supervisor
+from atropos_exp.processes.child import Child, child_environment
+from atropos_exp.processes.ports import HeldPort
+
+log = logging.getLogger(__name__)
+
+UNLIMITED_STEPS = (
+    2**31 - 1
+)  # the API counts batches formed, environments end at that count: the trainer decides instead
+
+
+@dataclass(frozen=True, kw_only=True)
+class Programs:
+    """The API that a run uses, and the processes of it that belong to the run. `supervisor.stop` ends them."""
+
+    client: AtroposClient
+    supervisor: Supervisor
+    is_up: bool  # whether the API answered when it was looked for, or is being started
+
+
+def start_programs(settings: AtroposSettings, environment: Environment, *, facts: Facts, log_folder: Path) -> Programs:
+    """The API at `settings.api_url` if one answers there; else one of our own with `environment`, if `settings.launch`.
+
+    Returns at once: what is started loads in the background. `facts.api_url` is filled in here.
+    """
+    if settings.api_url is not None:
+        client = AtroposClient(settings.api_url, batch_seconds=settings.batch_timeout)
+        supervisor = Supervisor(client, max_restarts=settings.max_restarts)
+        try:
+            client.check()
+            return Programs(client=client, supervisor=supervisor, is_up=True)
+        except ApiDown as error:
+            if not settings.launch:
+                return Programs(client=client, supervisor=supervisor, is_up=False)
+            log.warning("%s; an API of this run's own is started instead", error)
+            client.close()
+    port = HeldPort()  # the API listens on it once it has loaded, and again whenever it is restarted
+    client = AtroposClient(f"http://127.0.0.1:{port.number}", batch_seconds=settings.batch_timeout)
+    supervisor = Supervisor(client, max_restarts=settings.max_restarts)
+    supervisor.add(Service(name="Atropos API", launch=lambda: _start_api(port, log_folder), is_api=True))
+    facts = replace(facts, api_url=client.url)
+    for number in range(environment.num_processes):
+        environment.argv(facts, number)  # a placeholder that does not exist says so now
+        name = environment.name if environment.num_processes == 1 else f"{environment.name}_{number}"
+        supervisor.add(
+            Service(
+                name=f"environment {name}", launch=_environment_launcher(environment, facts, number, log_folder, name)
+            )
+        )
+    supervisor.start()
+    return Programs(client=client, supervisor=supervisor, is_up=True)
+
+
+def make_source(
+    settings: AtroposSettings,
+    programs: Programs,
+    *,
+    falls_back: bool,
+    registration: Callable[[int], Registration],
+    intake: Intake,
+    watch: Callable[[], None],
+    more_counters: Callable[[], Mapping[str, float]],
+    group_size: int,
+) -> AtroposSource:
+    """`falls_back`: somebody else takes over while the API is gone, so patience is short (`settings.timeout`)."""
+    first = settings.start_timeout if programs.is_up else (0.0 if falls_back else settings.data_timeout)
+    return AtroposSource(
+        programs.client,
+        registration=registration,
+        intake=intake,
+        supervisor=programs.supervisor,
+        watch=watch,
+        more_counters=more_counters,
+        group_size=group_size,
+        first_batch_timeout=first,
+        outage_timeout=settings.timeout if falls_back else settings.data_timeout,
+        data_timeout=settings.data_timeout,
+        take_over=settings.take_over,
+    )
+
+
+def _start_api(port: HeldPort, log_folder: Path) -> Child:
+    return Child(
+        [sys.executable, "-m", "atroposlib.cli.run_api", "--host", "127.0.0.1", "--port", str(port.number)],
+        log=log_folder / "atropos_api.log",
+        environment=child_environment(None),
+    )
+
+
+def _environment_launcher(
+    environment: Environment, facts: Facts, number: int, log_folder: Path, name: str
+) -> Callable[[], Child]:
+    def launch() -> Child:
+        return Child(
+            environment.argv(facts, number),
+            log=log_folder / f"environment_{name}.log",
+            # An environment may read a hub or log to W&B, like the trainer.
+            environment={**child_environment(environment.python, with_secrets=True), "OMP_NUM_THREADS": "1"},
+        )
+
+    return launch

@@ -1,0 +1,59 @@
+"""Registering with an Atropos API so that it is certain afterwards whom the API serves."""
+
+from __future__ import annotations
+
+import logging
+
+from atropos_exp.errors import UserError
+from atropos_exp.parts.atropos.client import ApiDown, AtroposClient, Registered, Registration
+
+log = logging.getLogger(__name__)
+
+
+class ForeignRun(UserError):
+    """The API serves another run."""
+
+
+def register(client: AtroposClient, registration: Registration, *, take_over: bool) -> str:
+    """Make the API serve `registration`, and look whether it does. Returns how: "new", "adopted" or "reset".
+
+    "adopted": it served this very run already (a resumed one), with its environments and its queue. "reset": what
+    was there has been forgotten first, as when a group arrived before any trainer did, after which the API takes
+    every registration with 200 and ignores it. Raises ForeignRun if another run has it and `take_over` is false.
+    """
+    found = client.registered()
+    if found.matches(registration):
+        return "adopted"
+    if not found.nobody:
+        if not take_over:
+            raise ForeignRun(_in_use(client, found))
+        log.warning("%s; atropos.take_over=true, so it is reset", _in_use(client, found).splitlines()[0])
+        client.reset()
+        return _register_new(client, registration, how="reset")
+    client.register(registration)
+    if client.registered().matches(registration):
+        return "new"
+    log.warning("the Atropos API at %s ignored the registration (it held data of nobody): it is reset", client.url)
+    client.reset()
+    return _register_new(client, registration, how="reset")
+
+
+def _register_new(client: AtroposClient, registration: Registration, *, how: str) -> str:
+    client.register(registration)
+    found = client.registered()
+    if not found.matches(registration):
+        raise ApiDown(
+            f"{client.url} took the registration (batch_size {registration.batch_size}, max_token_len "
+            f"{registration.max_token_len}) but says that it serves batch_size {found.batch_size}, max_token_len "
+            f"{found.max_token_len}: another trainer registers at the same time"
+        )
+    return how
+
+
+def _in_use(client: AtroposClient, found: Registered) -> str:
+    return (
+        f"the Atropos API at {client.url} serves another run: project {found.project!r}, group {found.group!r}, "
+        f"batch_size {found.batch_size}, max_token_len {found.max_token_len}\n"
+        "Wait for that run, use another API (atropos.api_url), or, if nobody needs it any more, take it over with "
+        "atropos.take_over=true, which resets it and ends its environments"
+    )

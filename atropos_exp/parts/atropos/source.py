@@ -1,0 +1,229 @@
+"""Rollouts from an Atropos API: one batch an update, checked at the border; down, lost and silent APIs told apart."""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from atropos_exp.errors import SourceUnavailable
+from atropos_exp.parts.atropos.client import ApiDown, ApiLost, AtroposClient, BatchLost, Registration
+from atropos_exp.parts.atropos.intake import Intake
+from atropos_exp.parts.atropos.registration import ForeignRun, register
+from atropos_exp.parts.atropos.stall import explain
+from atropos_exp.types import Dropped, RolloutGroup
+
+if TYPE_CHECKING:
+    from atropos_exp.interfaces import JSON
+    from atropos_exp.parts.atropos.supervisor import Supervisor
+
+log = logging.getLogger(__name__)
+
+FIRST_PAUSE, LONGEST_PAUSE = 0.05, 1.0  # seconds between two questions for a batch
+PATIENCE = 6  # the pause is this part of the wait so far, so that a batch lies ready for a twelfth of it on average
+WATCH_SECONDS = 5.0  # between looks at the engine while waiting
+PROBE_SECONDS = 1.0  # between looks at an API that was given up
+MAX_ENVIRONMENTS = 256  # that are counted
+
+
+class AtroposSource:
+    """A `RemoteSource`. Rank 0 only."""
+
+    def __init__(
+        self,
+        client: AtroposClient,
+        *,
+        registration: Callable[[int], Registration],
+        intake: Intake,
+        supervisor: Supervisor,
+        watch: Callable[[], None],
+        more_counters: Callable[[], Mapping[str, float]],
+        group_size: int,
+        first_batch_timeout: float,
+        outage_timeout: float,
+        data_timeout: float,
+        take_over: bool,
+    ) -> None:
+        """`registration(step)`: what to register with when `step` is trained next. `watch` raises if a wait is
+        pointless, as when the engine died. `more_counters`: metrics of what environments sample from.
+
+        Seconds: `first_batch_timeout` from the first `take`, starting the programs included; `outage_timeout` since
+        the API was last reached, until it sends a batch again; `data_timeout` without a batch while all is well.
+        """
+        self._client = client
+        self._registration = registration
+        self._intake = intake
+        self._supervisor = supervisor
+        self._watch = watch
+        self._more_counters = more_counters
+        self._group_size = group_size
+        self._timeouts = {"first": first_batch_timeout, "outage": outage_timeout, "data": data_timeout}
+        self._take_over = take_over
+        self._batches: list[list[RolloutGroup]] = []  # oldest weights first
+        self._connected = False
+        self._api_step = 0
+        self._phase = "first"  # first | outage | data: which of the deadlines runs
+        self._since: float | None = None  # when it began
+        self._next_watch = self._next_probe = 0.0
+        self._counters: Counter[str] = Counter()
+
+    def take(self, num_groups: int, *, step: int) -> tuple[list[RolloutGroup], Dropped]:
+        """The groups of one batch, whatever their number; raises SourceUnavailable when a deadline passes.
+
+        Raises ForeignRun, a UserError, if another run has the API when this one starts; later it counts as an outage.
+        """
+        if self._since is None or self._phase == "data":
+            self._since = time.monotonic()
+        began = time.monotonic()
+        while not self._batches:
+            reason = self._ask(step, refuse_foreign=self._phase == "first")
+            if self._batches:
+                break
+            self._look_around()
+            assert self._since is not None
+            waited = time.monotonic() - self._since
+            if waited > self._timeouts[self._phase]:
+                raise SourceUnavailable(reason or self._explain(waited))
+            if problem := self._supervisor.problem():
+                raise SourceUnavailable(problem)
+            pause = min(LONGEST_PAUSE, max(FIRST_PAUSE, (time.monotonic() - began) / PATIENCE))
+            time.sleep(pause * random.uniform(0.75, 1.25))
+        self._phase, self._since = "data", time.monotonic()
+        return self._batches.pop(0), self._take_dropped()
+
+    def is_ready(self, *, step: int) -> bool:
+        """Whether a batch is at hand, after one look at the API at most. Never raises for what the API does."""
+        if not self._batches and time.monotonic() >= self._next_probe:
+            self._next_probe = time.monotonic() + PROBE_SECONDS
+            self._ask(step)
+        return bool(self._batches)
+
+    def connect(self, *, step: int) -> str | None:
+        """Register now, so that environments can do so too; None, or why it failed. Raises UserError if another run
+        has the API."""
+        try:
+            self._connect(step)
+        except ApiDown as error:
+            return str(error)
+        return None
+
+    def counters(self) -> Mapping[str, float]:
+        totals = self._counters + self._intake.counters + self._supervisor.counters
+        return {f"atropos/{name}": float(value) for name, value in totals.items()} | {
+            "atropos/api_step": float(self._api_step),
+            **self._more_counters(),
+        }
+
+    def state(self) -> JSON:
+        return {}  # the API keeps no position that could be returned to
+
+    def restore(self, state: JSON) -> None: ...
+
+    def _ask(self, step: int, *, refuse_foreign: bool = False) -> str | None:
+        """One attempt to get a batch into `_batches`. None if the API works; else what is wrong with it."""
+        try:
+            if not self._connected:
+                self._connect(step)
+            self._fetch(step)
+        except (ApiDown, ForeignRun) as error:
+            if refuse_foreign and isinstance(error, ForeignRun):
+                raise
+            self._lose(str(error))
+            return str(error)
+        except ApiLost as error:
+            self._lose(f"the Atropos API at {self._client.url} has forgotten this run ({error})")
+            self._counters["registrations_lost"] += 1
+            self._supervisor.restart_environments("its API has forgotten it")
+            return f"the Atropos API at {self._client.url} had forgotten this run and has sent nothing since"
+        except BatchLost as error:
+            self._counters["lost_batches"] += 1
+            log.warning("a batch from Atropos is lost: %s", error)
+            if self._is_forgotten():
+                self._lose(str(error))
+        return None
+
+    def _connect(self, step: int) -> None:
+        self._client.check()
+        registration = self._registration(step)
+        how = register(self._client, registration, take_over=self._take_over)
+        if how == "reset":
+            self._supervisor.restart_environments("its API was reset")
+        self._counters["registrations"] += 1
+        self._connected = True
+        self._api_step = self._client.status()[0]
+        log.info("registered with Atropos at %s (%s), step %d", self._client.url, how, self._api_step)
+        self._fetch(step)  # only after a trainer asks for a batch does the API let environments in
+
+    def _fetch(self, step: int) -> None:
+        """Whatever batches the API has formed. It forms as many as its queue holds when it has none, then hands the
+        newest out first; so all of them are fetched, and sorted."""
+        before = self._api_step
+        batch = self._client.batch()
+        if batch is None:
+            return
+        batches = [batch]
+        try:
+            self._api_step = self._client.status()[0]
+            if self._api_step < before:
+                raise ApiLost(f"its step went back from {before} to {self._api_step}")
+            while len(batches) < self._api_step - before and (another := self._client.batch()):
+                batches.append(another)
+        finally:  # what has arrived is used, whatever became of the rest
+            self._counters["batches"] += len(batches)
+            accepted = [self._intake.accept(raw, policy_version=step - 1) for raw in batches]
+            self._batches += [groups for groups in accepted if groups]
+            self._batches.sort(key=_mean_version)
+
+    def _lose(self, reason: str) -> None:
+        self._connected = False
+        if self._phase == "data":
+            log.warning("%s", reason)
+            self._phase, self._since = "outage", time.monotonic()
+            self._counters["outages"] += 1
+
+    def _is_forgotten(self) -> bool:
+        try:
+            return self._client.registered().nobody
+        except ApiDown:
+            return True
+
+    def _look_around(self) -> None:
+        if time.monotonic() >= self._next_watch:
+            self._watch()
+            self._next_watch = time.monotonic() + WATCH_SECONDS
+
+    def _take_dropped(self) -> Dropped:
+        reasons = dict(self._intake.dropped_rollouts)
+        self._intake.dropped_rollouts.clear()
+        return Dropped(reasons=reasons)
+
+    def _explain(self, waited: float) -> str:
+        registration = self._registration(0)
+        try:
+            queued = self._client.status()[1]
+            environments: list[Mapping[str, Any]] = []
+            while len(environments) < MAX_ENVIRONMENTS and (one := self._client.environment(len(environments))):
+                environments.append(one)
+        except ApiDown as error:
+            return str(error)
+        return explain(
+            seconds=waited,
+            batch_size=registration.batch_size,
+            group_size=self._group_size,
+            queued_groups=queued,
+            num_environments=len(environments),
+            has_minimum=any(one["unallocated_fraction"] < 1 for one in environments),
+            silent=[number for number, one in enumerate(environments) if one["self_queue_size"] == 0],
+            services=self._supervisor.state(),
+            logs=self._supervisor.logs(),
+            max_token_len=registration.max_token_len,
+        )
+
+
+def _mean_version(groups: list[RolloutGroup]) -> float:
+    return float(np.mean([rollout.policy_version for group in groups for rollout in group.rollouts]))

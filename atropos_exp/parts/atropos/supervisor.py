@@ -1,0 +1,236 @@
+"""Keeps the API and the environments of a run alive: restarts with backoff, gives up loudly, leaves no process.
+
+An environment ends by itself when its API restarts or is reset, and never comes back; the API in turn keeps a dead
+environment's share of every batch until it is told. Both are seen to here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from atropos_exp.errors import UserError
+from atropos_exp.parts.atropos.client import ApiDown, AtroposClient
+from atropos_exp.processes.child import Child
+
+log = logging.getLogger(__name__)
+
+POLL_SECONDS = 0.2
+PROBE_SECONDS = 0.5  # between looks whether a starting environment has registered
+REGISTER_SECONDS = 120.0  # that a starting environment may keep the next one waiting
+LONGEST_BACKOFF = 30.0
+HEALTHY_SECONDS = 60.0  # of life after which earlier deaths no longer count
+
+
+@dataclass(kw_only=True, eq=False)
+class Service:
+    """One program and how it fares. Changed by the supervisor only."""
+
+    name: str
+    launch: Callable[[], Child]
+    is_api: bool = False
+    child: Child | None = None
+    started: float = 0.0
+    not_before: float = 0.0  # of the next start
+    num_deaths: int = 0  # in a row
+    env_id: int | None = None  # an environment's number at the API, once it has registered
+    problem: str | None = None  # why it is not started again
+
+    @property
+    def is_alive(self) -> bool:
+        return self.child is not None and self.child.poll() is None
+
+
+class Supervisor:
+    """Owns the services; a thread of it looks after them from `start` to `stop`."""
+
+    def __init__(
+        self, client: AtroposClient, *, max_restarts: int, backoff_seconds: float = 1.0, stop_grace_seconds: float = 2.0
+    ) -> None:
+        """`max_restarts`: of one service without a healthy minute in between; then it is given up."""
+        self._client = client
+        self._max_restarts = max_restarts
+        self._backoff_seconds = backoff_seconds
+        self._stop_grace_seconds = stop_grace_seconds
+        self._services: list[Service] = []
+        self._lock = threading.RLock()
+        self._stopping = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._next_env_id = 0
+        self._last_probe = 0.0
+        self._api_answers = False
+        self.counters: Counter[str] = Counter()
+
+    def add(self, service: Service) -> None:
+        self._services.append(service)
+
+    def start(self) -> None:
+        self._thread = threading.Thread(target=self._run, name="supervisor", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End every service, environments first, and tell the API. May be called twice."""
+        self._stopping.set()
+        if self._thread is not None:
+            self._thread.join(timeout=30.0)
+        with self._lock:
+            for service in sorted(self._services, key=lambda service: service.is_api):
+                if service.child is not None:
+                    alive = service.is_alive
+                    service.child.stop(self._stop_grace_seconds if alive and not service.is_api else 0.0)
+                    self._disconnect(service)
+
+    @property
+    def owns_api(self) -> bool:
+        return any(service.is_api for service in self._services)
+
+    def problem(self) -> str | None:
+        """What makes it pointless to wait: the API or every environment has been given up."""
+        with self._lock:
+            given_up = [service for service in self._services if service.problem is not None]
+            api = next((service.problem for service in given_up if service.is_api), None)
+            environments = [service for service in self._services if not service.is_api]
+            if api is not None:
+                return api
+            if environments and all(service.problem is not None for service in environments):
+                return environments[0].problem
+            return None
+
+    def state(self) -> str:
+        """For an error message: one clause per service."""
+        with self._lock:
+            return "; ".join(f"{service.name}: {self._describe(service)}" for service in self._services)
+
+    def restart_environments(self, reason: str) -> None:
+        """The API has forgotten them: their numbers are void, and each would end at its next question."""
+        with self._lock:
+            self._next_env_id = 0
+            for service in self._services:
+                service.env_id = None
+                if not service.is_api and service.is_alive:
+                    assert service.child is not None
+                    service.child.stop()
+                    self._plan_restart(service, reason, blame=False)
+
+    def logs(self) -> dict[str, str]:
+        """The last lines of each environment's log, by its name."""
+        with self._lock:
+            return {
+                service.name: service.child.log_tail(400)
+                for service in self._services
+                if service.child is not None and not service.is_api
+            }
+
+    def _run(self) -> None:
+        while not self._stopping.wait(POLL_SECONDS):
+            try:
+                with self._lock:
+                    self.look()
+            except UserError as error:  # a program that cannot be started at all
+                log.error("%s", error)
+
+    def look(self) -> None:
+        """One round: note deaths, note registrations, start what is due."""
+        for service in self._services:
+            if service.child is not None and not service.is_alive:
+                self._note_death(service)
+        self._note_registration()
+        starting = any(self._is_registering(service) for service in self._services)
+        for service in self._services:
+            if service.child is not None or service.problem is not None or time.monotonic() < service.not_before:
+                continue
+            # One environment at a time, so that the number that appears at the API next is known to be its.
+            if service.is_api or (not starting and self._answers()):
+                self._start(service)
+                starting = starting or not service.is_api
+
+    def _start(self, service: Service) -> None:
+        try:
+            service.child = service.launch()
+        except UserError as error:
+            service.problem = f"{service.name} {error}"
+            raise UserError(service.problem) from None
+        service.started = time.monotonic()
+
+    def _note_death(self, service: Service) -> None:
+        assert service.child is not None
+        code, healthy = service.child.poll(), time.monotonic() - service.started > HEALTHY_SECONDS
+        service.num_deaths = 1 if healthy else service.num_deaths + 1
+        # An environment whose API is gone ends through no fault of its own.
+        blame = service.is_api or self._answers()
+        self._disconnect(service)
+        how = f"was killed by signal {-code}" if code is not None and code < 0 else f"ended with exit code {code}"
+        if service.is_api:
+            self._api_answers = False
+            self._plan_restart(service, how, blame=True)
+            self.restart_environments("its API has ended")
+        else:
+            self._plan_restart(service, how, blame=blame)
+
+    def _plan_restart(self, service: Service, reason: str, *, blame: bool) -> None:
+        assert service.child is not None
+        if not blame:
+            service.num_deaths = max(0, service.num_deaths - 1)
+        if service.num_deaths > self._max_restarts:
+            service.problem = (
+                f"{service.name} {reason}, {service.num_deaths} times in a row (atropos.max_restarts="
+                f"{self._max_restarts}), so it is not started again; {service.child.state()}"
+            )
+            log.error("%s", service.problem)
+            self.counters["services_given_up"] += 1
+        else:
+            wait = min(LONGEST_BACKOFF, self._backoff_seconds * 2 ** max(0, service.num_deaths - 1))
+            log.warning("%s %s; it is started again in %.0f s (log: %s)", service.name, reason, wait, service.child.log)
+            self.counters["api_restarts" if service.is_api else "environment_restarts"] += 1
+            service.not_before = time.monotonic() + wait
+        service.child.stop()
+        service.child = None
+        service.env_id = None
+
+    def _note_registration(self) -> None:
+        service = next((service for service in self._services if self._is_registering(service)), None)
+        if service is None or time.monotonic() - self._last_probe < PROBE_SECONDS:
+            return
+        self._last_probe = time.monotonic()
+        with contextlib.suppress(ApiDown):
+            if self._client.has_environment(self._next_env_id):
+                service.env_id = self._next_env_id
+                self._next_env_id += 1
+                self.counters["environments_registered"] += 1
+
+    def _is_registering(self, service: Service) -> bool:
+        """Started, not at the API yet, and not so slow that others should wait no longer."""
+        recent = time.monotonic() - service.started < REGISTER_SECONDS
+        return not service.is_api and service.is_alive and service.env_id is None and recent
+
+    def _disconnect(self, service: Service) -> None:
+        if service.env_id is not None:
+            with contextlib.suppress(ApiDown):  # then it has nothing to forget
+                self._client.disconnect(service.env_id)
+            service.env_id = None
+
+    def _answers(self) -> bool:
+        if not self._api_answers:
+            with contextlib.suppress(ApiDown):
+                self._client.check()
+                self._api_answers = True
+            return self._api_answers
+        try:
+            self._client.status()
+        except ApiDown:
+            self._api_answers = False
+        return self._api_answers
+
+    def _describe(self, service: Service) -> str:
+        if service.problem is not None:
+            return "given up"
+        if service.is_alive:
+            assert service.child is not None
+            registered = "" if service.is_api else ", registered" if service.env_id is not None else ", not registered"
+            return f"process {service.child.pid}{registered}"
+        return f"to be started (died {service.num_deaths} times in a row)" if service.num_deaths else "to be started"

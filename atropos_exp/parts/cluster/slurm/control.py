@@ -1,0 +1,85 @@
+"""What a process inside a job asks of Slurm: the address of a node, the state of its job, to be queued again."""
+
+from __future__ import annotations
+
+import fcntl
+import re
+import shutil
+import socket
+import struct
+import subprocess
+from collections.abc import Mapping
+
+from atropos_exp.errors import UserError
+
+COMMAND_SECONDS = 60.0  # for one call; a busy controller answers late
+_SIOCGIFADDR = 0x8915
+
+
+def run_scontrol(*arguments: str) -> str | None:
+    """Its output; None where it cannot be asked: not installed (as in a container), refused, or no answer in time."""
+    if shutil.which("scontrol") is None:
+        return None
+    try:
+        done = subprocess.run(
+            ["scontrol", *arguments], capture_output=True, text=True, timeout=COMMAND_SECONDS, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return None
+    return done.stdout if done.returncode == 0 else None
+
+
+def own_job(environ: Mapping[str, str]) -> str:
+    """How to name the job of this process to scontrol: the plain id of one element of an array is that of the array,
+    and to queue it again would start all the others once more."""
+    array = environ.get("SLURM_ARRAY_JOB_ID")
+    return f"{array}_{environ['SLURM_ARRAY_TASK_ID']}" if array else environ["SLURM_JOB_ID"]
+
+
+def job_state(job: str, *, restarts: int) -> str | None:
+    """Such as RUNNING, of a job that has been started again `restarts` times; None if unknown.
+
+    A job whose processes are being ended is COMPLETING in Slurm's words, whatever becomes of it. That is told apart
+    here: REQUEUED if Slurm has already counted another start, else CANCELLED.
+    """
+    text = run_scontrol("show", "job", "-o", job) or ""
+    state, started = re.search(r"JobState=(\w+)", text), re.search(r"Restarts=(\d+)", text)
+    if state is not None and started is not None and state[1] == "COMPLETING":
+        return "REQUEUED" if int(started[1]) > restarts else "CANCELLED"
+    return state[1] if state else None
+
+
+def requeue(job: str) -> bool:
+    """Whether Slurm has taken the job back into the queue. Its processes are ended soon after."""
+    return run_scontrol("requeue", job) is not None
+
+
+def address_of(node: str) -> str:
+    """Where the other nodes of a job reach `node`: as Slurm itself does, else by its name."""
+    found = re.search(r"NodeAddr=(\S+)", run_scontrol("show", "node", "-o", node) or "")
+    for name in ([found[1]] if found else []) + [node]:
+        try:
+            socket.getaddrinfo(name, None)
+        except OSError:
+            continue
+        return name
+    raise UserError(f"the first node of the job, {node}, has no address here; make its name resolve on all nodes")
+
+
+def interface_towards(address: str) -> str | None:
+    """The network interface through which this machine reaches `address`; None if that cannot be told."""
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((address, 9))
+            own = probe.getsockname()[0]
+            for _, name in socket.if_nameindex():
+                request = struct.pack("256s", name.encode()[:15])
+                try:
+                    answer = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, request)
+                except OSError:  # an interface without an IPv4 address
+                    continue
+                if socket.inet_ntoa(answer[20:24]) == own:
+                    return name
+    except OSError:
+        return None
+    return None

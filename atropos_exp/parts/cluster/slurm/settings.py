@@ -1,0 +1,140 @@
+"""What a job on Slurm asks for: the settings of `cluster=slurm`."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from atropos_exp.config.typed import Ranges, check_ranges
+from atropos_exp.errors import UserError
+from atropos_exp.parts.cluster.slurm.layout import Layout
+
+# `sbatch` lines that follow from other settings: a second value would contradict the layout, or lose the signal.
+OWN_LINES = {
+    "nodes": "cluster.nodes",
+    "ntasks": "cluster.ranks_per_node",
+    "ntasks-per-node": "cluster.ranks_per_node",
+    "gpus-per-node": "cluster.gpus_per_node",
+    "gpus-per-task": "cluster.gpus_per_node",
+    "cpus-per-task": "cluster.cpus_per_task",
+    "mem": "cluster.mem_gb",
+    "time": "cluster.time_minutes",
+    "partition": "cluster.partition",
+    "account": "cluster.account",
+    "qos": "cluster.qos",
+    "constraint": "cluster.constraint",
+    "signal": "cluster.signal_seconds",
+    "requeue": "cluster.requeue",
+    "no-requeue": "cluster.requeue",
+    "array": "cluster.array_parallelism",
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SlurmSettings:
+    """What a job asks for, and what happens when it is interrupted; `conf/cluster/slurm.yaml` explains each key."""
+
+    nodes: int
+    gpus_per_node: int
+    ranks_per_node: int | None
+    engine_gpus: int
+    cpus_per_task: int
+    mem_gb: float | None
+    time_minutes: int
+    partition: str | None
+    account: str | None
+    qos: str | None
+    constraint: str | None
+    signal_seconds: int
+    requeue: bool
+    max_failures: int
+    sbatch: list[str]
+    srun: list[str]
+    setup: list[str]
+    python: str | None
+    container_image: str | None
+    container_mounts: list[str]
+    array_parallelism: int
+    wait: bool
+    dry_run: bool
+
+    RANGES: ClassVar[Ranges] = {
+        "nodes": (lambda count: count >= 1, "at least 1"),
+        "gpus_per_node": (lambda count: count >= 0, "0 (none) or more"),
+        "ranks_per_node": (lambda count: count is None or count >= 1, "at least 1, or null (one per GPU)"),
+        "engine_gpus": (lambda count: count >= 0, "0 (shares rank 0's device) or more"),
+        "cpus_per_task": (lambda count: count >= 1, "at least 1"),
+        "mem_gb": (lambda size: size is None or size > 0, "above 0 GiB, or null"),
+        "time_minutes": (lambda minutes: minutes >= 1, "at least 1 minute"),
+        "signal_seconds": (lambda seconds: 1 <= seconds <= 65535, "1 to 65535 s"),
+        "max_failures": (lambda count: count >= 1, "at least 1"),
+        "array_parallelism": (lambda count: count >= 1, "at least 1"),
+    }
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+        problems = []
+        if self.signal_seconds >= 60 * self.time_minutes:
+            problems.append(
+                f"signal_seconds: got {self.signal_seconds}, which is no less than time_minutes={self.time_minutes}; "
+                "the run would be told to stop as soon as it starts"
+            )
+        if self.ranks_per_node is not None and 0 < self.gpus_per_node < self.ranks_per_node:
+            problems.append(
+                f"ranks_per_node: got {self.ranks_per_node}, but a node has gpus_per_node={self.gpus_per_node} devices"
+            )
+        if self.engine_gpus and self.engine_gpus >= self.gpus_per_node:
+            problems.append(
+                f"engine_gpus: got {self.engine_gpus}, which leaves no device of gpus_per_node={self.gpus_per_node} "
+                "on the first node to rank 0"
+            )
+        for option in self.sbatch:
+            name = option.removeprefix("--").split("=", 1)[0]
+            if not option.startswith("--") or " " in name:
+                problems.append(f"sbatch: got {option!r}, expected --option or --option=value")
+            elif name in OWN_LINES:
+                problems.append(f"sbatch: --{name} is {OWN_LINES[name]}; set it there")
+        if self.container_mounts and not self.container_image:
+            problems.append("container_mounts: there is no container_image to mount into")
+        if problems:
+            raise UserError("\n".join(problems))
+
+    @property
+    def layout(self) -> Layout:
+        """Which process runs where."""
+        per_node = self.ranks_per_node or self.gpus_per_node or 1
+        return Layout(
+            nodes=self.nodes, ranks_per_node=per_node, gpus_per_node=self.gpus_per_node, engine_gpus=self.engine_gpus
+        )
+
+    @property
+    def num_processes(self) -> int:
+        """Trainer ranks on all nodes."""
+        return self.layout.world_size
+
+    @property
+    def target_device(self) -> str:
+        """What `device=auto` will find: this machine, where the job is typed, may have no GPU."""
+        return "cuda" if self.gpus_per_node else "cpu"
+
+    def preflight(self) -> list[str]:
+        """What stands in the way of a submission. Inside a job the layout must be the one that was asked for."""
+        world = os.environ.get("WORLD_SIZE")
+        if world is not None:
+            if int(world) != self.num_processes:
+                return [f"nodes: the settings make {self.num_processes} ranks, but WORLD_SIZE is {world}"]
+            return []
+        if not self.dry_run and (missing := [tool for tool in ("sbatch", "srun") if shutil.which(tool) is None]):
+            return [
+                f"nodes: {' and '.join(missing)} not found, so there is no Slurm to submit to from here; type this on "
+                "a login node, look with cluster.dry_run=true, or use cluster=local"
+            ]
+        return []
+
+    def launch(self, command: Sequence[str], environ: Mapping[str, str] = os.environ) -> int | None:
+        """None: this process is a rank that a job has started. A submission needs more, see `submit_run`."""
+        assert "WORLD_SIZE" in environ, f"{command}: outside a job, a run is submitted"
+        return None

@@ -1,0 +1,78 @@
+"""From messages to token ids: the tokenizer's chat template, or plain text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from atropos_exp.errors import UserError
+from atropos_exp.parts.data.schema import join_contents
+from atropos_exp.types import TokenIds
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+FORMATS = ("chat", "plain")
+_CHUNK = 2048  # prompts tokenised at a time: keeps the tokenizer's threads busy and memory flat
+
+
+class Encoder:
+    """chat: `apply_chat_template` with the generation prompt; plain: the contents joined by blank lines."""
+
+    def __init__(
+        self, tokenizer: Any, *, prompt_format: str, system_prompt: str | None, template_arguments: dict[str, Any]
+    ) -> None:
+        assert prompt_format in FORMATS
+        if prompt_format == "chat" and not getattr(tokenizer, "chat_template", None):
+            raise UserError("data.format=chat needs a tokenizer with a chat template, and this one has none; use plain")
+        self._tokenizer = tokenizer
+        self._format = prompt_format
+        self._system_prompt = system_prompt
+        self._template_arguments = template_arguments
+
+    def texts(self, prompts: pa.Array) -> list[str]:
+        """What the model will read of each row's messages."""
+        if self._format == "plain":
+            if self._system_prompt is None:
+                plain: list[str] = join_contents(prompts, "\n\n").to_pylist()
+                return plain
+            return [
+                "\n\n".join(one["content"] for one in self._with_system(messages)) for messages in prompts.to_pylist()
+            ]
+        conversations = [self._with_system(messages) for messages in prompts.to_pylist()]
+        try:
+            texts: list[str] = self._tokenizer.apply_chat_template(
+                conversations, tokenize=False, add_generation_prompt=True, **self._template_arguments
+            )
+        except Exception as error:  # Jinja's and the template's own errors
+            raise UserError(
+                f"the tokenizer's chat template refuses the prompts: {error}; "
+                f"roles used: {', '.join(sorted({one['role'] for messages in conversations for one in messages}))}"
+            ) from error
+        return texts
+
+    def encode(self, prompts: pa.Array) -> list[TokenIds]:
+        """Token ids [P] of each row. A chat template writes its own special tokens; plain text gets the tokenizer's."""
+        ids: list[TokenIds] = []
+        for start in range(0, len(prompts), _CHUNK):
+            ids.extend(self._tokenise(self.texts(prompts.slice(start, _CHUNK))))
+        return ids
+
+    def _tokenise(self, texts: Sequence[str]) -> list[TokenIds]:
+        encoded = self._tokenizer(
+            list(texts),
+            add_special_tokens=self._format == "plain",
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,  # overlong prompts are counted here, not warned about there
+        )
+        return [np.array(ids, dtype=np.int32) for ids in encoded["input_ids"]]
+
+    def _with_system(self, messages: list[dict[str, str]]) -> list[dict[str, str]]:
+        """The run's system prompt replaces the row's own."""
+        if self._system_prompt is None:
+            return messages
+        rest = [message for message in messages if message["role"] != "system"]
+        return [{"role": "system", "content": self._system_prompt}, *rest]

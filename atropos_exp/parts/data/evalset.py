@@ -1,0 +1,65 @@
+"""The held-out prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from atropos_exp.errors import UserError
+from atropos_exp.parts.data.encode import Encoder
+from atropos_exp.parts.data.mix import permutation
+from atropos_exp.parts.data.quarantine import refuse_too_many_bad
+from atropos_exp.parts.data.source import RawSource, prepare_source, read_source, refuse_empty, unique_ids
+from atropos_exp.types import Prompt
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from atropos_exp.parts.data.settings import DataSettings
+
+_SEED = 0  # not the run's: runs of different seeds are compared on the same prompts
+
+
+def read_eval(settings: DataSettings, prepared_folder: Path | None) -> list[RawSource]:
+    return [
+        read_source(entry.name, is_hub=entry.is_hub, key=entry.key, default_split=entry.split)
+        for entry in settings.eval_sources(prepared_folder)
+    ]
+
+
+def keys_of(sources: Iterable[RawSource]) -> pa.Array | None:
+    """The normalised texts of all held-out prompts, or None if there are none."""
+    import pyarrow as pa
+
+    chunks = [chunk for source in sources for chunk in source.table.column("key").chunks]
+    return pa.concat_arrays(chunks) if chunks else None
+
+
+def eval_prompts(
+    settings: DataSettings, tokenizer: Any, *, num_prompts: int, max_prompt_length: int, prepared_folder: Path | None
+) -> list[Prompt]:
+    """A fixed choice of `num_prompts` (or all, if fewer) over all held-out sets. See DataSettings.eval_prompts."""
+    raws = read_eval(settings, prepared_folder)
+    if not raws:
+        raise UserError(
+            "data.eval_paths: it is empty; expected held-out parquet files (or eval.num_prompts=0 for no eval)"
+        )
+    refuse_too_many_bad(raws, settings.max_bad_fraction)
+    encoder = Encoder(
+        tokenizer,
+        prompt_format=settings.format,
+        system_prompt=settings.system_prompt,
+        template_arguments=settings.chat_template_arguments,
+    )
+    sources = []
+    for raw in raws:
+        source = prepare_source(
+            raw, encoder, abilities=settings.abilities, excluded=None, max_prompt_length=max_prompt_length, cap=None
+        )
+        refuse_empty(source, settings.abilities, max_prompt_length)
+        sources.append(source)
+    sources, _ = unique_ids(sources)
+    places = [(source, row) for source in sources for row in range(len(source))]
+    order = permutation(_SEED, 0, 0, len(places))[:num_prompts]
+    return [source.prompt(row) for source, row in (places[index] for index in order)]

@@ -1,0 +1,152 @@
+"""Hugging Face data sets: an id on the hub or a local copy -> an Arrow table. The only importer of `datasets`."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from atropos_exp.errors import UserError
+from atropos_exp.parts.data.raw import FORMATS, recognise, verl_row
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+LOCAL_BUILDERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".arrow": "arrow"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DatasetName:
+    """`openai/gsm8k`, `openai/gsm8k:main`, `openai/gsm8k:main@test`, or a local folder in place of the id."""
+
+    source: str  # hub id, or a folder
+    config: str | None
+    split: str | None
+
+    @classmethod
+    def parse(cls, text: str) -> DatasetName:
+        head, at, split = text.partition("@")
+        source, colon, config = head.partition(":")
+        if not source or (at and not split) or (colon and not config):
+            raise UserError(f"data set {text!r}: expected id[:config][@split], such as openai/gsm8k:main@train")
+        return cls(source=source, config=config or None, split=split or None)
+
+    @property
+    def folder(self) -> Path | None:
+        """The local folder that `source` names, or None if it is a hub id."""
+        path = Path(self.source).expanduser()
+        return path if path.is_dir() or self.source.startswith(("/", "~", ".")) else None
+
+    def problem(self) -> str | None:
+        """What is wrong that can be seen without a network."""
+        if self.folder is not None and not self.folder.is_dir():
+            return f"data set folder {self.source} does not exist"
+        if self.folder is None and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", self.source):
+            return f"data set {self.source!r} is neither a folder nor a hub id such as openai/gsm8k"
+        return None
+
+
+def read_verl(text: str, *, default_split: str) -> pa.Table:
+    """The data set `text` in verl's schema: as it is if it has it, else converted from a known raw format."""
+    import pyarrow as pa
+
+    name = DatasetName.parse(text)
+    split = name.split or default_split
+    table = read_raw(name.source, name.config, split)
+    if {"data_source", "prompt", "reward_model"} <= set(table.column_names):
+        return table
+    raw_format = recognise(table.column_names)
+    if raw_format is None:
+        known = "; ".join(f"{one.name}: {', '.join(sorted(one.columns))}" for one in FORMATS)
+        raise UserError(
+            f"data set {text}: its columns {', '.join(table.column_names)} are not known; "
+            f"expected verl's schema or {known}"
+        )
+    raws = table.to_pylist()
+    return pa.Table.from_pylist([verl_row(raw, raw_format, split=split, index=row) for row, raw in enumerate(raws)])
+
+
+def read_raw(source: str, config: str | None, split: str, *, revision: str | None = None) -> pa.Table:
+    """One split as it is. Raises UserError naming the data set, what was tried and what to do."""
+    splits = read_splits(source, config, [split], revision=revision)
+    if split not in splits:
+        raise UserError(f"data set {source}: has no split {split!r}")
+    return splits[split]
+
+
+def read_splits(
+    source: str, config: str | None, wanted: list[str], *, revision: str | None = None, is_folder: bool = False
+) -> dict[str, pa.Table]:
+    """Those of the `wanted` splits that exist. `is_folder`: never ask the hub.
+
+    An unreachable hub is tried a few times within about half a minute.
+    """
+    import datasets
+
+    name = DatasetName(source=source, config=config, split=None)
+    folder = Path(source).expanduser() if is_folder else name.folder
+    if folder is not None and not folder.is_dir():
+        raise UserError(f"data set folder {source} does not exist (looked for {folder.absolute()})")
+    if folder is None and (problem := name.problem()):
+        raise UserError(problem)
+    datasets.disable_progress_bars()
+    try:
+        if folder is not None:
+            return _read_folder(folder, config, wanted)
+        loaded = datasets.load_dataset(source, config, revision=revision)
+        return _tables(loaded, wanted, source)
+    except UserError:
+        raise
+    except Exception as error:  # the library raises many kinds: all mean that the data set cannot be had
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"data set {source}{f':{config}' if config else ''} cannot be loaded: {reason}; "
+            "check the id and the network, or use a local copy (a folder here, --from DIR in data_prep)"
+        ) from error
+    finally:
+        datasets.enable_progress_bars()
+
+
+def _read_folder(folder: Path, config: str | None, wanted: list[str]) -> dict[str, pa.Table]:
+    """`save_to_disk` output, a clone of a hub repository, or parquet/json/arrow files named after their split."""
+    import datasets
+
+    if config is not None and (folder / config).is_dir():
+        folder = folder / config
+    if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+        return _tables(datasets.load_from_disk(str(folder)), wanted, str(folder))
+    files = sorted(path for path in folder.rglob("*") if path.suffix in LOCAL_BUILDERS and path.is_file())
+    by_split = {split: [file for file in files if re.match(rf"{split}(\W|_|$)", file.name)] for split in wanted}
+    by_folder = {split: [file for file in files if file.parent.name == split] for split in wanted}
+    found = {split: by_split[split] or by_folder[split] for split in wanted}
+    if not any(found.values()):
+        listing = ", ".join(str(file.relative_to(folder)) for file in files[:6]) or "none"
+        raise UserError(
+            f"{folder}: found no file of split {' or '.join(wanted)}; expected dataset_dict.json (save_to_disk) or "
+            f"files such as {wanted[0]}.parquet, {wanted[0]}-00000-of-00001.parquet; data files there: {listing}"
+        )
+    tables = {}
+    for split, split_files in found.items():
+        if split_files:
+            kinds = {LOCAL_BUILDERS[file.suffix] for file in split_files}
+            if len(kinds) > 1:
+                raise UserError(f"{folder}: split {split} comes in several file types: {', '.join(sorted(kinds))}")
+            with tempfile.TemporaryDirectory() as cache:  # nothing stale, nothing left behind
+                names = [str(file) for file in split_files]
+                loaded = datasets.load_dataset(
+                    kinds.pop(), data_files={split: names}, cache_dir=cache, keep_in_memory=True
+                )
+                tables.update(_tables(loaded, [split], str(folder)))
+    return tables
+
+
+def _tables(loaded: Any, wanted: list[str], source: str) -> dict[str, pa.Table]:
+    """Plain Arrow tables in the order of their rows."""
+    if not isinstance(loaded, dict):  # one Dataset without splits counts as its only split
+        loaded = {str(loaded.split or wanted[0]): loaded}
+    found = {split: loaded[split].with_format("arrow")[:] for split in wanted if split in loaded}
+    if not found:
+        raise UserError(f"data set {source}: has the splits {', '.join(loaded)}; expected {' or '.join(wanted)}")
+    return found

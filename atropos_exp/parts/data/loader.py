@@ -1,0 +1,192 @@
+"""AtroposDataLoader: an endless stream of prompts whose whole position is one number."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from atropos_exp.errors import UserError
+from atropos_exp.parts.data.counts import DataCounts, add
+from atropos_exp.parts.data.encode import Encoder
+from atropos_exp.parts.data.evalset import keys_of, read_eval
+from atropos_exp.parts.data.mix import Mix, apportion
+from atropos_exp.parts.data.quarantine import refuse_too_many_bad, write_quarantine
+from atropos_exp.parts.data.source import RawSource, Source, prepare_source, read_source, refuse_empty, unique_ids
+from atropos_exp.types import Prompt
+
+if TYPE_CHECKING:
+    from atropos_exp.interfaces import JSON
+    from atropos_exp.parts.data.settings import DataSettings
+
+STATE_VERSION = 1
+
+
+class AtroposDataLoader:
+    """See interfaces.PromptLoader. Equal settings, data, tokenizer and seed give an equal stream."""
+
+    def __init__(
+        self,
+        settings: DataSettings,
+        tokenizer: Any,
+        *,
+        seed: int,
+        max_prompt_length: int,
+        max_response_length: int,
+        run_folder: Path,
+        prepared_folder: Path | None = None,
+    ) -> None:
+        _check_context(tokenizer, max_prompt_length, max_response_length)
+        encoder = Encoder(
+            tokenizer,
+            prompt_format=settings.format,
+            system_prompt=settings.system_prompt,
+            template_arguments=settings.chat_template_arguments,
+        )
+        held_out = read_eval(settings, prepared_folder)
+        raws = [
+            read_source(entry.name, is_hub=entry.is_hub, key=entry.key, default_split=entry.split)
+            for entry in settings.sources(prepared_folder)
+        ]
+        write_quarantine(run_folder, [*raws, *held_out])
+        refuse_too_many_bad([*raws, *held_out], settings.max_bad_fraction)
+
+        excluded = keys_of(held_out)
+        sources = []
+        for raw, cap in zip(raws, _caps(raws, settings.max_prompts), strict=True):
+            source = prepare_source(
+                raw,
+                encoder,
+                abilities=settings.abilities,
+                excluded=excluded,
+                max_prompt_length=max_prompt_length,
+                cap=cap,
+            )
+            refuse_empty(source, settings.abilities, max_prompt_length)
+            sources.append(source)
+        self._sources, num_renamed = unique_ids(sources)
+        self._mix = Mix([len(source) for source in self._sources], settings.weights, seed)
+        self._held_out = held_out
+        self._cursor = 0
+        self._settings: JSON = {
+            "seed": seed,
+            "max_prompt_length": max_prompt_length,
+            "data.weights": settings.weights,
+            "data.format": settings.format,
+            "data.system_prompt": settings.system_prompt,
+            "data.chat_template_arguments": settings.chat_template_arguments,
+            "data.ability": list(settings.abilities),
+            "data.max_prompts": settings.max_prompts,
+        }
+        self._prompts_hash = _prompts_hash(self._sources)
+        self.counts = DataCounts(
+            total=add(source.counts for source in self._sources),
+            sources=tuple((source.raw.name, source.counts) for source in self._sources),
+            shares=self._mix.shares,
+            num_eval_rows=0 if excluded is None else len(excluded),
+            num_eval_quarantined=sum(len(raw.bad) for raw in held_out),
+            num_renamed_ids=num_renamed,
+        )
+
+    @property
+    def epoch(self) -> int:
+        """Whole epochs taken so far."""
+        return self._cursor // self._mix.epoch_length
+
+    def take(self, num_prompts: int) -> list[Prompt]:
+        """The next `num_prompts` of the stream."""
+        sources, rows = self._mix.at(self._cursor, num_prompts)
+        self._cursor += num_prompts
+        return [self._sources[source].prompt(row) for source, row in zip(sources.tolist(), rows.tolist(), strict=True)]
+
+    def state(self) -> JSON:
+        """The position, and what it is a position in."""
+        return {
+            "version": STATE_VERSION,
+            "cursor": self._cursor,
+            "settings": self._settings,
+            "files": _stamps(source.raw for source in self._sources),
+            "eval_files": _stamps(self._held_out),
+            "prompts_hash": self._prompts_hash,
+        }
+
+    def restore(self, state: JSON) -> None:
+        """Continue after `state`. Raises UserError that names what changed since: file, setting or tokenizer."""
+        now = self.state()
+        if state.get("version") != STATE_VERSION:
+            raise UserError(
+                f"data: the saved position has version {state.get('version')}; this program reads {now['version']}"
+            )
+        for key, word in (("files", "data file"), ("eval_files", "eval file")):
+            _check_files(state[key], now[key], word)
+        for name, value in now["settings"].items():
+            if state["settings"].get(name) != value:
+                raise UserError(
+                    f"{name} changed since the checkpoint: was {state['settings'].get(name)!r}, now {value!r}; "
+                    "restore it, or start a new run (resume=never)"
+                )
+        if state["prompts_hash"] != self._prompts_hash:
+            raise UserError(
+                f"data: equal files now give other token ids (fingerprint was {state['prompts_hash']}, now "
+                f"{self._prompts_hash}): the tokenizer or its chat template changed since the checkpoint; "
+                "restore it, or start a new run (resume=never)"
+            )
+        self._cursor = int(state["cursor"])
+
+
+def _stamps(raws: Any) -> list[dict[str, Any]]:
+    return [
+        {"name": file.name, "content_hash": file.content_hash, "num_rows": file.num_rows}
+        for raw in raws
+        for file in raw.files
+    ]
+
+
+def _check_files(before: list[dict[str, Any]], now: list[dict[str, Any]], word: str) -> None:
+    """Compared in order and by content: a folder may have moved."""
+    for old, new in zip(before, now, strict=False):
+        if old["content_hash"] != new["content_hash"]:
+            moved = "" if old["name"] == new["name"] else f" (then {old['name']})"
+            raise UserError(
+                f"{word} {new['name']}{moved} changed since the checkpoint: fingerprint was {old['content_hash']} "
+                f"({old['num_rows']} rows), now {new['content_hash']} ({new['num_rows']} rows); "
+                "put the old file back, or start a new run (resume=never)"
+            )
+    if len(before) != len(now):
+        names = {file["name"] for file in before} ^ {file["name"] for file in now}
+        raise UserError(
+            f"the run had {len(before)} {word}s at the checkpoint and has {len(now)} now "
+            f"(difference: {', '.join(sorted(names)) or 'one is listed several times'}); "
+            "restore the list, or start a new run (resume=never)"
+        )
+
+
+def _caps(raws: list[RawSource], max_prompts: int | None) -> list[int | None]:
+    """max_prompts shared out in proportion to the sources' rows."""
+    sizes = [raw.table.num_rows for raw in raws]
+    if max_prompts is None or max_prompts >= sum(sizes) or min(sizes) == 0:
+        return [max_prompts] * len(raws)
+    return list(apportion(max_prompts, sizes))
+
+
+def _prompts_hash(sources: list[Source]) -> str:
+    """Over what the policy and the reward see, in order."""
+    import numpy as np
+    import xxhash
+
+    hasher = xxhash.xxh3_128()
+    for source in sources:
+        lengths = np.array([len(ids) for ids in source.token_ids], dtype=np.int64)
+        hasher.update(lengths.tobytes() + np.concatenate(source.token_ids).tobytes())
+        hasher.update("\0".join(source.table.column("prompt_id").to_pylist()).encode())
+    return hasher.hexdigest()
+
+
+def _check_context(tokenizer: Any, max_prompt_length: int, max_response_length: int) -> None:
+    """Tokenizers that know their model's context say so; others claim an absurd number."""
+    context = getattr(tokenizer, "model_max_length", None)
+    if context and max_prompt_length + max_response_length > context:
+        raise UserError(
+            f"max_prompt_length={max_prompt_length} + max_response_length={max_response_length} is "
+            f"{max_prompt_length + max_response_length} tokens, "
+            f"more than the tokenizer's model_max_length={int(context)}; lower one of them"
+        )

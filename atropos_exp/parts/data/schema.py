@@ -1,0 +1,259 @@
+"""verl's row: what a file must hold, and why a single row is bad.
+
+    data_source string | prompt list<struct<role, content>> | ability string | reward_model struct<ground_truth, ...>
+    | extra_info struct (optional; `split` and `index` make the prompt id)
+
+A file without these columns is refused; a row without usable values is reported and left out. Column-wise throughout.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from atropos_exp.errors import UserError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from numpy.typing import NDArray
+
+ROLES = ("system", "user", "assistant", "tool")
+EXPECTED = (
+    "data_source: string, prompt: list<struct<role: string, content: string>>, reward_model: struct<ground_truth>"
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BadRow:
+    """One line of quarantine.jsonl."""
+
+    file: str
+    row: int  # from 0
+    reason: str
+    content: Any  # the row as far as it can be read
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Rows:
+    """The good rows of one file, column-wise."""
+
+    table: pa.Table  # data_source, prompt, ability, ground_truth, text, key, prompt_id: no nulls; row: int64
+    extra_info: pa.Array | None  # struct, row by row beside `table`
+
+
+def check_rows(table: pa.Table, file: str, *, split: str) -> tuple[Rows, list[BadRow]]:
+    """Split a file's rows into good and bad. `split`: used in prompt ids where extra_info names none.
+
+    Raises UserError if the columns are not verl's.
+    """
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    _check_columns(table, file)
+    bad = _undecodable(table, file)
+    row = np.setdiff1d(np.arange(table.num_rows), [one.row for one in bad])
+    if bad:
+        table = table.take(pa.array(row))
+    prompt = _array(table, "prompt")
+    lengths = pc.fill_null(pc.list_value_length(prompt), 0).to_numpy().astype(np.int64)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    messages = prompt.flatten()
+    roles = _text(pc.struct_field(messages, "role"))
+    contents = _text(pc.struct_field(messages, "content"))
+    data_source = _text(_array(table, "data_source"))
+    ground_truth = _text(pc.struct_field(_array(table, "reward_model"), "ground_truth"))
+    is_user = _flags(pc.equal(roles, "user"))
+    last = np.maximum(offsets[1:] - 1, 0)
+    reasons = {
+        "data_source is missing": _blank(data_source),
+        "prompt has no messages": lengths == 0,
+        f"a message's role is none of {', '.join(ROLES)}": _any(~_flags(pc.is_in(roles, pa.array(ROLES))), offsets),
+        "a message has no content": _any(_blank(contents), offsets),
+        "the last message is not the user's": ~is_user[last] if len(messages) else np.ones(table.num_rows, np.bool_),
+        "reward_model.ground_truth is missing": _blank(ground_truth),
+    }
+    first = np.full(table.num_rows, "", dtype=object)
+    for reason, mask in reversed(reasons.items()):  # the first of the list wins
+        first[mask] = reason
+    for index in np.flatnonzero(first != ""):
+        content = table.slice(int(index), 1).to_pylist()[0]
+        bad.append(BadRow(file=file, row=int(row[index]), reason=str(first[index]), content=content))
+
+    good = pa.array(np.flatnonzero(first == ""))
+    extra = _array(table, "extra_info") if "extra_info" in table.column_names else None
+    if extra is not None and pa.types.is_null(extra.type):
+        extra = None
+    conversation = pc.if_else(pc.equal(roles, "system"), "", contents)
+    columns = {
+        "data_source": data_source,
+        "prompt": _messages(offsets, roles, contents),
+        "ability": pc.fill_null(_text(_array(table, "ability")), "")
+        if "ability" in table.column_names
+        else pa.array([""] * table.num_rows, pa.string()),
+        "ground_truth": ground_truth,
+        "text": contents.take(pa.array(last)) if len(contents) else pa.nulls(table.num_rows, pa.string()),
+        "key": normalised(_joined(offsets, conversation, " ")),
+        "prompt_id": _prompt_ids(data_source, extra, split, row),
+        "row": pa.array(row, pa.int64()),
+    }
+    bad.sort(key=lambda one: one.row)
+    rows = Rows(table=pa.table(columns).take(good), extra_info=None if extra is None else extra.take(good))
+    return rows, bad
+
+
+def normalised(texts: pa.Array) -> pa.Array:
+    """What two prompts are compared by: lower case, runs of white space as one space, none at the ends."""
+    import pyarrow.compute as pc
+
+    return pc.utf8_trim_whitespace(pc.replace_substring_regex(pc.utf8_lower(texts), r"\s+", " "))
+
+
+def join_contents(prompt: pa.Array, separator: str) -> pa.Array:
+    """The contents of each row's messages as one string."""
+    import pyarrow.compute as pc
+
+    lengths = pc.list_value_length(prompt).to_numpy().astype(np.int64)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    return _joined(offsets, pc.struct_field(prompt.flatten(), "content"), separator)
+
+
+def _check_columns(table: pa.Table, file: str) -> None:
+    import pyarrow as pa
+
+    problems = []
+    names = table.column_names
+    for name in ("data_source", "prompt", "reward_model"):
+        if names.count(name) != 1:
+            problems.append(f"column {name} is {'missing' if name not in names else 'there twice'}")
+    if not problems:
+        kind = table.schema.field("prompt").type
+        item = kind.value_type if hasattr(kind, "value_type") else None
+        if item is None or not pa.types.is_struct(item) or not _has_text_fields(item, ("role", "content")):
+            problems.append(f"column prompt is {kind}")
+        model = table.schema.field("reward_model").type
+        if not pa.types.is_struct(model) or model.get_field_index("ground_truth") < 0:
+            problems.append(f"column reward_model is {model}")
+        elif not _is_scalar(model.field("ground_truth").type):
+            problems.append(
+                f"reward_model.ground_truth is {model.field('ground_truth').type}; expected string or integer"
+            )
+        if "extra_info" in names:
+            extra = table.schema.field("extra_info").type
+            if not (pa.types.is_struct(extra) or pa.types.is_null(extra)):
+                problems.append(f"column extra_info is {extra}; expected a struct")
+        for name in ("data_source", "ability"):
+            if name in names and not _is_scalar(table.schema.field(name).type):
+                problems.append(f"column {name} is {table.schema.field(name).type}")
+    if problems:
+        _refuse(file, f"{'; '.join(problems)} (its columns: {', '.join(names) or 'none'})")
+
+
+def _refuse(file: str, problem: str) -> None:
+    raise UserError(
+        f"{file}: wrong schema: {problem}; expected {EXPECTED}; "
+        "python -m data_prep.<builder> writes it, and data.hf_datasets reads known raw data sets"
+    )
+
+
+def _has_text_fields(struct: pa.DataType, names: tuple[str, ...]) -> bool:
+    return all(struct.get_field_index(name) >= 0 and _is_scalar(struct.field(name).type) for name in names)
+
+
+def _is_scalar(kind: pa.DataType) -> bool:
+    """Something that is a string, or an integer to be written as one. Null: a column without any value."""
+    import pyarrow as pa
+
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    tests = (
+        pa.types.is_string,
+        pa.types.is_large_string,
+        pa.types.is_string_view,
+        pa.types.is_integer,
+        pa.types.is_null,
+    )
+    return any(test(kind) for test in tests)
+
+
+def _undecodable(table: pa.Table, file: str) -> list[BadRow]:
+    """Rows whose text is no UTF-8: everything later assumes it is. Row by row only if the table holds such text."""
+    import pyarrow as pa
+
+    try:
+        table.validate(full=True)
+        return []
+    except pa.ArrowInvalid:
+        pass
+    bad = []
+    for row in range(table.num_rows):
+        one = table.take([row])  # a copy: a slice would be validated with all that lies behind it
+        try:
+            one.validate(full=True)
+        except pa.ArrowInvalid as error:
+            bad.append(BadRow(file=file, row=row, reason=f"text is not valid UTF-8 ({error})", content=str(one)))
+    return bad
+
+
+def _array(table: pa.Table, name: str) -> pa.Array:
+    import pyarrow as pa
+
+    chunks = table.column(name).chunks
+    return pa.concat_arrays(chunks) if chunks else pa.array([], table.schema.field(name).type)
+
+
+def _text(array: pa.Array) -> pa.Array:
+    import pyarrow as pa
+
+    return array.cast(pa.string())
+
+
+def _flags(array: Any) -> NDArray[np.bool_]:
+    import pyarrow.compute as pc
+
+    return np.asarray(pc.fill_null(array, False).to_numpy(zero_copy_only=False), dtype=np.bool_)
+
+
+def _blank(array: pa.Array) -> NDArray[np.bool_]:
+    import pyarrow.compute as pc
+
+    return ~_flags(pc.greater(pc.utf8_length(pc.utf8_trim_whitespace(array)), 0))
+
+
+def _any(flags: NDArray[np.bool_], offsets: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Per row: is any of its messages flagged?"""
+    counts = np.concatenate([[0], np.cumsum(flags)])
+    return np.asarray(counts[offsets[1:]] > counts[offsets[:-1]], dtype=np.bool_)
+
+
+def _messages(offsets: NDArray[np.int64], roles: pa.Array, contents: pa.Array) -> pa.Array:
+    import pyarrow as pa
+
+    messages = pa.StructArray.from_arrays([roles, contents], ["role", "content"])
+    return pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), messages)
+
+
+def _joined(offsets: NDArray[np.int64], contents: pa.Array, separator: str) -> pa.Array:
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    filled = pc.fill_null(contents, "")
+    return pc.binary_join(pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), filled), separator)
+
+
+def _prompt_ids(data_source: pa.Array, extra: pa.Array | None, split: str, row: NDArray[np.int64]) -> pa.Array:
+    """<data_source>/<split>/<index>, from extra_info where it says so, else from the file."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    splits, indices = pa.array([split] * len(row), pa.string()), pa.array(row).cast(pa.string())
+    if extra is not None:
+        for name in ("split", "index"):
+            if extra.type.get_field_index(name) >= 0 and _is_scalar(extra.type.field(name).type):
+                own = _text(pc.struct_field(extra, name))
+                if name == "split":
+                    splits = pc.coalesce(own, splits)
+                else:
+                    indices = pc.coalesce(own, indices)
+    return pc.binary_join_element_wise(pc.fill_null(data_source, ""), splits, indices, "/")

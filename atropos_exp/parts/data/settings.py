@@ -1,0 +1,146 @@
+"""`conf/data`: which prompts a run sees, and in which form. Opens them as a loader and as an eval set."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from atropos_exp.errors import UserError
+from atropos_exp.parts.data.paths import as_strings, files_of
+
+FORMATS = ("chat", "plain")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PrepareSettings:
+    """A data set that is built when first needed: its train.parquet is the first source, its test.parquet held out."""
+
+    builder: str  # a module of data_prep
+    folder: str  # parent; each choice of arguments gets a folder of its own inside
+    arguments: dict[str, Any]  # of the builder
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Entry:
+    """One name of the configuration and where it came from."""
+
+    name: str
+    key: str  # the setting that names it
+    is_hub: bool  # a data set name rather than a parquet path
+    split: str  # if the name does not say
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataSettings:
+    """The paths may each be a string or a list of strings."""
+
+    prepare: PrepareSettings | None
+    parquet_paths: Any
+    hf_datasets: Any
+    weights: list[float] | None
+    eval_paths: Any
+    format: str
+    system_prompt: str | None
+    chat_template_arguments: dict[str, Any]
+    ability: Any
+    max_prompts: int | None
+    max_bad_fraction: float
+
+    def __post_init__(self) -> None:
+        wrong = []
+        for key in ("parquet_paths", "hf_datasets", "eval_paths", "ability"):
+            try:
+                as_strings(getattr(self, key), key=key)
+            except UserError as error:
+                wrong.append(str(error))
+        if wrong:
+            raise UserError("\n".join(wrong))
+        num_sources = (
+            (self.prepare is not None) + len(self._strings("parquet_paths")) + len(self._strings("hf_datasets"))
+        )
+        if num_sources == 0:
+            wrong.append("parquet_paths: it is empty, and so are hf_datasets and prepare; expected at least one source")
+        if self.weights is not None:
+            if len(self.weights) != num_sources:
+                wrong.append(
+                    f"weights: got {len(self.weights)} for {num_sources} sources; expected one each, in the order "
+                    "prepare, parquet_paths, hf_datasets (or null: in proportion to their sizes)"
+                )
+            if not all(math.isfinite(weight) and weight > 0 for weight in self.weights):
+                wrong.append(f"weights: got {list(self.weights)}, expected numbers above 0; leave a source out instead")
+        if self.format not in FORMATS:
+            wrong.append(f"format: got {self.format!r}, expected {' or '.join(FORMATS)}")
+        if self.format == "plain" and self.chat_template_arguments:
+            wrong.append("chat_template_arguments: format=plain uses no template; expected {} or format=chat")
+        if self.max_prompts is not None and self.max_prompts < num_sources:
+            wrong.append(
+                f"max_prompts: got {self.max_prompts}, expected at least one per source, {num_sources}, or null"
+            )
+        if not 0 <= self.max_bad_fraction < 1:
+            wrong.append(f"max_bad_fraction: got {self.max_bad_fraction}, expected 0 (none) up to, not including, 1")
+        if wrong:
+            raise UserError("\n".join(wrong))
+
+    @property
+    def abilities(self) -> tuple[str, ...]:
+        """Those to train on; empty: all."""
+        return self._strings("ability")
+
+    @property
+    def has_eval(self) -> bool:
+        return self.prepare is not None or bool(self._strings("eval_paths"))
+
+    def sources(self, prepared_folder: Path | None) -> list[Entry]:
+        """What is trained on, in the order of `weights`."""
+        entries = [
+            *(
+                Entry(name=name, key="data.parquet_paths", is_hub=False, split="")
+                for name in self._strings("parquet_paths")
+            ),
+            *(
+                Entry(name=name, key="data.hf_datasets", is_hub=True, split="train")
+                for name in self._strings("hf_datasets")
+            ),
+        ]
+        return [*self._prepared(prepared_folder, "train"), *entries]
+
+    def eval_sources(self, prepared_folder: Path | None) -> list[Entry]:
+        """What is held out. A name that does not end in .parquet is a data set name."""
+        entries = [
+            Entry(name=name, key="data.eval_paths", is_hub=not name.endswith(".parquet"), split="test")
+            for name in self._strings("eval_paths")
+        ]
+        return [*self._prepared(prepared_folder, "test"), *entries]
+
+    def preflight(self) -> list[str]:
+        """Problems that can be seen without a tokenizer, a network or reading a file."""
+        from atropos_exp.parts.data.hub import DatasetName
+
+        problems = []
+        for entry in [*self.sources(Path()), *self.eval_sources(Path())]:
+            if entry.key == "data.prepare":
+                continue
+            try:
+                problem = DatasetName.parse(entry.name).problem() if entry.is_hub else None
+                if problem:
+                    problems.append(f"{entry.key}: {problem}")
+                if not entry.is_hub:
+                    files_of(entry.name, key=entry.key)
+            except UserError as error:
+                text = str(error)
+                problems.append(text if text.startswith("data.") else f"{entry.key}: {text}")
+        return problems
+
+    def _strings(self, key: str) -> tuple[str, ...]:
+        return as_strings(getattr(self, key), key=key)
+
+    def _prepared(self, folder: Path | None, split: str) -> Sequence[Entry]:
+        if self.prepare is None:
+            return []
+        assert folder is not None, (
+            "data.prepare is set: run.py passes the folder that data_prep.prepare.ensure returned"
+        )
+        return [Entry(name=str(folder / f"{split}.parquet"), key="data.prepare", is_hub=False, split=split)]

@@ -1,0 +1,204 @@
+"""One weighted source: its files read, checked, filtered and tokenised."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from atropos_exp.errors import UserError
+from atropos_exp.parts.data.counts import SourceCounts
+from atropos_exp.parts.data.fingerprint import content_hash
+from atropos_exp.parts.data.hub import read_verl
+from atropos_exp.parts.data.parquet import read_parquet
+from atropos_exp.parts.data.paths import files_of
+from atropos_exp.parts.data.schema import BadRow, check_rows
+from atropos_exp.types import Prompt, TokenIds
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from atropos_exp.parts.data.encode import Encoder
+
+_CHUNK = 8192  # rows tokenised before looking whether there are enough
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FileStamp:
+    """What a resumed run must find again."""
+
+    name: str
+    content_hash: str
+    num_rows: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class RawSource:
+    """Read and checked, not yet filtered."""
+
+    name: str  # as in the configuration
+    files: tuple[FileStamp, ...]
+    bad: tuple[BadRow, ...]
+    table: pa.Table  # the good rows of all files, see schema.Rows; + `file`, its number
+    extra_info: tuple[pa.Array | None, ...]  # per file, beside its rows
+    first_row: tuple[int, ...]  # per file, where its rows begin in `table`
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Source:
+    """Filtered and tokenised: `prompt(i)` for i in range(len)."""
+
+    raw: RawSource
+    table: pa.Table  # the kept rows, + `place`: their row in raw.table
+    token_ids: list[TokenIds]
+    counts: SourceCounts
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+    def prompt(self, index: int) -> Prompt:
+        row = {name: self.table.column(name)[index].as_py() for name in _PROMPT_COLUMNS}
+        file = row.pop("file")
+        extra = self.raw.extra_info[file]
+        place = self.table.column("place")[index].as_py() - self.raw.first_row[file]
+        info = extra[place].as_py() if extra is not None else None
+        return Prompt(token_ids=self.token_ids[index], extra_info=info or {}, **row)
+
+
+_PROMPT_COLUMNS = ("prompt_id", "data_source", "text", "ground_truth", "ability", "file")
+
+
+def read_source(name: str, *, is_hub: bool, key: str, default_split: str) -> RawSource:
+    """Read everything that one entry of the configuration names. Raises UserError with file, row and reason."""
+    import pyarrow as pa
+
+    tables: list[tuple[str, str, pa.Table]] = []  # file name, split for prompt ids, rows
+    if is_hub:
+        tables.append((name, default_split, read_verl(name, default_split=default_split)))
+    else:
+        tables.extend((str(path), path.stem, read_parquet(path)) for path in files_of(name, key=key))
+    stamps, bad, good, extras = [], [], [], []
+    for number, (file, split, table) in enumerate(tables):
+        rows, file_bad = check_rows(table, file, split=split)
+        stamps.append(FileStamp(name=file, content_hash=content_hash(table), num_rows=table.num_rows))
+        bad.extend(file_bad)
+        good.append(rows.table.append_column("file", pa.array([number] * rows.table.num_rows, pa.int32())))
+        extras.append(rows.extra_info)
+    starts = np.concatenate([[0], np.cumsum([table.num_rows for table in good])])
+    return RawSource(
+        name=name,
+        files=tuple(stamps),
+        bad=tuple(bad),
+        table=pa.concat_tables(good).combine_chunks(),
+        extra_info=tuple(extras),
+        first_row=tuple(int(start) for start in starts[:-1]),
+    )
+
+
+def prepare_source(
+    raw: RawSource,
+    encoder: Encoder,
+    *,
+    abilities: Sequence[str],
+    excluded: pa.Array | None,  # keys of eval prompts
+    max_prompt_length: int,
+    cap: int | None,  # at most so many prompts, the first ones
+) -> Source:
+    """Filter, then tokenise until there are `cap` prompts."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    table = raw.table.append_column("place", pa.array(np.arange(raw.table.num_rows)))
+    good = table.num_rows
+    if abilities:
+        table = table.filter(pc.is_in(table.column("ability"), pa.array(list(abilities))))
+    right_ability = table.num_rows
+    if excluded is not None and len(excluded):
+        table = table.filter(pc.invert(pc.is_in(table.column("key"), excluded)))
+    candidates = table.num_rows
+    token_ids: list[TokenIds] = []
+    kept: list[int] = []
+    seen = overlong = 0
+    while seen < candidates and (cap is None or len(kept) < cap):
+        size = min(_CHUNK, candidates - seen) if cap is None else min(_CHUNK, candidates - seen, cap - len(kept))
+        for offset, ids in enumerate(encoder.encode(_column(table, "prompt", seen, size))):
+            if not len(ids):
+                raise UserError(
+                    f"data: the tokenizer gives no token for a prompt of {raw.name}: {_text(table, seen + offset)!r}"
+                )
+            if len(ids) <= max_prompt_length:
+                kept.append(seen + offset)
+                token_ids.append(ids)
+            else:
+                overlong += 1
+        seen += size
+    counts = SourceCounts(
+        num_rows=good + len(raw.bad),
+        num_quarantined=len(raw.bad),
+        num_other_ability=good - right_ability,
+        num_eval_overlap=right_ability - candidates,
+        num_overlong=overlong,
+        num_beyond_cap=candidates - seen,
+        num_prompts=len(kept),
+    )
+    return Source(
+        raw=raw, table=table.take(pa.array(kept, pa.int64())).combine_chunks(), token_ids=token_ids, counts=counts
+    )
+
+
+def unique_ids(sources: Sequence[Source]) -> tuple[list[Source], int]:
+    """The same sources with prompt ids made unique: the second bearer of an id gets '~2'. And how many that were."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    columns = [source.table.column("prompt_id") for source in sources]
+    together = pa.chunked_array([chunk for column in columns for chunk in column.chunks], pa.string())
+    if len(pc.unique(together)) == len(together):
+        return list(sources), 0
+    seen: dict[str, int] = {}
+    renamed, result = 0, []
+    for source, column in zip(sources, columns, strict=True):
+        ids = []
+        for one in column.to_pylist():
+            seen[one] = count = seen.get(one, 0) + 1
+            renamed += count > 1
+            ids.append(one if count == 1 else f"{one}~{count}")
+        place = source.table.schema.get_field_index("prompt_id")
+        table = source.table.set_column(place, "prompt_id", pa.array(ids, pa.string()))
+        result.append(dataclasses.replace(source, table=table))
+    return result, renamed
+
+
+def refuse_empty(source: Source, abilities: Sequence[str], max_prompt_length: int) -> None:
+    """Raise UserError if nothing is left, with what became of the rows."""
+    if len(source):
+        return
+    counts = source.counts
+    there: Any = sorted(set(source.raw.table.column("ability").to_pylist()))
+    reasons = [
+        f"{counts.num_quarantined} are bad" if counts.num_quarantined else "",
+        f"{counts.num_other_ability} are not of ability {', '.join(abilities)} (there: {there})"
+        if counts.num_other_ability
+        else "",
+        f"{counts.num_eval_overlap} are eval prompts" if counts.num_eval_overlap else "",
+        f"{counts.num_overlong} are longer than max_prompt_length={max_prompt_length} tokens"
+        if counts.num_overlong
+        else "",
+    ]
+    raise UserError(
+        f"data: {source.raw.name} gives no prompt: of {counts.num_rows} rows "
+        f"{'; '.join(reason for reason in reasons if reason) or 'none is wanted'}"
+    )
+
+
+def _text(table: pa.Table, row: int) -> str:
+    return str(table.column("text")[row].as_py())
+
+
+def _column(table: pa.Table, name: str, start: int, size: int) -> pa.Array:
+    import pyarrow as pa
+
+    return pa.concat_arrays(table.column(name).slice(start, size).chunks)

@@ -1,0 +1,51 @@
+"""`conf/data`: prompts in verl's schema, from parquet files or Hugging Face data sets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from atropos_exp.parts.data.settings import DataSettings
+from atropos_exp.types import Prompt
+
+if TYPE_CHECKING:
+    from atropos_exp.parts.data.loader import AtroposDataLoader
+
+
+class VerlData(DataSettings):
+    """Opens what its settings name: as a stream of training prompts, and as a held-out set."""
+
+    def loader(
+        self,
+        tokenizer: Any,
+        *,
+        seed: int,
+        max_prompt_length: int,
+        max_response_length: int,
+        run_folder: Path,
+        prepared_folder: Path | None = None,
+    ) -> AtroposDataLoader:
+        """Read, check, filter and tokenise everything. Raises UserError with file, row and reason.
+
+        Bad rows are listed in run_folder/quarantine.jsonl. `prepared_folder`: what `data_prep.prepare.ensure` returned.
+        """
+        from atropos_exp.parts.data.loader import AtroposDataLoader
+
+        return AtroposDataLoader(
+            self, tokenizer, seed=seed, max_prompt_length=max_prompt_length, max_response_length=max_response_length,
+            run_folder=run_folder, prepared_folder=prepared_folder,
+        )  # fmt: skip
+
+    def eval_prompts(
+        self, tokenizer: Any, *, num_prompts: int, max_prompt_length: int, prepared_folder: Path | None = None
+    ) -> list[Prompt]:
+        """The held-out prompts: the same ones for every seed; all, if there are fewer. Raises UserError if none."""
+        from atropos_exp.parts.data.evalset import eval_prompts
+
+        return eval_prompts(
+            self,
+            tokenizer,
+            num_prompts=num_prompts,
+            max_prompt_length=max_prompt_length,
+            prepared_folder=prepared_folder,
+        )

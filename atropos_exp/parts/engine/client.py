@@ -1,0 +1,221 @@
+"""The trainer's side of one engine server: each call is one exchange with its process, within a deadline."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from atropos_exp.errors import EngineError, EngineLost, UserError, WireError
+from atropos_exp.processes.wire import HEARTBEAT, flatten, pack, split, unpack
+from atropos_exp.types import Endpoint, Finish, Floats, Sample, SamplingParams, TokenIds
+
+if TYPE_CHECKING:
+    from atropos_exp.parts.engine.process import ServerProcess
+    from atropos_exp.weights.transport import Transport
+
+Message = dict[str, Any]
+
+
+class EngineClient:
+    """One server of an engine (`servers.Servers` makes an `Engine` of one or several).
+
+    Safe to use from several threads; requests that wait at the same time are decoded together.
+    """
+
+    def __init__(
+        self,
+        process: ServerProcess,
+        transport: Transport,
+        *,
+        kind: str,
+        dtype: str,
+        start_timeout_seconds: float,
+        request_timeout_seconds: float,
+        health_timeout_seconds: float,
+    ) -> None:
+        import httpx
+
+        self.process = process
+        self.kind = kind  # the name of the engine in conf/engine
+        self.is_lost = False  # a call has found it dead or hanging
+        self._transport = transport
+        self._dtype = dtype
+        self._start_timeout_seconds = start_timeout_seconds
+        self._request_timeout_seconds = request_timeout_seconds
+        self._health_timeout_seconds = health_timeout_seconds
+        self._http = httpx.Client(
+            base_url=process.address,
+            headers={"authorization": f"Bearer {process.token}"},
+            timeout=httpx.Timeout(health_timeout_seconds),  # for every single read: the server beats more often
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=64),
+            trust_env=False,  # a proxy has no business on loopback
+        )
+
+    @property
+    def dtype(self) -> str:
+        return self._dtype
+
+    @property
+    def endpoint(self) -> Endpoint:
+        # Every engine's server speaks the protocol that began with engine hf.
+        return Endpoint(kind="hf", address=self.process.address, token=self.process.token)
+
+    def wait_until_ready(self) -> None:
+        """Until the server answers and has generated a token. Raises EngineError."""
+        left = self._await_server()
+        self.exchange("/health", {}, what="the first token", seconds=max(1.0, left))
+
+    def restart(self) -> None:
+        """Replace a server that is lost by a fresh one, at the same address, which refuses to sample until it has had
+        a complete update. Raises EngineError if that fails, too."""
+        self._transport.reset()
+        self._transport.clear()
+        self.process.restart("--problem", "weights incomplete: the engine was started anew and not synced yet")
+        self._await_server()
+        self.is_lost = False
+
+    def _await_server(self) -> float:
+        """Until it answers; the seconds left of those that a start may take."""
+        import httpx
+
+        seconds = self._start_timeout_seconds
+        deadline = time.monotonic() + seconds
+        while True:
+            if self.process.has_ended():
+                raise EngineError(f"engine {self.kind} did not start: {self.process.state()}")
+            try:
+                self._http.post("/info", content=pack({"timeout_seconds": 1.0}), timeout=httpx.Timeout(1.0))
+                return deadline - time.monotonic()
+            except httpx.TransportError:
+                if time.monotonic() > deadline:
+                    reason = f"waited {seconds:g} s (engine.start_timeout_seconds) for the server to load the model"
+                    raise EngineError(f"engine {self.kind} did not start: {reason}; {self.process.state()}") from None
+
+    def generate(
+        self, prompts: Sequence[TokenIds], params: SamplingParams, *, num_samples: int, first_prompt: int = 0
+    ) -> list[list[Sample]]:
+        """See `Engine.generate`. A prompt that does not fit, or a token outside the vocabulary, is a UserError.
+        `first_prompt`: place of the first one in a call that is shared between servers."""
+        if not prompts:
+            return []
+        token_ids, lengths = flatten(prompts, np.int32)
+        message = {
+            "token_ids": token_ids,
+            "lengths": lengths,
+            "num_samples": num_samples,
+            "temperature": float(params.temperature),
+            "top_p": float(params.top_p),
+            "top_k": int(params.top_k),
+            "max_tokens": int(params.max_tokens),
+            "stop_token_ids": [int(token) for token in params.stop_token_ids],
+            "seed": int(params.seed),
+            "first_prompt": first_prompt,
+        }
+        what = f"{num_samples} completions of {len(prompts)} prompts, up to {params.max_tokens} tokens each"
+        answer = self.exchange("/generate", message, what=what)
+        samples = [
+            Sample(
+                token_ids=tokens,
+                logprobs=logprobs,
+                finish=Finish.STOP if stopped else Finish.LENGTH,
+                policy_version=version,
+            )
+            for tokens, logprobs, stopped, version in zip(
+                split(answer["token_ids"], answer["lengths"]),
+                split(answer["logprobs"], answer["lengths"]),
+                answer["stopped"].tolist(),
+                answer["versions"].tolist(),
+                strict=True,
+            )
+        ]
+        assert len(samples) == len(prompts) * num_samples
+        return [samples[start : start + num_samples] for start in range(0, len(samples), num_samples)]
+
+    def score(self, sequences: Sequence[TokenIds], *, temperature: float) -> list[Floats]:
+        if not sequences:
+            return []
+        token_ids, lengths = flatten(sequences, np.int32)
+        message = {"token_ids": token_ids, "lengths": lengths, "temperature": float(temperature)}
+        answer = self.exchange("/score", message, what=f"the logprobs of {len(sequences)} sequences")
+        return split(answer["logprobs"], answer["lengths"])
+
+    def version(self) -> int:
+        return int(self.info()["version"])
+
+    def libraries(self) -> dict[str, str]:
+        return dict(self.info()["versions"])
+
+    def info(self) -> Message:
+        """What the server says of itself: version, problem, expected tensors, batches decoded, library versions."""
+        return self.exchange("/info", {}, what="its version", seconds=self._health_timeout_seconds)
+
+    def check(self) -> None:
+        self.exchange("/health", {}, what="a token as a sign of health", seconds=self._health_timeout_seconds)
+
+    def pause(self) -> None:
+        """Hold new generations; returns when the batch in flight has ended."""
+        self.exchange("/pause", {}, what="the batch in flight to end")
+
+    def resume(self) -> None:
+        self.exchange("/resume", {}, what="sampling to resume", seconds=self._health_timeout_seconds)
+
+    def sleep(self) -> tuple[int, int]:
+        """See `Engine.sleep`."""
+        self.pause()
+        try:
+            answer = self.exchange("/sleep", {}, what="its memory to be given back")
+        except EngineError:
+            with contextlib.suppress(EngineError):
+                self.resume()
+            raise
+        return int(answer["bytes_before"]), int(answer["bytes_after"])
+
+    def digests(self) -> dict[str, str]:
+        """Of every tensor that an update brings, as the server holds it."""
+        message = {"on_device": self._transport.on_device}
+        found: dict[str, str] = self.exchange("/weights/digests", message, what="the digests of its weights")["digests"]
+        return found
+
+    def stop(self) -> None:
+        self._http.close()
+        self.process.stop()
+        self._transport.close()
+
+    def exchange(self, path: str, message: Message, *, what: str, seconds: float | None = None) -> Message:
+        """One request and its answer within the deadline. Raises EngineError, or UserError for a wrong request."""
+        import httpx
+
+        seconds = self._request_timeout_seconds if seconds is None else seconds
+        deadline = time.monotonic() + seconds
+        waiting = f"engine {self.kind}: waited for {what}"
+        content = pack({**message, "timeout_seconds": seconds})
+        silence = min(seconds, self._health_timeout_seconds)
+        try:
+            with self._http.stream("POST", path, content=content, timeout=silence) as response:
+                body = bytearray()
+                for chunk in response.iter_raw():
+                    body += chunk
+                    if time.monotonic() > deadline + 1.0:  # the server itself gives up at the deadline
+                        raise EngineError(f"{waiting} longer than {seconds:g} s; {self.process.state()}")
+        except httpx.TimeoutException as error:
+            reason = f"no sign of life for {silence:g} s (engine.health_timeout_seconds): it hangs"
+            self.is_lost = True
+            raise EngineLost(f"{waiting}; {reason}. {self.process.state()}") from error
+        except httpx.TransportError as error:
+            self.process.wait(1.0)
+            self.is_lost = True
+            raise EngineLost(f"{waiting}; {type(error).__name__} {error}: {self.process.state()}") from error
+        try:
+            answer = unpack(bytes(body).lstrip(HEARTBEAT))
+        except WireError as error:
+            got = f"status {response.status_code} and {bytes(body[:80])!r}"
+            raise EngineError(f"{waiting}; got {got}: {error}") from None
+        if "error" in answer:
+            if answer["status"] == 400 and path in ("/generate", "/score"):
+                raise UserError(f"engine {self.kind} refused a request for {what}: {answer['error']}")
+            raise EngineError(f"{waiting}; it answered {answer['status']}: {answer['error']}")
+        return answer

@@ -1,0 +1,57 @@
+"""Which GPUs an engine's servers are on, and so how weights reach them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from atropos_exp.errors import UserError
+from atropos_exp.parts.engine.process import DEVICES_VARIABLE
+
+
+def gpu_problems(
+    gpus: Sequence[int] | None, *, tensor_parallel_size: int, data_parallel_size: int, device: str
+) -> list[str]:
+    """What does not fit between the GPUs that are named and those that are needed."""
+    problems = []
+    if gpus is not None and device == "cpu":
+        problems.append(f"engine.gpus is {list(gpus)}, but device is cpu; use engine.gpus=null")
+    needed = tensor_parallel_size * data_parallel_size
+    if gpus is not None and len(gpus) != needed:
+        product = "engine.tensor_parallel_size is"
+        if data_parallel_size > 1:
+            product = "engine.data_parallel_size × engine.tensor_parallel_size is"
+        problems.append(f"engine.gpus names {len(gpus)} GPUs, but {product} {needed}; make them equal")
+    return problems
+
+
+def _own(gpus: Sequence[int] | None) -> list[str] | None:
+    """The engine's own GPUs: those that a launcher keeps for it, else `gpus`."""
+    if kept := os.environ.get(DEVICES_VARIABLE):
+        return kept.split(",")
+    return None if gpus is None else [str(gpu) for gpu in gpus]
+
+
+def visible_devices(
+    gpus: Sequence[int] | None, *, tensor_parallel_size: int, data_parallel_size: int, device: str
+) -> list[str | None]:
+    """CUDA_VISIBLE_DEVICES of each server; None: as in this process. What a launcher keeps for engines comes first.
+    Raises UserError."""
+    if not device.startswith("cuda"):
+        return [None] * data_parallel_size
+    names = _own(gpus)
+    needed = tensor_parallel_size * data_parallel_size
+    if names is None:
+        if data_parallel_size > 1:
+            raise UserError(
+                f"engine.data_parallel_size is {data_parallel_size}, but engine.gpus names no GPUs, of which each "
+                f"server needs {tensor_parallel_size} of its own; name {needed}"
+            )
+        return [None]
+    if len(names) != needed:
+        raise UserError(
+            f"the engine has the GPUs {', '.join(names)}, but engine.data_parallel_size × engine.tensor_parallel_size "
+            f"is {needed}; make them equal"
+        )
+    size = tensor_parallel_size
+    return [",".join(names[server * size : (server + 1) * size]) for server in range(data_parallel_size)]

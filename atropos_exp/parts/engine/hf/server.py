@@ -1,0 +1,81 @@
+"""The server process of `engine=hf`, started as `python -m atropos_exp.parts.engine.hf.server --model FOLDER …`."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+from atropos_exp.parts.engine.hf.backend import HFBackend
+from atropos_exp.parts.engine.hf.decode import Decoder
+from atropos_exp.parts.engine.hf.scheduler import Scheduler
+from atropos_exp.parts.engine.hf.weights import WeightStore
+from atropos_exp.parts.engine.serving.server import bucket_source, parser, prepare, run_model_thread, serve
+from atropos_exp.processes.startup import no_collections
+
+PREFILL_TOKENS = {"cpu": 1024, "cuda": 32768}  # of one forward pass over prompts: bounds its memory and a probe's wait
+
+logger = logging.getLogger(__name__)
+
+
+def main() -> None:
+    options = _options()
+    token = prepare(options)
+
+    with no_collections():
+        import torch
+
+        torch.set_num_threads(options.num_threads)
+        torch.set_num_interop_threads(1)
+        model = load_model(options.model, device=options.device, dtype=options.dtype)
+    gc.collect()
+    gc.freeze()  # the collector need not walk what was imported again and again
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and options.max_sequence_length > positions:
+        raise SystemExit(f"the model has {positions} positions, the run needs {options.max_sequence_length}")
+    weights = WeightStore(model, problem=options.problem)
+    scheduler: Scheduler
+    decoder = Decoder(model, prefill_tokens=PREFILL_TOKENS[model.device.type], on_step=lambda: scheduler.on_step())
+    scheduler = Scheduler(
+        decoder,
+        weights,
+        max_batch_tokens=options.max_batch_tokens,
+        batching_wait_seconds=options.batching_wait_seconds,
+    )
+    backend = HFBackend(
+        scheduler=scheduler,
+        decoder=decoder,
+        weights=weights,
+        source=bucket_source(options),
+        vocab_size=model.config.get_text_config().vocab_size,
+        max_sequence_length=options.max_sequence_length,
+        versions={"torch": torch.__version__, "transformers": sys.modules["transformers"].__version__},
+    )
+    run_model_thread(scheduler.run_forever)
+    logger.info("serving %s on %s as %s", options.model, options.device, options.dtype)
+    serve(backend, options, token=token)
+
+
+def load_model(folder: Path, *, device: str, dtype: str) -> Any:
+    """The model of a Hugging Face folder, for inference. Only files of the folder are read, and no code from it."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=getattr(torch, dtype), attn_implementation="sdpa", local_files_only=True, trust_remote_code=False
+    )
+    return model.to(device).eval().requires_grad_(False)
+
+
+def _options() -> argparse.Namespace:
+    options = parser("atropos_exp.parts.engine.hf.server", __doc__)
+    options.add_argument("--max-batch-tokens", type=int, required=True)
+    options.add_argument("--batching-wait-seconds", type=float, required=True)
+    return options.parse_args()
+
+
+if __name__ == "__main__":
+    main()

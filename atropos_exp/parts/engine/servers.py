@@ -1,0 +1,99 @@
+"""The `Engine` that a run talks to: one server, or several of the same model (data-parallel sampling)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack
+from typing import TYPE_CHECKING
+
+from atropos_exp.errors import EngineError
+from atropos_exp.parts.engine.update import together, update
+from atropos_exp.types import Endpoint, Floats, Sample, SamplingParams, TokenIds
+
+if TYPE_CHECKING:
+    from atropos_exp.interfaces import WeightReceiver
+    from atropos_exp.parts.engine.client import EngineClient
+    from atropos_exp.weights.transport import Transport
+
+
+class Servers:
+    """An `Engine` of one or more servers that share one transport: a bucket is written once and read by all of them.
+
+    An update is accepted when every server has accepted it, and their digests must agree. Prompts are split into
+    contiguous blocks, and each row keeps the seed that it would have had with one server.
+    """
+
+    def __init__(self, clients: Sequence[EngineClient], transport: Transport) -> None:
+        assert clients
+        self._clients = tuple(clients)
+        self.transport = transport
+
+    @property
+    def replicas(self) -> tuple[EngineClient, ...]:
+        return self._clients
+
+    @property
+    def dtype(self) -> str:
+        return self._clients[0].dtype
+
+    @property
+    def endpoint(self) -> Endpoint:
+        """Of the first one; `replicas` have one each."""
+        return self._clients[0].endpoint
+
+    @property
+    def transfers_on_device(self) -> bool:
+        return self.transport.on_device
+
+    def generate(self, prompts: Sequence[TokenIds], params: SamplingParams, *, num_samples: int) -> list[list[Sample]]:
+        count = len(self._clients)
+        bounds = [len(prompts) * number // count for number in range(count + 1)]
+        blocks = [
+            (client, start, end)
+            for client, start, end in zip(self._clients, bounds[:-1], bounds[1:], strict=True)
+            if end > start
+        ]
+        if not blocks:
+            return []
+
+        def work(block: tuple[EngineClient, int, int]) -> list[list[Sample]]:
+            client, start, end = block
+            return client.generate(prompts[start:end], params, num_samples=num_samples, first_prompt=start)
+
+        return [group for part in together(blocks, work) for group in part]
+
+    def score(self, sequences: Sequence[TokenIds], *, temperature: float) -> list[Floats]:
+        """By the first one: all serve the same weights, which the proof of every sync shows."""
+        return self._clients[0].score(sequences, temperature=temperature)
+
+    def version(self) -> int:
+        versions = together(self._clients, lambda client: client.version())
+        if len(set(versions)) > 1:
+            raise EngineError(f"the engine's servers serve different versions: {versions}")
+        return versions[0]
+
+    def libraries(self) -> dict[str, str]:
+        """Of the first one: all are started alike."""
+        return self._clients[0].libraries()
+
+    def check(self) -> None:
+        together(self._clients, lambda client: client.check())
+
+    def sleep(self) -> tuple[int, int]:
+        """See `Engine.sleep`. Servers on the same GPU each see all of it: the most before, the least after."""
+        found = together(self._clients, lambda client: client.sleep())
+        return max(before for before, _ in found), min(after for _, after in found)
+
+    def updating(self, version: int) -> AbstractContextManager[WeightReceiver]:
+        return update(self._clients, self.transport, version)
+
+    def restart(self) -> None:
+        """Those that are lost. The others wait for the update that makes all of them equal again."""
+        lost = [client for client in self._clients if client.is_lost or client.process.has_ended()]
+        together(lost or self._clients, lambda client: client.restart())
+
+    def stop(self) -> None:
+        """One after the other: each closes the transport that they share."""
+        with ExitStack() as stack:
+            for client in self._clients:
+                stack.callback(client.stop)

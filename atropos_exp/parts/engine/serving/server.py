@@ -1,0 +1,110 @@
+"""What every engine server process does around its model: options, signals, the web server.
+
+It listens on a loopback socket that it inherited and answers only requests that carry the run's token.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from atropos_exp.parts.engine.process import TOKEN_VARIABLE
+from atropos_exp.parts.engine.serving.app import Service, make_app
+from atropos_exp.parts.engine.serving.backend import Backend
+from atropos_exp.weights.group import BACKENDS, GroupSource
+from atropos_exp.weights.receiver import BucketSource, inherited
+
+logger = logging.getLogger(__name__)
+
+
+def prepare(options: argparse.Namespace) -> str:
+    """First thing in the process: log and signals. Returns the bearer token."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    # The trainer decides when to stop: a signal to the whole job must not take the engine away under its last step.
+    for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(ignored, signal.SIG_IGN)
+    return os.environ.pop(TOKEN_VARIABLE)
+
+
+def serve(backend: Backend, options: argparse.Namespace, *, token: str) -> None:
+    """Answer requests until the process ends."""
+    import uvicorn
+
+    service = Service(backend=backend, heartbeat_seconds=options.heartbeat_seconds)
+    config = uvicorn.Config(
+        make_app(service, token=token),
+        lifespan="off",
+        log_level="warning",
+        access_log=False,
+        timeout_keep_alive=3600,
+        ws="none",
+    )
+    _web_server(config).run(sockets=[socket.socket(fileno=options.socket_fd)])
+
+
+def run_model_thread(work: Callable[[], None]) -> None:
+    """Start the thread that owns the model. Without it every request would wait for nothing: they end together."""
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException:
+            logger.exception("the model thread ended")
+            os._exit(70)
+
+    threading.Thread(target=run, name="model", daemon=True).start()
+
+
+def parser(module: str, description: str | None) -> argparse.ArgumentParser:
+    """The options that every server has."""
+    options = argparse.ArgumentParser(prog=f"python -m {module}", description=description)
+    options.add_argument("--model", type=Path, required=True, help="Hugging Face folder")
+    options.add_argument("--device", required=True, help="cpu, cuda or cuda:N")
+    options.add_argument("--dtype", required=True)
+    options.add_argument("--num-threads", type=int, required=True)
+    options.add_argument("--max-sequence-length", type=int, required=True)
+    options.add_argument("--heartbeat-seconds", type=float, required=True, help="sign of life to a waiting client")
+    options.add_argument("--problem", help="refuse to sample until an update has arrived, for this reason")
+    options.add_argument("--socket-fd", type=int, required=True, help="listening socket")
+    options.add_argument("--weights-fd", type=int, help="shared memory for new weights")
+    options.add_argument("--weights-folder", type=Path, help="folder for new weights")
+    options.add_argument("--weights-cuda-ipc", action="store_true", help="new weights lie in device memory")
+    options.add_argument("--group-backend", choices=BACKENDS, help="new weights are sent to a group of processes")
+    options.add_argument("--group-fd", type=int, help="memory file through which the group finds together")
+    options.add_argument("--group-rank", type=int, help="of this server's first receiver in the group")
+    return options
+
+
+def bucket_source(options: argparse.Namespace) -> BucketSource:
+    group = None
+    store = inherited(options.group_fd)
+    if store is not None:
+        group = GroupSource(backend=options.group_backend, store=store, first_rank=options.group_rank)
+    return BucketSource(
+        shm=inherited(options.weights_fd),
+        folder=options.weights_folder,
+        cuda_ipc=options.weights_cuda_ipc,
+        group=group,
+    )
+
+
+def _web_server(config: Any) -> Any:
+    import uvicorn
+
+    class Server(uvicorn.Server):
+        """Leaves the signals as `prepare` set them."""
+
+        @contextlib.contextmanager
+        def capture_signals(self) -> Iterator[None]:
+            yield
+
+    return Server(config)

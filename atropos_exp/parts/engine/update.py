@@ -1,0 +1,100 @@
+"""One weight update of all servers of an engine: each step is taken by all of them before the next one."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from atropos_exp.errors import EngineError, EngineLost
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from atropos_exp.parts.engine.client import EngineClient
+    from atropos_exp.weights.transport import Transport
+
+Item = TypeVar("Item")
+Value = TypeVar("Value")
+GIVE_UP_SECONDS = 5.0
+
+
+def together(items: Sequence[Item], work: Callable[[Item], Value]) -> list[Value]:
+    """`work` of every item at the same time, in order. When all have ended the gravest error is raised: a lost server
+    comes before one that merely refuses, which may be a consequence."""
+    if len(items) == 1:
+        return [work(items[0])]
+    with ThreadPoolExecutor(len(items), thread_name_prefix="engine") as pool:
+        futures = [pool.submit(work, item) for item in items]
+    errors = [error for future in futures if (error := future.exception()) is not None]
+    if errors:
+        raise next((error for error in errors if isinstance(error, EngineLost)), errors[0])
+    return [future.result() for future in futures]
+
+
+@contextlib.contextmanager
+def update(clients: Sequence[EngineClient], transport: Transport, version: int) -> Iterator[Receiver]:
+    """See `Engine.updating`."""
+
+    def ask(path: str, what: str, message: Mapping[str, Any] | None = None) -> None:
+        together(clients, lambda client: client.exchange(path, dict(message or {}), what=what))
+
+    def give_up(client: EngineClient) -> None:
+        client.exchange("/weights/abort", {}, what="the update to be given up", seconds=GIVE_UP_SECONDS)
+        client.resume()
+
+    expected = together(
+        clients, lambda client: {name: (kind, tuple(shape)) for name, kind, shape in client.info()["expected"]}
+    )
+    kinds = max(expected, key=len)  # a server that was started anew needs the base, the others then get it as well
+    if any(not other.items() <= kinds.items() for other in expected):
+        raise EngineError("the engine's servers expect different tensors")
+    try:
+        together(clients, lambda client: client.pause())
+        ask("/weights/begin", f"the update to version {version} to begin", {"version": version})
+        yield Receiver(clients, transport, kinds, version)
+        ask("/weights/finish", f"version {version} to be accepted")
+    except BaseException as error:
+        try:
+            together(clients, give_up)
+        except EngineError as also:
+            error.add_note(f"while giving the update up: {also}")
+        raise
+    finally:
+        transport.clear()
+    together(clients, lambda client: client.resume())
+
+
+class Receiver:
+    """A `WeightReceiver`: one update of every server's weights."""
+
+    def __init__(
+        self,
+        clients: Sequence[EngineClient],
+        transport: Transport,
+        expected: Mapping[str, tuple[str, tuple[int, ...]]],
+        version: int,
+    ) -> None:
+        self._clients = clients
+        self._transport = transport
+        self._expected = expected
+        self._version = version
+
+    def expected(self) -> Mapping[str, tuple[str, tuple[int, ...]]]:
+        return self._expected
+
+    def receive(self, bucket: Sequence[tuple[str, Tensor]]) -> None:
+        names = f"{bucket[0][0]} .. {bucket[-1][0]}" if bucket else "nothing"
+        what = f"version {self._version}: {names} to be loaded"
+        with self._transport.sending(bucket) as message:
+            together(self._clients, lambda client: client.exchange("/weights/bucket", message, what=what))
+
+    def digests(self) -> Mapping[str, str]:
+        """Those that all servers give; of a tensor on which they differ, a text that equals no digest."""
+        first, *others = together(self._clients, lambda client: client.digests())
+        held = {}
+        for name, value in first.items():
+            strange = [number for number, other in enumerate(others, 1) if other.get(name) != value]
+            held[name] = f"server {strange[0]} differs" if strange else value
+        return held

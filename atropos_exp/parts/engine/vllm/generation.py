@@ -1,0 +1,83 @@
+"""One sampling request inside the vLLM server, from its rows to the arrays of its answer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from atropos_exp.parts.engine.serving.seeds import row_keys
+from atropos_exp.processes.wire import Message, flatten
+from atropos_exp.types import Floats, SamplingParams, TokenIds
+
+
+@dataclass(kw_only=True, eq=False)
+class Generation:
+    """`num_samples` completions of each prompt; row i belongs to prompt i // num_samples."""
+
+    number: int  # unique in this server
+    prompts: Sequence[TokenIds]
+    params: SamplingParams
+    num_samples: int
+    deadline: float  # of time.monotonic()
+    first_prompt: int = 0  # place of the first one in the call that this is a part of
+    done: Future[Message] = field(default_factory=Future)
+
+    def __post_init__(self) -> None:
+        num_rows = len(self.prompts) * self.num_samples
+        prompt_N = self.first_prompt + np.repeat(np.arange(len(self.prompts)), self.num_samples)
+        sample_N = np.tile(np.arange(self.num_samples), len(self.prompts))
+        # vLLM takes a seed of 63 bits for each row; those of one request differ and do not depend on other requests.
+        self.seeds = [int(key) >> 1 for key in row_keys(self.params.seed, prompt_N, sample_N)]
+        self.token_ids: list[TokenIds] = [np.zeros(0, np.int32)] * num_rows
+        self.logprobs: list[Floats] = [np.zeros(0, np.float32)] * num_rows
+        self.stopped_N = np.zeros(num_rows, dtype=np.bool_)
+        self.left = set(range(num_rows))  # rows that have not ended
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def is_truncated(self) -> bool:
+        """Sampled from a part of the distribution: vLLM's logprobs are then of that part, renormalised."""
+        return self.params.temperature > 0 and (self.params.top_p < 1.0 or self.params.top_k > 0)
+
+    def prompt_of(self, row: int) -> TokenIds:
+        return self.prompts[row // self.num_samples]
+
+    def request_id(self, row: int) -> str:
+        return f"{self.number}-{row}"
+
+    def take(self, row: int, completion: Any) -> None:
+        """The end of one row: vLLM's CompletionOutput."""
+        self.token_ids[row] = np.array(completion.token_ids, dtype=np.int32)
+        flat = completion.logprobs
+        first = np.array(flat.start_indices, dtype=np.int64)  # the sampled token comes first at every position
+        self.logprobs[row] = np.array(flat.logprobs, dtype=np.float32)[first]
+        assert len(self.token_ids[row]) == len(self.logprobs[row])
+        self.stopped_N[row] = completion.finish_reason == "stop"
+        self.left.discard(row)
+
+    def sequences(self) -> list[TokenIds]:
+        """Prompt and completion of every row."""
+        return [np.concatenate([self.prompt_of(row), self.token_ids[row]]) for row in range(self.num_rows)]
+
+    def rescored(self, scores: Sequence[Floats]) -> None:
+        """Take the logprobs under the whole distribution."""
+        self.logprobs = [score[len(score) - len(ids) :] for score, ids in zip(scores, self.token_ids, strict=True)]
+
+    def answer(self, version: int) -> Message:
+        token_ids, lengths = flatten(self.token_ids, np.int32)
+        logprobs, _ = flatten(self.logprobs, np.float32)
+        versions = np.full(self.num_rows, version, dtype=np.int64)
+        return {
+            "token_ids": token_ids,
+            "logprobs": logprobs,
+            "lengths": lengths,
+            "stopped": self.stopped_N,
+            "versions": versions,
+        }

@@ -1,0 +1,148 @@
+"""Held-out evaluation: greedy accuracy and sampled pass@k on prompts that are never trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from atropos_exp.errors import UserError
+from atropos_exp.metrics import slug
+from atropos_exp.parts.eval.estimators import mean_interval, pass_at_k, wilson_interval
+from atropos_exp.runs.seeds import derive_seed
+from atropos_exp.types import (
+    Prompt,
+    RewardFailure,
+    SamplingParams,
+)
+
+if TYPE_CHECKING:
+    from atropos_exp.interfaces import Engine, Scorer
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOut:
+    """Settings of `eval=default`."""
+
+    every: int  # steps between evaluations
+    num_prompts: int
+    samples_per_prompt: int  # k of pass@k; 0: greedy only
+    temperature: float  # of the sampled answers; the greedy ones are at 0
+    correct_at: float  # an answer with at least this reward is correct
+
+    def __post_init__(self) -> None:
+        for name in ("every", "num_prompts", "samples_per_prompt"):
+            if getattr(self, name) < 0:
+                raise UserError(f"eval.{name} must not be negative; got {getattr(self, name)}")
+
+    def start(
+        self,
+        *,
+        prompts: Sequence[Prompt],
+        engine: Engine,
+        scorer: Scorer,
+        tokenizer: Any,
+        stop_token_ids: tuple[int, ...],
+        max_tokens: int,
+        seed: int,
+    ) -> HeldOutEvaluator:
+        return HeldOutEvaluator(self, prompts, engine, scorer, tokenizer, stop_token_ids, max_tokens, seed)
+
+
+class HeldOutEvaluator:
+    """An `Evaluator`. The same prompts and seeds at every call, so two evaluations differ by the policy alone."""
+
+    def __init__(
+        self,
+        settings: HeldOut,
+        prompts: Sequence[Prompt],
+        engine: Engine,
+        scorer: Scorer,
+        tokenizer: Any,
+        stop_token_ids: tuple[int, ...],
+        max_tokens: int,
+        seed: int,
+    ) -> None:
+        self._settings = settings
+        self._prompts = list(prompts)
+        self._engine = engine
+        self._scorer = scorer
+        self._tokenizer = tokenizer
+        self._stop_token_ids = stop_token_ids
+        self._max_tokens = max_tokens
+        self._seed = seed
+
+    def __call__(self, policy_version: int) -> dict[str, float]:
+        """Per data source: accuracy with its 95 % Wilson interval, pass@k, and how many answers could not be scored
+        (those count as wrong)."""
+        if not self._prompts:
+            return {}
+        greedy, num_failed = self._answer(temperature=0.0, num_samples=1)
+        num_sampled = self._settings.samples_per_prompt
+        sampled = None
+        if num_sampled:
+            sampled, failed = self._answer(temperature=self._settings.temperature, num_samples=num_sampled)
+            num_failed += failed
+
+        values = {"eval/reward_failures": float(num_failed)}
+        sources = [prompt.data_source for prompt in self._prompts]
+        for name in dict.fromkeys(sources):
+            rows = np.array([source == name for source in sources])
+            values |= eval_metrics(
+                name=name,
+                correct=greedy[rows, 0],
+                num_correct=sampled[rows].sum(1) if sampled is not None else None,
+                num_samples=num_sampled,
+                k=num_sampled,
+            )
+        return values
+
+    def _answer(self, *, temperature: float, num_samples: int) -> tuple[NDArray[np.bool_], int]:
+        """[prompts, samples] bool, correct or not; and the number of answers without a score."""
+        sampling = SamplingParams(
+            temperature=temperature,
+            top_p=1.0,
+            top_k=0,
+            max_tokens=self._max_tokens,
+            stop_token_ids=self._stop_token_ids,
+            seed=derive_seed(self._seed, "eval"),
+        )
+        token_ids = [prompt.token_ids for prompt in self._prompts]
+        samples = self._engine.generate(token_ids, sampling, num_samples=num_samples)
+        flat = [sample.token_ids for group in samples for sample in group]
+        texts = self._tokenizer.batch_decode(flat, skip_special_tokens=True)
+        owners = [prompt for prompt in self._prompts for _ in range(num_samples)]
+        scores = self._scorer.score(list(zip(texts, owners, strict=True)))
+        num_failed = sum(isinstance(score, RewardFailure) for score in scores)
+        correct = [not isinstance(score, RewardFailure) and score >= self._settings.correct_at for score in scores]
+        return np.array(correct).reshape(len(self._prompts), num_samples), num_failed
+
+
+def eval_metrics(
+    *,
+    name: str,
+    correct: NDArray[np.bool_],
+    num_correct: NDArray[np.integer] | None = None,
+    num_samples: int = 0,
+    k: int = 0,
+) -> dict[str, float]:
+    """Metrics of the held-out set `name`, with 95 % intervals.
+
+    `correct` [N]: the greedy answer was right. `num_correct` [N]: right ones of `num_samples` sampled answers, for
+    pass@k; None: off.
+    """
+    prefix, num = f"eval/{slug(name)}", len(correct)
+    accuracy = float(np.mean(correct)) if num else float("nan")
+    values: dict[str, float] = {f"{prefix}/num": num, f"{prefix}/accuracy": accuracy}
+    if num:
+        low, high = wilson_interval(mean=accuracy, num=num)
+        values |= {f"{prefix}/accuracy_ci_low": low, f"{prefix}/accuracy_ci_high": high}
+    if num and num_correct is not None:
+        estimates = pass_at_k(num_correct=num_correct, num_samples=num_samples, k=k)
+        low, high = mean_interval(estimates)
+        values[f"{prefix}/pass_at_{k}"] = float(np.mean(estimates))
+        values |= {f"{prefix}/pass_at_{k}_ci_low": low, f"{prefix}/pass_at_{k}_ci_high": high}
+    return values

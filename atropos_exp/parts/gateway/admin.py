@@ -1,0 +1,110 @@
+"""What only the trainer may ask: the ledger, the hold, the counters. Messages of `wire.py`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from atropos_exp.parts.gateway.counters import Counters, resident_bytes
+from atropos_exp.parts.gateway.gate import Gate
+from atropos_exp.parts.gateway.ledger import Ledger
+from atropos_exp.parts.gateway.refusal import Refusal
+from atropos_exp.processes.wire import flatten, split
+from atropos_exp.types import Provenance
+
+Message = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Admin:
+    """The routes by their path."""
+
+    ledger: Ledger
+    gate: Gate
+    counters: Counters
+    incarnation: int
+
+    def check(self, message: Message) -> None:
+        """A message may have waited on the trainer's socket since before this process: it is not for this one."""
+        if message.get("incarnation") != self.incarnation:
+            raise Refusal(400, "value", f"meant for process {message.get('incarnation')}, not {self.incarnation}")
+
+    def lookup(self, message: Message) -> Message:
+        """Sequences in order, one after the other: of two equal ones in a message the second sees the first's claim."""
+        sequences = split(message["token_ids"], message["lengths"])
+        masks = split(message["trained"], message["lengths"])
+        hints = split(message["logprobs_hint"], message["lengths"])
+        found = [
+            self.ledger.lookup(token_ids, trained, claim=bool(message["claim"]), logprobs_hint=hint)
+            for token_ids, trained, hint in zip(sequences, masks, hints, strict=True)
+        ]
+        return pack_provenances(found)
+
+    def hold(self, message: Message) -> Message:
+        self.gate.hold()
+        return {"in_flight": self.counters.in_flight}
+
+    def release(self, message: Message) -> Message:
+        self.gate.release()
+        return {"in_flight": self.counters.in_flight}
+
+    def values(self) -> dict[str, float]:
+        """Every counter as of now."""
+        ledger = self.ledger
+        return {
+            **self.counters.totals,
+            "held_seconds": self.counters.totals["held_seconds"] + self.gate.held_seconds,
+            "ledger_hits": ledger.hits,
+            "ledger_misses": ledger.misses,
+            "ledger_evicted": ledger.evicted,
+            "in_flight": self.counters.in_flight,
+            "max_in_flight": self.counters.max_in_flight,
+            "holding": int(self.gate.is_holding),
+            "ledger_entries": len(ledger),
+            "ledger_tokens": ledger.num_tokens,
+            "rss_bytes": resident_bytes(),
+        }
+
+
+def pack_provenances(found: list[Provenance | None]) -> Message:
+    known = [provenance for provenance in found if provenance is not None]
+    flat, lengths = flatten([provenance.logprobs for provenance in known], np.float32)
+    return {
+        "found": np.array([provenance is not None for provenance in found], dtype=np.bool_),
+        "logprobs": flat,  # of the found ones, as everything below
+        "lengths": lengths,
+        "versions": np.array([provenance.policy_version for provenance in known], dtype=np.int64),
+        "temperatures": np.array(
+            [np.nan if provenance.temperature is None else provenance.temperature for provenance in known],
+            dtype=np.float64,
+        ),
+        "returned_before": np.array([provenance.returned_before for provenance in known], dtype=np.bool_),
+        "keys": [provenance.key for provenance in known],
+    }
+
+
+def unpack_provenances(message: Message) -> list[Provenance | None]:
+    if not message["keys"]:
+        return [None] * len(message["found"])
+    known = iter(
+        [
+            Provenance(
+                policy_version=version,
+                logprobs=logprobs,
+                temperature=None if np.isnan(temperature) else temperature,
+                returned_before=returned_before,
+                key=key,
+            )
+            for version, logprobs, temperature, returned_before, key in zip(
+                message["versions"].tolist(),
+                split(message["logprobs"], message["lengths"]),
+                message["temperatures"].tolist(),
+                message["returned_before"].tolist(),
+                message["keys"],
+                strict=True,
+            )
+        ]
+    )
+    return [next(known) if found else None for found in message["found"].tolist()]

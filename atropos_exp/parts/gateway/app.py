@@ -1,0 +1,191 @@
+"""The HTTP face: which route goes where, who may call it, how errors look, what is counted."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any
+
+import orjson
+
+from atropos_exp.errors import WireError
+from atropos_exp.parts.gateway.admin import Admin
+from atropos_exp.parts.gateway.counters import Counters, prometheus
+from atropos_exp.parts.gateway.dialects import openai, sglang, vllm
+from atropos_exp.parts.gateway.refusal import Refusal
+from atropos_exp.parts.gateway.sampler import Sampler
+from atropos_exp.processes.wire import pack, unpack
+
+if TYPE_CHECKING:
+    from aiohttp import web
+
+logger = logging.getLogger(__name__)
+
+Body = dict[str, Any]
+
+
+class App:
+    """The routes. `make` builds the aiohttp application."""
+
+    def __init__(
+        self, sampler: Sampler, admin: Admin, *, model_name: str, client_token: str | None, private_token: str
+    ) -> None:
+        self._sampler = sampler
+        self._admin = admin
+        self._counters: Counters = sampler.counters
+        self._model_name = model_name
+        self._client_token = None if client_token is None else f"Bearer {client_token}".encode()
+        self._private_token = f"Bearer {private_token}".encode()
+        self._started = int(time.time())
+
+    def make(self, *, max_body_bytes: int) -> web.Application:
+        from aiohttp import web
+
+        app = web.Application(client_max_size=max_body_bytes)
+        add = app.router.add_route
+        for path, work in (("/v1/completions", self._completions), ("/v1/chat/completions", self._chat)):
+            add("POST", path, self._guarded(self._json(work)))
+        for path in ("/generate", "//generate"):  # the second: of a base URL that ends in a slash
+            add("POST", path, self._guarded(self._json(self._generate)))
+        add("GET", "/v1/models", self._guarded(self._models))
+        for path in ("/health", "//health"):
+            add("GET", path, self._guarded(self._health, open_to_all=True))
+        add("GET", "/health_generate", self._guarded(self._health_generate))
+        for path, answer in (
+            ("/ledger/lookup", self._admin.lookup),
+            ("/hold", self._admin.hold),
+            ("/release", self._admin.release),
+        ):
+            add("POST", path, self._guarded(self._binary(answer), private=True))
+        add("GET", "/counters", self._guarded(self._read_counters, private=True))
+        add("GET", "/metrics", self._guarded(self._metrics))
+        add("*", "/{path:.*}", self._guarded(self._unknown))
+        return app
+
+    def _guarded(
+        self,
+        handler: Callable[[web.Request], Awaitable[web.Response]],
+        *,
+        private: bool = False,
+        open_to_all: bool = False,
+    ) -> Callable[[web.Request], Awaitable[web.Response]]:
+        """Checks the token, and turns every outcome into an answer and a count."""
+        from aiohttp import web
+
+        expected = self._private_token if private else None if open_to_all else self._client_token
+
+        async def guarded(request: web.Request) -> web.Response:
+            if not private:
+                self._counters.add("requests")
+            try:
+                if expected is not None:
+                    got = request.headers.get("Authorization", "").encode()
+                    if not hmac.compare_digest(got, expected):
+                        raise Refusal(401, "token", "wrong or missing bearer token")
+                return await handler(request)
+            except Refusal as refusal:
+                return self._refused(refusal)
+            except web.HTTPRequestEntityTooLarge as error:
+                return self._refused(Refusal(413, "body", f"the body is too large: {error.text}"))
+            except asyncio.CancelledError:
+                self._counters.add("disconnected")
+                raise
+            except Exception as error:  # the sender is told, the log has the trace
+                logger.exception("%s failed", request.path)
+                self._counters.add("internal_errors")
+                message = f"{type(error).__name__}: {error}"
+                return _json({"error": {"message": message, "type": "server_error", "param": None, "code": None}}, 500)
+
+        return guarded
+
+    def _refused(self, refusal: Refusal) -> web.Response:
+        if self._counters.totals[f"refused_{refusal.reason}"] == 0:
+            logger.warning("refused (the first for this reason, %s): %s", refusal.reason, refusal)
+        self._counters.add(f"refused_{refusal.reason}")
+        response = _json(refusal.body(), refusal.status)
+        if refusal.retry_seconds is not None:
+            response.headers["Retry-After"] = str(refusal.retry_seconds)
+        return response
+
+    def _json(self, work: Callable[[Body], Awaitable[Any]]) -> Callable[[web.Request], Awaitable[web.Response]]:
+        async def handler(request: web.Request) -> web.Response:
+            raw = await request.read()
+            try:
+                body = orjson.loads(raw)
+            except orjson.JSONDecodeError as error:
+                raise Refusal(400, "body", f"the body is not JSON: {error}") from None
+            if not isinstance(body, dict):
+                raise Refusal(400, "body", f"the body must be a JSON object; got {type(body).__name__}")
+            self._counters.begin()
+            try:
+                return _json(await work(body))
+            finally:
+                self._counters.end()
+
+        return handler
+
+    def _binary(self, work: Callable[[Body], Body]) -> Callable[[web.Request], Awaitable[web.Response]]:
+        async def handler(request: web.Request) -> web.Response:
+            from aiohttp import web
+
+            try:
+                message = unpack(await request.read())
+            except WireError as error:
+                raise Refusal(400, "body", str(error)) from None
+            self._admin.check(message)
+            return web.Response(body=pack(work(message)), content_type="application/msgpack")
+
+        return handler
+
+    async def _completions(self, body: Body) -> Body:
+        self._counters.add("requests_completions")
+        return await openai.completions(self._sampler, self._model_name, body)
+
+    async def _chat(self, body: Body) -> Body:
+        self._counters.add("requests_chat")
+        return await openai.chat(self._sampler, self._model_name, body)
+
+    async def _generate(self, body: Body) -> Any:
+        if body.keys() & {"input_ids", "text", "sampling_params"}:
+            self._counters.add("requests_generate_sglang")
+            return await sglang.generate(self._sampler, body)
+        self._counters.add("requests_generate_vllm")
+        return await vllm.generate(self._sampler, body)
+
+    async def _models(self, request: web.Request) -> web.Response:
+        self._counters.add("requests_models")
+        return _json(openai.models(self._model_name, self._sampler.max_sequence_length, self._started))
+
+    async def _health(self, request: web.Request) -> web.Response:
+        self._counters.add("requests_health")
+        problem = await self._sampler.upstream.problem()
+        if problem is not None:
+            raise Refusal(503, "engine", problem)
+        return _json({"status": "ok", "holding": self._admin.gate.is_holding})
+
+    async def _health_generate(self, request: web.Request) -> web.Response:
+        self._counters.add("requests_health")
+        await self._sampler.upstream.check()
+        return _json({"status": "ok"})
+
+    async def _read_counters(self, request: web.Request) -> web.Response:
+        return _json(self._admin.values())
+
+    async def _metrics(self, request: web.Request) -> web.Response:
+        from aiohttp import web
+
+        self._counters.add("requests_other")
+        return web.Response(text=prometheus(self._admin.values()))
+
+    async def _unknown(self, request: web.Request) -> web.Response:
+        self._counters.add("requests_other")
+        raise Refusal(404, "route", f"no such route: {request.method} {request.path}")
+
+
+def _json(answer: Any, status: int = 200) -> web.Response:
+    from aiohttp import web
+
+    return web.Response(body=orjson.dumps(answer), status=status, content_type="application/json")

@@ -1,0 +1,235 @@
+"""The trainer's side of the gateway: its process, its sockets, and what the trainer asks of it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import http.client
+import json
+import secrets
+import select
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from atropos_exp.errors import EngineError, UserError, WireError
+from atropos_exp.parts.gateway.admin import unpack_provenances
+from atropos_exp.parts.gateway.counters import GAUGES
+from atropos_exp.parts.gateway.options import CLIENT_TOKEN, ENGINE_TOKENS, PRIVATE_TOKEN, Options
+from atropos_exp.parts.gateway.ports import Doors
+from atropos_exp.parts.gateway.upstream import KINDS
+from atropos_exp.processes.child import Child, child_environment
+from atropos_exp.processes.wire import flatten, pack, unpack
+from atropos_exp.types import Endpoint, Floats, Mask, Provenance, TokenIds
+
+SERVER = "atropos_exp.parts.gateway.server"
+POLL_SECONDS = 0.1  # how soon the end of the process is noticed while an answer is due
+
+
+class GatewayClient:
+    """Owns the gateway's process. Safe to use from several threads."""
+
+    def __init__(
+        self,
+        options: Options,
+        *,
+        doors: Doors,
+        endpoints: Sequence[Endpoint],
+        token: str | None,
+        start_timeout_seconds: float,
+        health_timeout_seconds: float,
+        log_folder: Path,
+    ) -> None:
+        """Start the process. `options`: what it is told; `token`: what environments must send as their API key."""
+        if options.engine_kind not in KINDS:
+            raise UserError(
+                f"the gateway cannot talk to an engine of kind {options.engine_kind!r} yet; got that, expected one of "
+                f"{', '.join(KINDS)}; choose engine=hf"
+            )
+        self.token = token
+        self.restarts = 0
+        self._options = options
+        self._doors = doors
+        self._engine_tokens = [endpoint.token for endpoint in endpoints]
+        self._start_timeout_seconds = start_timeout_seconds
+        self._health_timeout_seconds = health_timeout_seconds
+        self._log = log_folder / "gateway.log"
+        self._private_token = secrets.token_urlsafe(32)
+        self._lock = threading.RLock()  # of what follows
+        self._held = False
+        self._past: dict[str, float] = {}  # totals of processes that are gone
+        self._seen: dict[str, float] = {}  # last counters of the present one
+        self._process = self._start()
+
+    @property
+    def address(self) -> str:
+        """Environments get `f"{address}/v1"` as base URL."""
+        return self._doors.address
+
+    @property
+    def process(self) -> Child:
+        return self._process
+
+    def lookup(
+        self,
+        sequences: Sequence[tuple[TokenIds, Mask]],
+        *,
+        claim: bool,
+        logprobs: Sequence[Floats | None] | None = None,
+    ) -> list[Provenance | None]:
+        """Who sampled these sequences (token ids [T], trained [T]); None for one that the gateway does not know.
+
+        `logprobs` [T] of each, where known, tell equal completions of different weights apart. One exchange for all.
+        With `claim` they count as returned from now on. Raises EngineError.
+        """
+        if not sequences:
+            return []
+        flat, lengths = flatten([token_ids for token_ids, _ in sequences], np.int32)
+        trained, trained_lengths = flatten([trained for _, trained in sequences], np.bool_)
+        hints = logprobs if logprobs is not None else [None] * len(sequences)
+        hint, hint_lengths = flatten(
+            [
+                np.full(len(token_ids), np.nan, np.float32) if given is None else given
+                for (token_ids, _), given in zip(sequences, hints, strict=True)
+            ],
+            np.float32,
+        )
+        assert (lengths == trained_lengths).all() and (lengths == hint_lengths).all(), "one entry per token"
+        message = {"token_ids": flat, "lengths": lengths, "trained": trained, "logprobs_hint": hint, "claim": claim}
+        found = unpack_provenances(self._binary("/ledger/lookup", message, what="what its ledger knows"))
+        assert len(found) == len(sequences)
+        return found
+
+    def hold(self) -> None:
+        """New requests wait from now on; those that the engine has already are finished. Raises EngineError."""
+        with self._lock:
+            self._held = True
+            self._binary("/hold", {}, what="requests to be held")
+
+    def release(self) -> None:
+        with self._lock:
+            self._held = False
+            self._binary("/release", {}, what="requests to go on")
+
+    def counters(self) -> Mapping[str, float]:
+        """Totals since `start` (over restarts) and gauges, see counters.py. Raises EngineError."""
+        with self._lock:
+            values: dict[str, float] = json.loads(self._exchange("GET", "/counters", b"", what="its counters"))
+            self._seen = values
+            totals = {name: value + self._past.get(name, 0) for name, value in values.items() if name not in GAUGES}
+            gauges = {name: value for name, value in values.items() if name in GAUGES}
+            return {**totals, **gauges, "restarts": self.restarts}
+
+    def check(self) -> None:
+        """Raise EngineError unless it answers now."""
+        self._exchange("GET", "/counters", b"", what="an answer as a sign of health")
+
+    def restart_if_dead(self) -> bool:
+        """Start a new process if this one has ended or hangs: same ports, same hold, empty ledger. True if it did."""
+        with self._lock:
+            try:
+                self.check()
+                return False
+            except EngineError:
+                self._process.stop()
+            for name, value in self._seen.items():
+                if name not in GAUGES:
+                    self._past[name] = self._past.get(name, 0) + value
+            self._seen = {}
+            self.restarts += 1
+            self._process = self._start()
+            return True
+
+    def stop(self) -> None:
+        """May be called twice."""
+        self._process.stop()
+        self._doors.close()
+
+    def _start(self) -> Child:
+        options = dataclasses.replace(self._options, incarnation=self.restarts, held=self._held)
+        process = Child(
+            [sys.executable, "-m", SERVER, options.to_json()],
+            log=self._log,
+            environment=self._environment(),
+            pass_fds=options.socket_fds,
+        )
+        try:
+            self._wait_until_ready(process)
+        except BaseException:
+            process.stop()
+            raise
+        return process
+
+    def _environment(self) -> dict[str, str]:
+        environment = {
+            **child_environment(None),
+            "HF_HUB_OFFLINE": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+            "OMP_NUM_THREADS": "1",  # it computes nothing
+            PRIVATE_TOKEN: self._private_token,
+        }
+        if self.token is not None:
+            environment[CLIENT_TOKEN] = self.token
+        environment[ENGINE_TOKENS] = json.dumps(self._engine_tokens)
+        return environment
+
+    def _wait_until_ready(self, process: Child) -> None:
+        """Our socket accepts connections before the process does, so one request tells, whenever it is answered."""
+        seconds = self._start_timeout_seconds
+        deadline = time.monotonic() + seconds
+        while True:
+            if process.poll() is not None:
+                raise EngineError(f"the gateway did not start: {process.state()}")
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                self._request(process, "GET", "/counters", b"", seconds=0.5)
+                return
+            if time.monotonic() > deadline:
+                reason = f"waited {seconds:g} s (gateway.start_timeout_seconds) for its first answer"
+                raise EngineError(f"the gateway did not start: {reason}; {process.state()}")
+
+    def _binary(self, path: str, message: dict[str, Any], *, what: str) -> dict[str, Any]:
+        try:
+            content = pack({**message, "incarnation": self.restarts})
+            return unpack(self._exchange("POST", path, content, what=what))
+        except WireError as error:
+            raise EngineError(f"gateway: waited for {what}; got no message: {error}") from None
+
+    def _exchange(self, method: str, path: str, body: bytes, *, what: str) -> bytes:
+        seconds = self._health_timeout_seconds
+        waiting = f"gateway: waited for {what}"
+        process = self._process
+        try:
+            status, answer = self._request(process, method, path, body, seconds=seconds)
+        except TimeoutError:
+            reason = f"no answer for {seconds:g} s (gateway.health_timeout_seconds)"
+            raise EngineError(f"{waiting}; {reason}: {process.state()}") from None
+        except (OSError, http.client.HTTPException) as error:
+            process.wait(1.0)
+            raise EngineError(f"{waiting}; {type(error).__name__} {error}: {process.state()}") from error
+        if status != 200:
+            raise EngineError(f"{waiting}; it answered {status}: {answer[:300].decode(errors='replace')}")
+        return answer
+
+    def _request(self, process: Child, method: str, path: str, body: bytes, *, seconds: float) -> tuple[int, bytes]:
+        """Raises TimeoutError, another OSError, or HTTPException; ConnectionError as soon as the process has ended,
+        because our own socket would keep the connection open for ever."""
+        deadline = time.monotonic() + seconds
+        connection = http.client.HTTPConnection(self._doors.host, self._doors.port, timeout=seconds)
+        try:
+            connection.request(method, path, body, {"Authorization": f"Bearer {self._private_token}"})
+            poll = select.poll()
+            poll.register(connection.sock, select.POLLIN)
+            while not poll.poll(POLL_SECONDS * 1000):
+                if process.poll() is not None:
+                    raise ConnectionError("the process has ended")
+                if time.monotonic() > deadline:
+                    raise TimeoutError
+            response = connection.getresponse()
+            return response.status, response.read()
+        finally:
+            connection.close()

@@ -1,0 +1,60 @@
+"""Holds requests while weights change: they wait and then go on; none is refused before `max_hold_seconds`."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+from atropos_exp.parts.gateway.counters import Counters
+from atropos_exp.parts.gateway.refusal import Refusal
+
+
+class Gate:
+    """Open or closed. Used by one event loop."""
+
+    def __init__(self, counters: Counters, *, max_hold_seconds: float, held: bool) -> None:
+        self._counters = counters
+        self._max_hold_seconds = max_hold_seconds
+        self._opened = asyncio.Event()
+        self._closed_at: float | None = None
+        if held:
+            self.hold()
+        else:
+            self._opened.set()
+
+    @property
+    def is_holding(self) -> bool:
+        return self._closed_at is not None
+
+    @property
+    def held_seconds(self) -> float:
+        """Of the hold in progress."""
+        return 0.0 if self._closed_at is None else time.monotonic() - self._closed_at
+
+    def hold(self) -> None:
+        if self._closed_at is None:
+            self._closed_at = time.monotonic()
+            self._opened.clear()
+
+    def release(self) -> None:
+        if self._closed_at is not None:
+            self._counters.add("held_seconds", self.held_seconds)
+            self._closed_at = None
+            self._opened.set()
+
+    async def enter(self) -> None:
+        """Wait until the gate is open. Raises Refusal (503) after `max_hold_seconds`."""
+        if self._closed_at is None:
+            return
+        self._counters.add("held_requests")
+        try:
+            async with asyncio.timeout(self._max_hold_seconds):
+                while self._closed_at is not None:  # it may have closed again before this request had its turn
+                    await self._opened.wait()
+        except TimeoutError:
+            raise Refusal(
+                503,
+                "hold",
+                f"held for {self._max_hold_seconds:g} s (gateway.max_hold_seconds) while the trainer changes weights",
+                retry_seconds=5,
+            ) from None

@@ -1,0 +1,165 @@
+"""From a request to completions: hold, engine, stop strings, ledger."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+
+from atropos_exp.parts.gateway.counters import Counters
+from atropos_exp.parts.gateway.dialects.request import Completion, SamplingRequest
+from atropos_exp.parts.gateway.gate import Gate
+from atropos_exp.parts.gateway.ledger import Ledger
+from atropos_exp.parts.gateway.refusal import Refusal
+from atropos_exp.parts.gateway.text import Text
+from atropos_exp.parts.gateway.upstream import Answer, Scored
+from atropos_exp.parts.gateway.upstreams import Upstreams
+from atropos_exp.types import Floats, SamplingParams, TokenIds
+
+LOWEST_LOGPROB = -9999.0  # in the place of minus infinity, which JSON cannot carry; vLLM's choice too
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Sampler:
+    """What all dialects share."""
+
+    upstream: Upstreams
+    gate: Gate
+    ledger: Ledger
+    text: Text
+    counters: Counters
+    stop_token_ids: tuple[int, ...]  # the model's own
+    max_sequence_length: int
+    seeds: Seeds
+    request_timeout_seconds: float
+
+    async def sample(self, request: SamplingRequest) -> list[list[Completion]]:
+        """`num_samples` completions per prompt, in order. Raises Refusal."""
+        started = time.monotonic()
+        room = self._room(request)
+        max_tokens = room if request.max_tokens is None else min(room, request.max_tokens)
+        if request.max_tokens is not None and request.max_tokens > room:
+            self.counters.add("clamped_max_tokens")
+        seed = next(self.seeds) if request.seed is None else request.seed
+        stop_token_ids = request.stop_token_ids
+        if not request.ignore_eos:
+            stop_token_ids = tuple(sorted({*stop_token_ids, *self.stop_token_ids}))
+        params = SamplingParams(
+            temperature=request.temperature,
+            top_p=request.top_p,
+            top_k=request.top_k,
+            max_tokens=max_tokens,
+            stop_token_ids=stop_token_ids,
+            seed=seed,
+        )
+        await self.gate.enter()
+        answer = await self.upstream.generate(
+            request.prompts, params, num_samples=request.num_samples, seconds=self._seconds_left(started)
+        )
+        return self._completions(request, answer)
+
+    async def score(self, sequence: TokenIds, *, num_top: int) -> Scored:
+        """Logprobs of a prompt's own tokens, at temperature 1, and of the `num_top` likeliest at each place."""
+        started = time.monotonic()
+        await self.gate.enter()
+        scored = await self.upstream.score(
+            sequence, num_top=num_top, temperature=1.0, seconds=self._seconds_left(started)
+        )
+        return Scored(
+            logprobs=self._finite(scored.logprobs),
+            top_token_ids=scored.top_token_ids,
+            top_logprobs=self._finite(scored.top_logprobs),
+        )
+
+    def _seconds_left(self, started: float) -> float:
+        return max(1.0, self.request_timeout_seconds - (time.monotonic() - started))
+
+    def _room(self, request: SamplingRequest) -> int:
+        """Tokens that fit behind the longest prompt."""
+        longest = max(len(prompt) for prompt in request.prompts)
+        room = self.max_sequence_length - longest
+        if room < 1:
+            raise Refusal(
+                400,
+                "length",
+                f"the prompt has {longest} tokens; prompt and completion together may have {self.max_sequence_length}",
+                param="prompt",
+            )
+        return room
+
+    def _completions(self, request: SamplingRequest, answer: Answer) -> list[list[Completion]]:
+        logprobs = self._finite(answer.logprobs)
+        groups: list[list[Completion]] = []
+        start = 0
+        lengths, stopped, versions = answer.lengths.tolist(), answer.stopped.tolist(), answer.versions.tolist()
+        assert len(lengths) == len(request.prompts) * request.num_samples
+        for index, length in enumerate(lengths):
+            prompt = request.prompts[index // request.num_samples]
+            if index % request.num_samples == 0:
+                groups.append([])
+                self.counters.add("prompt_tokens", len(prompt))
+            completion = self._completion(
+                request,
+                answer.token_ids[start : start + length],
+                logprobs[start : start + length],
+                stopped=stopped[index],
+                version=versions[index],
+            )
+            start += length
+            groups[-1].append(completion)
+            self.counters.add("completions")
+            self.counters.add("completion_tokens", len(completion.token_ids))
+            self.ledger.add(
+                prompt,
+                completion.token_ids,
+                completion.logprobs,
+                policy_version=completion.policy_version,
+                temperature=request.temperature or 1.0,  # the engine reports a greedy token's logprob at 1
+            )
+        return groups
+
+    def _completion(
+        self, request: SamplingRequest, token_ids: TokenIds, logprobs: Floats, *, stopped: bool, version: int
+    ) -> Completion:
+        finish = "stop" if stopped else "length"
+        matched: int | str | None = int(token_ids[-1]) if stopped else None
+        skip = request.skip_special_tokens
+        cut = self.text.cut(token_ids, request.stops, skip_special_tokens=skip) if request.stops else None
+        if cut is not None:
+            num_tokens, matched = cut
+            self.counters.add("stop_string_cuts")
+            token_ids, logprobs, finish = token_ids[:num_tokens], logprobs[:num_tokens], "stop"
+        text = self.text.decode(token_ids, skip_special_tokens=skip)
+        if isinstance(matched, str):
+            end = text.find(matched)
+            text = text[: end + len(matched)] if request.include_stop else text[:end]
+        return Completion(
+            token_ids=token_ids, logprobs=logprobs, finish=finish, matched=matched, text=text, policy_version=version
+        )
+
+    def _finite(self, logprobs: Floats) -> Floats:
+        """Within [LOWEST_LOGPROB, 0]; what was outside is counted. NaN means broken weights: nobody may train on it."""
+        outside = ~((logprobs <= 0) & (logprobs >= LOWEST_LOGPROB))
+        if not outside.any():
+            return logprobs
+        if np.isnan(logprobs).any():
+            raise Refusal(503, "engine", "the engine gave logprobs that are not numbers: its weights are broken")
+        self.counters.add("clamped_logprobs", int(outside.sum()))
+        return np.clip(logprobs, LOWEST_LOGPROB, 0.0).astype(np.float32)
+
+
+class Seeds:
+    """One seed of 63 bits per request that brought none; no two alike."""
+
+    def __init__(self, seed: int, incarnation: int) -> None:
+        """`incarnation` tells a restarted gateway from the one before it."""
+        self._base = (seed & 0xFFFFFFFF) << 96 | (incarnation & 0xFFFFFFFF) << 64
+        self._count = 0
+
+    def __next__(self) -> int:
+        import xxhash
+
+        digest = xxhash.xxh3_64_intdigest((self._base | self._count).to_bytes(16, "little"))
+        self._count += 1
+        return digest >> 1

@@ -1,0 +1,104 @@
+"""The gateway's process: `python -m atropos_exp.parts.gateway.server '{"socket_fds": …}'` (started by client.py).
+
+It listens on sockets inherited from its parent, writes no files, and lives in its parent's guard (`child.py`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import json
+import logging
+import os
+import secrets
+import signal
+import socket
+import sys
+from pathlib import Path
+
+from atropos_exp.parts.gateway.admin import Admin
+from atropos_exp.parts.gateway.app import App
+from atropos_exp.parts.gateway.counters import Counters
+from atropos_exp.parts.gateway.gate import Gate
+from atropos_exp.parts.gateway.ledger import Ledger
+from atropos_exp.parts.gateway.options import CLIENT_TOKEN, ENGINE_TOKENS, PRIVATE_TOKEN, Options
+from atropos_exp.parts.gateway.sampler import Sampler, Seeds
+from atropos_exp.parts.gateway.text import Text
+from atropos_exp.parts.gateway.upstream import Upstream
+from atropos_exp.parts.gateway.upstreams import Upstreams
+from atropos_exp.processes.startup import no_collections, tokenizers_only
+from atropos_exp.types import Endpoint
+
+BACKLOG = 2048
+KEEP_ALIVE_SECONDS = 3600.0
+
+logger = logging.getLogger(__name__)
+
+
+def main() -> None:
+    options = Options.from_json(sys.argv[1])
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    # The trainer decides when to stop: a signal to the whole job must not take the gateway away under its last step.
+    for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(ignored, signal.SIG_IGN)
+    import uvloop
+
+    tokens = {name: os.environ.pop(name, None) for name in (PRIVATE_TOKEN, CLIENT_TOKEN, ENGINE_TOKENS)}
+    with tokenizers_only(), no_collections():
+        text = Text(Path(options.model_folder))
+    gc.collect()
+    gc.freeze()  # what was imported stays; the collector need not walk it again and again
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(serve(options, text, tokens))
+
+
+async def serve(options: Options, text: Text, tokens: dict[str, str | None]) -> None:
+    """Answer requests until the process is killed."""
+    from aiohttp import web
+
+    private_token = tokens[PRIVATE_TOKEN]
+    assert private_token is not None
+    engine_tokens = json.loads(tokens[ENGINE_TOKENS] or "[]")
+    endpoints = [
+        Endpoint(kind=options.engine_kind, address=address, token=token)
+        for address, token in zip(options.engine_addresses, engine_tokens, strict=True)
+    ]
+    counters = Counters()
+    gate = Gate(counters, max_hold_seconds=options.max_hold_seconds, held=options.held)
+    ledger = Ledger(max_tokens=options.ledger_tokens, name=secrets.token_hex(4))
+    sampler = Sampler(
+        upstream=Upstreams(
+            [Upstream(endpoint, silence_seconds=options.engine_silence_seconds) for endpoint in endpoints], counters
+        ),
+        gate=gate,
+        ledger=ledger,
+        text=text,
+        counters=counters,
+        stop_token_ids=options.stop_token_ids,
+        max_sequence_length=options.max_sequence_length,
+        seeds=Seeds(options.seed, options.incarnation),
+        request_timeout_seconds=options.request_timeout_seconds,
+    )
+    app = App(
+        sampler,
+        Admin(ledger=ledger, gate=gate, counters=counters, incarnation=options.incarnation),
+        model_name=options.model_name,
+        client_token=tokens[CLIENT_TOKEN],
+        private_token=private_token,
+    )
+    runner = web.AppRunner(
+        app.make(max_body_bytes=options.max_body_mb << 20),
+        access_log=None,
+        handle_signals=False,
+        handler_cancellation=True,  # a client that goes away takes its request to the engine with it
+        keepalive_timeout=KEEP_ALIVE_SECONDS,
+    )
+    await runner.setup()
+    for fd in options.socket_fds:
+        await web.SockSite(runner, socket.socket(fileno=fd), backlog=BACKLOG).start()
+    logger.info("serving %s for the engine at %s", options.model_name, ", ".join(options.engine_addresses))
+    await asyncio.Event().wait()
+
+
+if __name__ == "__main__":
+    main()

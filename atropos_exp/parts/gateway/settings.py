@@ -1,0 +1,119 @@
+"""`gateway=default`: the one address that environments talk to."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from atropos_exp.config.typed import Ranges, check_ranges
+from atropos_exp.errors import UserError
+from atropos_exp.types import Endpoint
+
+if TYPE_CHECKING:
+    from atropos_exp.parts.gateway.client import GatewayClient
+    from atropos_exp.parts.gateway.ports import Doors
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+ENVIRONMENT_LIMIT = 600.0  # seconds after which an Atropos environment gives a rollout up (its worker_timeout)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GatewaySettings:
+    """Settings of `gateway`."""
+
+    host: str
+    port: int | None
+    token: str | None
+    ledger_tokens: int
+    max_hold_seconds: float
+    request_timeout_seconds: float
+    engine_silence_seconds: float
+    start_timeout_seconds: float
+    health_timeout_seconds: float
+    max_body_mb: int
+
+    RANGES: ClassVar[Ranges] = {
+        "port": (lambda port: port is None or 1 <= port <= 65535, "1 to 65535, or null for a free one"),
+        "token": (lambda token: token is None or len(token) >= 8, "at least 8 characters, or null"),
+        "ledger_tokens": (lambda count: count >= 1000, "at least 1000"),
+        "max_hold_seconds": (
+            lambda seconds: 0 < seconds < ENVIRONMENT_LIMIT,
+            f"above 0 and below {ENVIRONMENT_LIMIT:g}, the time that environments wait",
+        ),
+        "request_timeout_seconds": (
+            lambda seconds: 0 < seconds < ENVIRONMENT_LIMIT,
+            f"above 0 and below {ENVIRONMENT_LIMIT:g}, the time that environments wait",
+        ),
+        "engine_silence_seconds": (lambda seconds: 0 < seconds < math.inf, "above 0 seconds"),
+        "start_timeout_seconds": (lambda seconds: 0 < seconds < math.inf, "above 0 seconds"),
+        "health_timeout_seconds": (lambda seconds: 0 < seconds < math.inf, "above 0 seconds"),
+        "max_body_mb": (lambda size: 1 <= size <= 1024, "1 to 1024 MiB"),
+    }
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+        if self.host not in LOOPBACK and self.token is None:
+            raise UserError(
+                f"host: got {self.host!r}, which others can reach, without a token; set gateway.token to a secret that "
+                "environments send as their API key, or gateway.host=127.0.0.1"
+            )
+        if self.request_timeout_seconds < self.max_hold_seconds:
+            raise UserError(
+                f"request_timeout_seconds: got {self.request_timeout_seconds:g}, expected at least max_hold_seconds "
+                f"({self.max_hold_seconds:g}), because a hold is part of a request"
+            )
+
+    def listen(self, extra_ports: Sequence[int]) -> Doors:
+        """Bind the ports, so that environments can be told where to connect before anybody answers there. Raises
+        UserError for a port that is taken."""
+        from atropos_exp.parts.gateway.ports import Doors
+
+        return Doors.open(self.host, self.port, extra_ports)
+
+    def start(
+        self,
+        *,
+        doors: Doors,
+        endpoints: Sequence[Endpoint],
+        model_folder: Path,
+        model_name: str,
+        stop_token_ids: tuple[int, ...],
+        max_sequence_length: int,
+        seed: int,
+        log_folder: Path,
+    ) -> GatewayClient:
+        """Start the process at `doors` and wait until it answers; raises EngineError if it does not. The caller stops
+        it, which closes the doors. `endpoints`: of the engine's servers, which share the requests."""
+        from atropos_exp.parts.gateway.client import GatewayClient
+        from atropos_exp.parts.gateway.options import Options
+
+        (engine_kind,) = {endpoint.kind for endpoint in endpoints}
+        options = Options(
+            socket_fds=tuple(listener.fileno() for listener in doors.sockets),
+            engine_kind=engine_kind,
+            engine_addresses=tuple(endpoint.address for endpoint in endpoints),
+            model_folder=str(model_folder),
+            model_name=model_name,
+            stop_token_ids=tuple(stop_token_ids),
+            max_sequence_length=max_sequence_length,
+            seed=seed,
+            incarnation=0,
+            held=False,
+            ledger_tokens=self.ledger_tokens,
+            max_hold_seconds=self.max_hold_seconds,
+            request_timeout_seconds=self.request_timeout_seconds,
+            engine_silence_seconds=self.engine_silence_seconds,
+            max_body_mb=self.max_body_mb,
+        )
+        return GatewayClient(
+            options,
+            doors=doors,
+            endpoints=endpoints,
+            token=self.token,
+            start_timeout_seconds=self.start_timeout_seconds,
+            health_timeout_seconds=self.health_timeout_seconds,
+            log_folder=log_folder,
+        )

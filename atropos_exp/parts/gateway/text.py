@@ -1,0 +1,98 @@
+"""Between text and token ids: the model folder's tokenizer and chat template."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from atropos_exp.parts.gateway.refusal import Refusal, invalid, unsupported
+from atropos_exp.types import TokenIds
+
+
+class Text:
+    """Of one model folder; reads only its files and runs no code from it."""
+
+    def __init__(self, folder: Path) -> None:
+        from transformers import AutoTokenizer
+
+        self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        # Those of the file: some tokenizer classes add tokens of their own, which the model may have no row for.
+        added = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")).get("added_tokens", ())
+        self._special = {str(token["content"]): int(token["id"]) for token in added if token.get("special")}
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> TokenIds:
+        return np.array(self._tokenizer.encode(text, add_special_tokens=add_special_tokens), dtype=np.int32)
+
+    def decode(self, token_ids: TokenIds, *, skip_special_tokens: bool) -> str:
+        text: str = self._tokenizer.decode(token_ids.tolist(), skip_special_tokens=skip_special_tokens)
+        return text
+
+    def special_token(self, text: str) -> int | None:
+        """The id of a special token that is written so."""
+        return self._special.get(text)
+
+    def chat(
+        self, messages: Any, *, tools: Any, add_generation_prompt: bool, continue_final_message: bool, extra: Any
+    ) -> TokenIds:
+        """The prompt that the folder's chat template makes of messages. Raises Refusal for what it cannot render."""
+        from jinja2 import TemplateError
+
+        template = self._tokenizer.chat_template
+        if template is None:
+            raise Refusal(400, "parameter", "the model has no chat template; use /v1/completions", param="messages")
+        if tools is not None and "tools" not in str(template):
+            raise unsupported("tools", tools, "the model's chat template does not show tools; leave it out")
+        try:
+            text = self._tokenizer.apply_chat_template(
+                checked(messages),
+                tools=tools,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                **extra,
+            )
+        except (TemplateError, TypeError, ValueError, KeyError) as error:
+            message = f"the chat template cannot render the messages: {type(error).__name__}: {error}"
+            raise Refusal(400, "value", message, param="messages") from None
+        return self.encode(text, add_special_tokens=False)
+
+    def cut(self, token_ids: TokenIds, stops: Sequence[str], *, skip_special_tokens: bool) -> tuple[int, str] | None:
+        """The number of tokens whose text first contains a stop string, and that string. None if none does."""
+        text = self.decode(token_ids, skip_special_tokens=skip_special_tokens)
+        if not any(stop in text for stop in stops):
+            return None
+        low, high = 1, len(token_ids)  # the text only grows with the tokens, so the first place can be bisected
+        while low < high:
+            middle = (low + high) // 2
+            text = self.decode(token_ids[:middle], skip_special_tokens=skip_special_tokens)
+            if any(stop in text for stop in stops):
+                high = middle
+            else:
+                low = middle + 1
+        text = self.decode(token_ids[:low], skip_special_tokens=skip_special_tokens)
+        first = min((text.find(stop), -len(stop), stop) for stop in stops if stop in text)
+        return low, first[2]
+
+
+def checked(messages: Any) -> list[dict[str, Any]]:
+    """Messages with text content. Raises Refusal."""
+    if not isinstance(messages, list) or not messages:
+        raise invalid("messages", messages, "a list of at least one message")
+    rendered = []
+    for index, message in enumerate(messages):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise invalid(f"messages[{index}]", message, "an object with a role")
+        content = message.get("content")
+        if isinstance(content, list):
+            parts = [part.get("text") if isinstance(part, dict) else None for part in content]
+            if not all(isinstance(part, str) for part in parts):
+                raise unsupported(f"messages[{index}].content", content, "only parts of type text are")
+            content = "\n".join(part for part in parts if part is not None)
+        elif content is not None and not isinstance(content, str):
+            raise invalid(f"messages[{index}].content", content, "text")
+        rendered.append({**message, "content": "" if content is None else content})
+    return rendered

@@ -1,0 +1,155 @@
+"""The gateway's side of the engine: one bounded exchange per call, on kept connections."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from atropos_exp.errors import WireError
+from atropos_exp.parts.gateway.refusal import Refusal
+from atropos_exp.processes.wire import HEARTBEAT, flatten, pack, unpack
+from atropos_exp.types import Endpoint, Floats, Mask, SamplingParams, TokenIds
+
+KINDS = ("hf",)  # engines whose protocol is spoken here
+RETRY_SECONDS = 2  # told to a client whose engine is not there
+HEALTH_SECONDS = 1.0  # an answer about the engine's health is good for so long
+CONNECT_SECONDS = 5.0
+
+Message = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Answer:
+    """N completions end to end: those of the first prompt, of the second, …"""
+
+    token_ids: TokenIds  # [sum of lengths]
+    logprobs: Floats
+    lengths: NDArray[np.int64]  # [N]
+    stopped: Mask  # [N]
+    versions: NDArray[np.int64]  # [N]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Scored:
+    """Of one sequence [T]: its tokens from the second on, and the likeliest tokens at each of their places."""
+
+    logprobs: Floats  # [T - 1]
+    top_token_ids: NDArray[np.int32]  # [T - 1, K], likeliest first
+    top_logprobs: Floats  # [T - 1, K]
+
+
+class Upstream:
+    """An engine of kind hf. Every failure is a Refusal that says what was wrong."""
+
+    def __init__(self, endpoint: Endpoint, *, silence_seconds: float) -> None:
+        """The engine counts as hung when nothing comes for `silence_seconds`; it beats more often than that."""
+        import aiohttp
+
+        assert endpoint.kind in KINDS
+        self._address = endpoint.address
+        self._silence_seconds = silence_seconds
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=60.0),
+            headers={"Authorization": f"Bearer {endpoint.token}"} if endpoint.token else {},
+            auto_decompress=False,
+            trust_env=False,  # a proxy has no business on loopback
+        )
+        self._checked_at = -np.inf
+        self._check: asyncio.Task[None] | None = None
+        self._problem: str | None = None
+
+    async def close(self) -> None:
+        await self._session.close()
+
+    async def generate(
+        self, prompts: tuple[TokenIds, ...], params: SamplingParams, *, num_samples: int, seconds: float
+    ) -> Answer:
+        flat, lengths = flatten(prompts, np.int32)
+        message = {
+            "token_ids": flat,
+            "lengths": lengths,
+            "num_samples": num_samples,
+            "temperature": params.temperature,
+            "top_p": params.top_p,
+            "top_k": params.top_k,
+            "max_tokens": params.max_tokens,
+            "stop_token_ids": list(params.stop_token_ids),
+            "seed": params.seed,
+        }
+        answer = await self._exchange("/generate", message, seconds)
+        return Answer(
+            token_ids=answer["token_ids"],
+            logprobs=answer["logprobs"],
+            lengths=answer["lengths"],
+            stopped=answer["stopped"],
+            versions=answer["versions"],
+        )
+
+    async def score(self, sequence: TokenIds, *, num_top: int, temperature: float, seconds: float) -> Scored:
+        flat, lengths = flatten([sequence], np.int32)
+        message = {"token_ids": flat, "lengths": lengths, "temperature": temperature, "num_top": num_top}
+        answer = await self._exchange("/score", message, seconds)
+        logprobs = answer["logprobs"]
+        if num_top == 0:
+            none = np.zeros((len(logprobs), 0))
+            return Scored(logprobs=logprobs, top_token_ids=none.astype(np.int32), top_logprobs=none.astype(np.float32))
+        return Scored(logprobs=logprobs, top_token_ids=answer["top_token_ids"], top_logprobs=answer["top_logprobs"])
+
+    async def check(self) -> None:
+        """A real token, generated now."""
+        await self._exchange("/health", {}, self._silence_seconds)
+
+    async def problem(self) -> str | None:
+        """Why the engine is gone, or None. Many callers at once share one question to it."""
+        loop = asyncio.get_running_loop()
+        if loop.time() - self._checked_at > HEALTH_SECONDS:
+            if self._check is None:
+                self._check = loop.create_task(self._ask())
+            await asyncio.shield(self._check)
+        return self._problem
+
+    async def _ask(self) -> None:
+        try:
+            await self._exchange("/info", {}, self._silence_seconds)
+            self._problem = None
+        except Refusal as refusal:
+            self._problem = str(refusal)
+        finally:
+            self._checked_at = asyncio.get_running_loop().time()
+            self._check = None
+
+    async def _exchange(self, path: str, message: Message, seconds: float) -> Message:
+        import aiohttp
+
+        timeout = aiohttp.ClientTimeout(
+            total=seconds + 5.0,  # the engine itself gives up at the deadline
+            sock_connect=CONNECT_SECONDS,
+            sock_read=min(seconds + 5.0, self._silence_seconds),
+        )
+        try:
+            async with self._session.post(
+                self._address + path, data=pack({**message, "timeout_seconds": seconds}), timeout=timeout
+            ) as response:
+                status, body = response.status, await response.read()
+        except TimeoutError:
+            why = f"no sign of life for {self._silence_seconds:g} s (gateway.engine_silence_seconds): it hangs"
+            raise _gone(why) from None
+        except aiohttp.ClientError as error:
+            raise _gone(f"{type(error).__name__} {error}") from None
+        try:
+            answer = unpack(body.lstrip(HEARTBEAT))
+        except WireError as error:
+            raise _gone(f"it answered {status} and {body[:80]!r}: {error}") from None
+        if "error" in answer:
+            if answer["status"] == 400:
+                raise Refusal(400, "value", f"the engine: {answer['error']}")
+            raise _gone(f"it answered {answer['status']}: {answer['error']}")
+        return answer
+
+
+def _gone(why: str) -> Refusal:
+    return Refusal(503, "engine", f"the engine did not answer; {why}", retry_seconds=RETRY_SECONDS)

@@ -1,0 +1,133 @@
+"""`logger=console`: a live progress line in a terminal, a plain line per step anywhere else."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from atropos_exp.errors import UserError
+from atropos_exp.parts.logger.step_line import FirstTimes, LiveFigures, TimeLeft, clock, step_line
+from atropos_exp.types import SampleRecord, StepMetrics
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Console:
+    """Settings of `logger=console`."""
+
+    live: bool | None  # None: if standard output is a terminal
+    every: int
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise UserError(f"logger.every: steps between plain lines must be at least 1; got {self.every}")
+
+    def start(
+        self, *, run_folder: Path, config: Mapping[str, Any], name: str, resumed: bool, total_steps: int
+    ) -> ConsoleLogger:
+        return ConsoleLogger(self, stream=sys.stdout, name=name, run_folder=run_folder, total_steps=total_steps)
+
+
+class ConsoleLogger:
+    """A `Logger` for whoever watches. A stream that is closed under it (`| head`) silences it, not the run."""
+
+    def __init__(self, settings: Console, *, stream: IO[str], name: str, run_folder: Path, total_steps: int) -> None:
+        self._every = settings.every
+        self._stream = stream
+        self._run_folder = run_folder
+        self._total_steps = total_steps
+        self._left = TimeLeft(total_steps)
+        self._figures = LiveFigures()
+        self._first_times = FirstTimes()
+        self._bar: _Bar | None = None
+        self._open = True
+        if stream.isatty() if settings.live is None else settings.live:
+            self._bar = _Bar(stream, name, total_steps)
+
+    def log(self, metrics: StepMetrics) -> None:
+        left = self._left.after(metrics)
+        line = step_line(metrics, total_steps=self._total_steps, left=left)
+        evaluated = any(name.startswith("eval/") for name in metrics.values)
+        for text in self._first_times.in_step(metrics):
+            self.say(f"warning: {text}")
+        if self._bar is not None:
+            if evaluated:  # worth keeping on the screen
+                self.say(line)
+            self._bar.show(metrics.step, self._figures.after(metrics, left))
+        elif evaluated or metrics.step in (0, 1, self._total_steps) or metrics.step % self._every == 0:
+            self.say(line)
+
+    def samples(self, step: int, records: Sequence[SampleRecord]) -> None: ...
+
+    def close(self, summary: Mapping[str, Any]) -> None:
+        if self._bar is not None:
+            bar, self._bar = self._bar, None
+            bar.stop()
+        self.say(closing_line(summary, self._run_folder))
+
+    def say(self, text: str) -> None:
+        """One line, above the live one if there is one."""
+        if not self._open:
+            return
+        try:
+            if self._bar is not None:
+                self._bar.print(text)
+            else:
+                self._stream.write(text + "\n")
+                self._stream.flush()
+        except (OSError, ValueError) as error:  # a closed pipe or file
+            self._open = False
+            log.warning("the console cannot be written to any more: %s", error)
+
+
+class _Bar:
+    """rich's progress display, which redraws itself twice a second so that a long step is seen to be alive."""
+
+    def __init__(self, stream: IO[str], name: str, total_steps: int) -> None:
+        from rich.console import Console as RichConsole
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
+        from rich.table import Column
+
+        self._progress: Progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=12),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis")),
+            console=RichConsole(file=stream),
+            refresh_per_second=2,
+        )
+        self._task: TaskID = self._progress.add_task(name, total=total_steps, figures="")
+        self._progress.start()
+
+    def show(self, step: int, figures: str) -> None:
+        self._progress.update(self._task, completed=step, figures=figures)
+
+    def print(self, text: str) -> None:
+        self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def stop(self) -> None:
+        self._progress.stop()
+
+
+def closing_line(summary: Mapping[str, Any], run_folder: Path) -> str:
+    """For example `finished after 120 steps in 0:54: reward 0.31 → 0.92, eval 0.33 → 0.93; see outputs/demo/…`."""
+    parts = [
+        f"{what} {first:.3f} → {last:.3f}"
+        for what in ("reward", "eval")
+        if (first := summary.get(f"{what}_first")) is not None and (last := summary.get(f"{what}_last")) is not None
+    ]
+    head = f"{summary.get('status', 'ended')} after {summary.get('steps', 0)} steps"
+    if summary.get("wall_seconds"):
+        head += f" in {clock(summary['wall_seconds'])}"
+    if summary.get("error"):
+        parts.append(str(summary["error"]))
+    return f"{head}: {', '.join(parts)}; see {run_folder}" if parts else f"{head}; see {run_folder}"

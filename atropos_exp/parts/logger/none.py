@@ -1,0 +1,30 @@
+"""`logger=none`: nobody is told; metrics.jsonl and summary.json are written all the same."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from atropos_exp.types import SampleRecord, StepMetrics
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoLogger:
+    """Settings of `logger=none`: there are none."""
+
+    def start(
+        self, *, run_folder: Path, config: Mapping[str, Any], name: str, resumed: bool, total_steps: int
+    ) -> SilentLogger:
+        return SilentLogger()
+
+
+class SilentLogger:
+    """A `Logger` that tells nobody."""
+
+    def log(self, metrics: StepMetrics) -> None: ...
+
+    def samples(self, step: int, records: Sequence[SampleRecord]) -> None: ...
+
+    def close(self, summary: Mapping[str, Any]) -> None: ...

@@ -1,0 +1,72 @@
+"""`logger=trackio`: a local dashboard beside the console, fed by a process of its own as W&B is."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from atropos_exp.errors import UserError
+from atropos_exp.parts.logger.console import Console
+from atropos_exp.parts.logger.feeder import Feeder
+from atropos_exp.parts.logger.wandb import WandbLogger
+from atropos_exp.runs.redaction import redact
+
+INSTALL = "pip install 'atropos-exp[trackio]' (docs/troubleshooting.md, if pip refuses)"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trackio:
+    """Settings of `logger=trackio`."""
+
+    live: bool | None
+    every: int
+    project: str
+    group: str | None
+    folder: str
+    finish_timeout: float
+    queue_size: int
+
+    def __post_init__(self) -> None:
+        if not self.project:
+            raise UserError("logger.project: trackio needs the name of a project; got an empty one")
+        for key in ("finish_timeout", "queue_size"):
+            if not getattr(self, key) > 0:
+                raise UserError(f"logger.{key}: must be above 0; got {getattr(self, key)}")
+
+    def preflight(self) -> Iterator[str]:
+        """Whether trackio is there at all."""
+        if importlib.util.find_spec("trackio") is None:
+            yield f"logger=trackio, but trackio is not installed; {INSTALL}, or logger=console"
+
+    def start(
+        self, *, run_folder: Path, config: Mapping[str, Any], name: str, resumed: bool, total_steps: int
+    ) -> WandbLogger:
+        """`config` is redacted here. A resumed run continues its curves, by the name of its folder."""
+        console = Console(live=self.live, every=self.every).start(
+            run_folder=run_folder, config=config, name=name, resumed=resumed, total_steps=total_steps
+        )
+        feeder = Feeder(
+            # -P: the folder of the script, where this file is called trackio too, stays off the import path
+            [sys.executable, "-P", str(Path(__file__).with_name("trackio_process.py"))],
+            name="trackio",
+            log_path=run_folder / "log" / "trackio.log",
+            queue_size=self.queue_size,
+            tell=console.say,
+        )
+        folder = Path(self.folder).expanduser().absolute()
+        feeder.put(
+            {
+                "folder": str(folder),
+                "project": self.project,
+                "group": self.group,
+                "name": "/".join(run_folder.absolute().parts[-3:]),
+                "config": redact(config),
+                "finish_timeout": self.finish_timeout,
+                "show": f"python -m atropos_exp.report.dashboard --local {folder}",
+            }
+        )
+        return WandbLogger(console, feeder, finish_timeout=self.finish_timeout)

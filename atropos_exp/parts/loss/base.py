@@ -1,0 +1,165 @@
+"""What every policy loss shares: verl's loss by name, aggregated over the mini-batch, plus an optional KL term."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from atropos_exp.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# our name -> verl's `agg_loss` mode
+AGG_MODES = {
+    "token_mean": "token-mean",
+    "token_sum": "token-sum",
+    "seq_mean_token_sum": "seq-mean-token-sum",
+    "seq_mean_token_mean": "seq-mean-token-mean",
+}
+KL_ESTIMATORS = ("k1", "k2", "k3", "k1+", "k3+")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerlPolicyLoss(ABC):
+    """A policy loss of verl's registry (`get_policy_loss_fn`) as a `PolicyLoss`.
+
+    The loss of a micro-batch is divided by counts of the whole mini-batch, so that the sum over
+    micro-batches and mean over ranks is the loss of the mini-batch however it was split.
+    """
+
+    kl_coef: float
+    kl_estimator: str
+
+    verl_name: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        require(self.kl_coef >= 0, "loss.kl_coef", self.kl_coef, "a number >= 0; use 0 for no reference model")
+        choices = ", ".join(KL_ESTIMATORS)
+        require(self.kl_estimator in KL_ESTIMATORS, "loss.kl_estimator", self.kl_estimator, f"one of {choices}")
+
+    @abstractmethod
+    def aggregation(self) -> tuple[str, int | None]:
+        """verl's `agg_loss` mode and its `loss_scale_factor`."""
+
+    def clip_settings(self) -> dict[str, float]:
+        """The fields of verl's ActorConfig that bound the ratio of new to old policy."""
+        return {}
+
+    def __call__(
+        self,
+        *,
+        logprobs_NR: Tensor,
+        old_logprobs_NR: Tensor,
+        advantages_NR: Tensor,
+        mask_NR: Tensor,
+        importance_NR: Tensor | None,
+        reference_logprobs_NR: Tensor | None,
+        supervised_NR: Tensor | None,
+        num_tokens: int,
+        num_sequences: int,
+        dp_size: int,
+    ) -> tuple[Tensor, dict[str, float]]:
+        """The scalar to call `backward` on, and `policy_loss`, `supervised_loss`, `clip_fraction` (of trained tokens)
+        and `reference_kl` (nats per trained token) of this micro-batch, which add up in the same way.
+
+        A supervised token costs -advantage * logprob (its advantage is 1, or 0 where it is to teach nothing).
+        """
+        import torch
+        from verl.trainer.ppo import core_algos
+
+        verl: Any = core_algos  # only partly annotated
+        assert self.kl_coef == 0 or reference_logprobs_NR is not None, "kl_coef needs the reference logprobs"
+        policy_NR = mask_NR if supervised_NR is None else mask_NR & ~supervised_NR
+
+        def clean(values_NR: Tensor) -> Tensor:
+            # verl multiplies by the mask in some modes, where a NaN or inf of the padding would survive
+            return torch.where(policy_NR, values_NR, 0.0)
+
+        mode, scale_factor = self.aggregation()
+        global_batch_info = {
+            "dp_size": dp_size,
+            "batch_num_tokens": num_tokens,
+            "global_batch_size": num_sequences,
+            "loss_scale_factor": scale_factor,
+        }
+        policy_logprobs_NR = clean(logprobs_NR)
+        policy_loss, verl_metrics = verl.get_policy_loss_fn(self.verl_name)(
+            old_log_prob=clean(old_logprobs_NR),
+            log_prob=policy_logprobs_NR,
+            advantages=clean(advantages_NR),
+            response_mask=policy_NR,
+            loss_agg_mode=mode,
+            config=_actor_config(self.clip_settings(), global_batch_info),
+            rollout_is_weights=None if importance_NR is None else clean(importance_NR),
+        )
+        loss, kl_sum, supervised_loss = policy_loss, policy_loss.new_zeros(()), policy_loss.new_zeros(())
+        if reference_logprobs_NR is not None:
+            kl_NR = verl.kl_penalty(policy_logprobs_NR, clean(reference_logprobs_NR), self.kl_estimator)
+            kl_sum = clean(kl_NR.detach()).sum()
+            if self.kl_coef > 0:
+                loss = loss + self.kl_coef * verl.agg_loss(kl_NR, policy_NR, mode, **global_batch_info)
+        if supervised_NR is not None:
+            examples_NR = mask_NR & supervised_NR
+            costs_NR = -torch.where(examples_NR, advantages_NR, 0.0) * torch.where(examples_NR, logprobs_NR, 0.0)
+            supervised_loss = verl.agg_loss(costs_NR, examples_NR, mode, **global_batch_info)
+            loss = loss + supervised_loss
+
+        # one transfer from the device for all the numbers
+        numbers = [policy_NR.sum(), policy_loss.detach(), supervised_loss.detach(), kl_sum]
+        local_tokens, policy_value, supervised_value, kl_value = torch.stack(
+            [number.to(policy_loss.dtype) for number in numbers]
+        ).tolist()
+        clipped = verl_metrics.get("actor/pg_clipfrac", 0.0) + verl_metrics.get("actor/pg_clipfrac_lower", 0.0)
+        return loss, {
+            "policy_loss": policy_value,
+            "supervised_loss": supervised_value,
+            "clip_fraction": clipped * local_tokens / num_tokens * dp_size,
+            "reference_kl": kl_value / num_tokens * dp_size,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class AveragedLoss(VerlPolicyLoss):
+    """A policy loss that is averaged in a way of choice."""
+
+    agg_mode: str
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.agg_mode in AGG_MODES, "loss.agg_mode", self.agg_mode, f"one of {', '.join(AGG_MODES)}")
+
+    def aggregation(self) -> tuple[str, int | None]:
+        return AGG_MODES[self.agg_mode], None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClippedRatio(VerlPolicyLoss):
+    """A policy loss that keeps the ratio new / old policy within [1 - clip_low, 1 + clip_high]."""
+
+    clip_low: float
+    clip_high: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(0 <= self.clip_low <= 1, "loss.clip_low", self.clip_low, "a number in [0, 1]; 1: no lower bound")
+        require(self.clip_high >= 0, "loss.clip_high", self.clip_high, "a number >= 0; the ratio stays below 1 + it")
+
+    def clip_settings(self) -> dict[str, float]:
+        return {"clip_ratio_low": self.clip_low, "clip_ratio_high": self.clip_high}
+
+
+def require(correct: bool, name: str, got: object, expected: str) -> None:
+    """Raise UserError about the setting `name` unless `correct`."""
+    if not correct:
+        raise UserError(f"{name} is {got!r}; expected {expected}")
+
+
+def _actor_config(clip_settings: dict[str, Any], global_batch_info: dict[str, Any]) -> Any:
+    from verl.workers.config import ActorConfig
+
+    # strategy, rollout_n and use_dynamic_bsz only satisfy its validation: no policy loss reads them
+    return ActorConfig(
+        strategy="fsdp2", rollout_n=1, use_dynamic_bsz=True, global_batch_info=global_batch_info, **clip_settings
+    )

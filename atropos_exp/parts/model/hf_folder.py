@@ -1,0 +1,115 @@
+"""What a Hugging Face model folder says of itself, read from its JSON files without loading the model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    pass
+
+import shutil
+
+from atropos_exp.errors import UserError
+
+# Chat templates end a turn with one of these, whatever the configuration files name as end of text.
+TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>")
+# All of a model but its weights.
+DESCRIPTION = (
+    *("config.json", "generation_config.json", "chat_template.jinja", "chat_template.json", "*.py"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model"),
+)
+_LENGTH_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+
+
+def problems(folder: Path) -> list[str]:
+    """Why `folder` cannot be trained from, one message each; empty if nothing is missing."""
+    if not folder.is_dir():
+        return [f"path: got {folder}, which does not exist; expected a folder, or a hub id such as org/name"]
+    messages = []
+    if not (folder / "config.json").is_file():
+        messages.append(f"{folder} has no config.json, so it is not a Hugging Face model folder")
+    if not (folder / "tokenizer.json").is_file():
+        messages.append(f"{folder} has no tokenizer.json (a fast tokenizer)")
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        shards = sorted(set(read_json(index)["weight_map"].values()))
+        missing = [shard for shard in shards if not (folder / shard).is_file()]
+        if missing:
+            messages.append(f"{folder} lacks {len(missing)} of {len(shards)} weight files, the first is {missing[0]}")
+    elif not (folder / "model.safetensors").is_file():
+        messages.append(f"{folder} has no model.safetensors; pickled weights (*.bin) are not read, convert them first")
+    return messages
+
+
+def context_length(folder: Path) -> int | None:
+    """Longest sequence in tokens; None if the configuration does not say."""
+    config = read_json(folder / "config.json")
+    for section in (config, config.get("text_config") or {}):
+        for key in _LENGTH_KEYS:
+            if key in section:
+                return int(section[key])
+    return None
+
+
+def stop_token_ids(folder: Path) -> tuple[int, ...]:
+    """Every token that ends a turn: those of generation_config.json (else config.json), the tokenizer's
+    end-of-sequence token, and the end-of-turn marker that the chat template writes."""
+    config = read_json(folder / "config.json")
+    generation = read_json(folder / "generation_config.json", optional=True)
+    settings = read_json(folder / "tokenizer_config.json", optional=True)
+    vocabulary = {
+        token["content"]: int(token["id"]) for token in read_json(folder / "tokenizer.json").get("added_tokens", ())
+    }
+    eos = generation.get("eos_token_id")
+    if eos is None:
+        eos = config.get("eos_token_id", (config.get("text_config") or {}).get("eos_token_id"))
+    ids = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+
+    named = settings.get("eos_token")
+    names = [named["content"] if isinstance(named, dict) else named]
+    template = chat_template(folder)
+    names += [marker for marker in TURN_ENDS if marker in template]
+    ids += [vocabulary[name] for name in names if name in vocabulary]
+    if not ids:
+        raise UserError(f"{folder} names no token that ends a turn (eos_token_id in generation_config.json)")
+    return tuple(dict.fromkeys(ids))
+
+
+def chat_template(folder: Path) -> str:
+    """The Jinja text of the default chat template; empty if there is none."""
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    template = read_json(folder / "tokenizer_config.json", optional=True).get("chat_template") or ""
+    if isinstance(template, list):  # several, by name
+        template = next((entry["template"] for entry in template if entry["name"] == "default"), "")
+    return str(template)
+
+
+def read_json(path: Path, *, optional: bool = False) -> dict[str, Any]:
+    if optional and not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} must hold a JSON object; got {type(value).__name__}")
+    return value
+
+
+def copy_description(folder: Path, target: Path) -> None:
+    """Copy everything but the weights into `target`: configuration, generation settings, tokenizer, own code."""
+    target.mkdir(parents=True, exist_ok=True)
+    for pattern in DESCRIPTION:
+        for path in folder.glob(pattern):
+            shutil.copyfile(path, target / path.name)
+
+
+def vocab_size(model_folder: Path) -> int:
+    """Rows of the model's embedding: more than the tokenizer has tokens where the model pads them."""
+    config = json.loads((model_folder / "config.json").read_text())
+    return int(config.get("vocab_size") or config["text_config"]["vocab_size"])

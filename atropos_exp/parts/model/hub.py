@@ -1,0 +1,117 @@
+"""`model=…` from the Hugging Face hub, a local folder, or HDFS."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from atropos_exp.errors import UserError
+from atropos_exp.parts.model import hf_folder
+from atropos_exp.parts.model.settings import ModelSettings
+
+_logger = logging.getLogger(__name__)
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_FILES = ["*.json", "*.safetensors", "*.jinja", "merges.txt", "vocab.txt", "*.model"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class HubModel(ModelSettings):
+    """`path` is a hub id (`org/name`), a folder, or an `hdfs://` address. A folder of that name wins over the hub."""
+
+    def fetch(self) -> Path:
+        """Download what is missing from the hub's cache; each request has the hub client's own time limit."""
+        folder = fetch(self._path, revision=self.revision, with_code=self.trust_remote_code)
+        messages = hf_folder.problems(folder)
+        if messages:
+            raise UserError("; ".join(messages))
+        if "auto_map" in hf_folder.read_json(folder / "config.json"):
+            _check_code(folder, self.trust_remote_code)
+        return folder
+
+    def local_folder(self) -> Path | None:
+        return find(self._path, revision=self.revision)
+
+    @property
+    def _path(self) -> str:
+        if not self.path:
+            raise UserError("path: got nothing, expected a hub id such as org/name, or a folder")
+        return self.path
+
+    def preflight(self, *, max_prompt_length: int, max_response_length: int, device: str) -> list[str]:
+        messages = super().preflight(
+            max_prompt_length=max_prompt_length, max_response_length=max_response_length, device=device
+        )
+        if self.revision and self.path and not self.trust_remote_code and _as_folder(self.path).is_dir():
+            messages.append(f"revision: got {self.revision}, but model.path is a folder, which has none; remove it")
+        return messages
+
+
+def find(path: str, *, revision: str | None) -> Path | None:
+    """The folder on this machine; None for a hub model that is not in the cache, or not yet copied from HDFS.
+
+    A path that can only be meant as a folder is returned even if it does not exist.
+    """
+    folder = _as_folder(path)
+    if path.startswith("hdfs://"):
+        return None
+    if folder.is_dir() or not _is_hub_id(path):
+        return folder.resolve()
+    from huggingface_hub import try_to_load_from_cache
+
+    cached = try_to_load_from_cache(path, "config.json", revision=revision)
+    if not isinstance(cached, str):
+        return None
+    # A download that was cut short leaves config.json without the weights: `fetch` completes it.
+    return None if hf_folder.problems(Path(cached).parent) else Path(cached).parent
+
+
+def fetch(path: str, *, revision: str | None, with_code: bool) -> Path:
+    """`path` as a local folder, downloaded or copied if need be."""
+    import httpx
+    from huggingface_hub import snapshot_download
+    from verl.utils.fs import copy_to_local
+
+    folder = Path(copy_to_local(str(_as_folder(path)) if not path.startswith("hdfs://") else path.rstrip("/")))
+    if folder.is_dir():
+        return folder.resolve()
+    if not _is_hub_id(path):
+        raise UserError(f"path: got {path}, expected a folder that exists, or a hub id such as org/name")
+    cached = find(path, revision=revision)
+    if cached is not None and cached.name == revision:  # a commit never changes
+        return cached
+    try:
+        return Path(snapshot_download(path, revision=revision, allow_patterns=_FILES + (["*.py"] if with_code else [])))
+    except (OSError, ValueError, httpx.HTTPError) as error:  # the hub's own errors are all one of these
+        reason = f"{type(error).__name__}: {str(error).strip().split(chr(10))[0].rstrip('.')}"
+        if cached is not None:
+            _logger.warning("could not ask the hub for the newest %s (%s); using the one in the cache", path, reason)
+            return cached
+        raise UserError(
+            f"path: {path} is not a folder here and could not be taken from the Hugging Face hub "
+            f"(revision {revision or 'main'}): {reason}. Check the name, the network, and HF_TOKEN if the model is "
+            "gated; or give the path of a downloaded copy"
+        ) from error
+
+
+def _check_code(folder: Path, trust_remote_code: bool) -> None:
+    """Refuse a model that only runs with its own Python code, unless that is trusted."""
+    from transformers import AutoConfig
+
+    try:
+        AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+    except ValueError as error:
+        raise UserError(
+            f"{folder} needs Python code of its own, which is not run: set model.trust_remote_code=true and pin "
+            f"model.revision if you trust it ({str(error).splitlines()[0]})"
+        ) from error
+
+
+def _as_folder(path: str) -> Path:
+    return Path(os.path.expanduser(path))
+
+
+def _is_hub_id(path: str) -> bool:
+    return _HUB_ID.fullmatch(path) is not None and not path.startswith(".")

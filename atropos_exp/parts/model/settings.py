@@ -1,0 +1,99 @@
+"""What every `model=` option has in common: its settings, and what can be said of its folder."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from atropos_exp.errors import UserError
+from atropos_exp.parts.model import hf_folder
+from atropos_exp.types import LoraSettings
+
+DTYPES = ("auto", "float32", "bfloat16")
+ATTENTIONS = ("auto", "packed", "sdpa", "eager", "flash_attention_2", "flash_attention_3")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings:
+    """Base of the options of `conf/model`. Importing it loads neither torch nor transformers."""
+
+    path: str | None
+    revision: str | None
+    trust_remote_code: bool
+    dtype: str
+    attn_implementation: str
+    gradient_checkpointing: bool
+    lora: LoraSettings
+    suggested_learning_rate: float  # what the trainer takes unless it is told otherwise
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise UserError(f"dtype: got {self.dtype!r}, expected one of {', '.join(DTYPES)}")
+        if self.attn_implementation not in ATTENTIONS:
+            raise UserError(
+                f"attn_implementation: got {self.attn_implementation!r}, expected one of {', '.join(ATTENTIONS)}"
+            )
+        if not self.suggested_learning_rate >= 0:
+            raise UserError(f"suggested_learning_rate: got {self.suggested_learning_rate}, expected 0 or more")
+        if self.trust_remote_code and not _COMMIT.fullmatch(self.revision or ""):
+            raise UserError(
+                "trust_remote_code: got true, which runs Python code that comes with the model, so model.revision must "
+                f"be a commit (40 hexadecimal digits); it is {self.revision!r}. Read that code, then pin its commit"
+            )
+
+    def fetch(self) -> Path:
+        """A local Hugging Face folder with config, safetensors, fast tokenizer. May download. Raises UserError."""
+        raise NotImplementedError
+
+    def local_folder(self) -> Path | None:
+        """The folder that `fetch` would return, if it is on this machine already; None otherwise. No network."""
+        raise NotImplementedError
+
+    def context_length(self) -> int | None:
+        """Longest sequence in tokens, if it can be known without a download."""
+        folder = self.local_folder()
+        return hf_folder.context_length(folder) if folder is not None else None
+
+    def preflight(self, *, max_prompt_length: int, max_response_length: int, device: str) -> list[str]:
+        """What would go wrong later, one message each. Starts and downloads nothing."""
+        messages = []
+        folder = self.local_folder()
+        if folder is not None:
+            messages += hf_folder.problems(folder)
+        context_length = None if messages else self.context_length()
+        needed = max_prompt_length + max_response_length
+        if context_length is not None and needed > context_length:
+            messages.append(
+                f"max_prompt_length + max_response_length is {max_prompt_length} + {max_response_length} = {needed} "
+                f"tokens, but the context of the model is {context_length}; lower one of them"
+            )
+        if self.attn_implementation.startswith("flash_attention") and not device.startswith("cuda"):
+            messages.append(
+                f"attn_implementation: got {self.attn_implementation}, which needs an NVIDIA GPU, but device is "
+                f"{device}; use auto"
+            )
+        return messages
+
+    def compute_dtype(self, device: str) -> str:
+        """float32 | bfloat16: `auto` is bfloat16 on a GPU and float32 on a CPU, where bfloat16 is often slower."""
+        if self.dtype != "auto":
+            return self.dtype
+        return "bfloat16" if device.startswith("cuda") else "float32"
+
+    def tokenizer(self, folder: Path) -> Any:
+        """The fast tokenizer of a fetched folder (`transformers.PreTrainedTokenizerFast`)."""
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=self.trust_remote_code, local_files_only=True
+        )
+        if not tokenizer.is_fast:
+            raise UserError(f"{folder} has no fast tokenizer (tokenizer.json), which rollouts need")
+        return tokenizer
+
+    def stop_token_ids(self, folder: Path) -> tuple[int, ...]:
+        """Every token that ends a turn."""
+        return hf_folder.stop_token_ids(folder)

@@ -1,0 +1,62 @@
+"""1 if the answer is mathematically equal to the ground truth (the library math-verify, over sympy)."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+from atropos_exp.errors import UserError
+from atropos_exp.parts.reward.base import PooledReward
+from atropos_exp.parts.reward.numbers import last_boxed
+from atropos_exp.types import Prompt
+
+
+@dataclass(frozen=True, kw_only=True)
+class MathVerify(PooledReward):
+    """Reads LaTeX, preferring \\boxed{...}, and plain expressions. What cannot be read scores 0."""
+
+    float_rounding: int
+    require_boxed: bool
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.float_rounding < 0:
+            raise UserError(f"reward.float_rounding is {self.float_rounding}; expected a number of decimals >= 0")
+
+    def warm_up(self) -> None:
+        import math_verify
+
+        # the pool limits the time, so the library's own limit (a signal) is off, which it would warn about
+        logging.getLogger("math_verify").setLevel(logging.ERROR)
+        math_verify.verify(self._parse("\\boxed{1}"), self._parse("\\frac{2}{2}"), timeout_seconds=None)
+
+    def __call__(self, answer: str, prompt: Prompt) -> float:
+        """Raises ValueError if the ground truth cannot be read."""
+        import math_verify
+
+        logging.getLogger("math_verify").setLevel(logging.ERROR)
+        boxed = last_boxed(answer)
+        if boxed is None and self.require_boxed:
+            return 0.0
+        if boxed is not None and prompt.ground_truth and _letters(boxed) == _letters(prompt.ground_truth):
+            return 1.0
+        gold = self._parse(f"\\boxed{{{prompt.ground_truth}}}")
+        if not gold:
+            raise ValueError(f"ground truth {prompt.ground_truth!r} of prompt {prompt.prompt_id!r} cannot be read")
+        equal = math_verify.verify(
+            gold, self._parse(answer), float_rounding=self.float_rounding, timeout_seconds=None, raise_on_error=False
+        )
+        return float(equal)
+
+    def _parse(self, text: str) -> list[Any]:
+        from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse
+
+        config = [LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig()]
+        found: list[Any] = parse(text, extraction_config=config, parsing_timeout=None)
+        return found
+
+
+def _letters(text: str) -> str:
+    """Without white space: a first, cheap comparison."""
+    return "".join(text.split())

@@ -1,0 +1,275 @@
+"""Scores answers in processes that can be killed: an answer is model output, and its scoring may do anything."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import selectors
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from atropos_exp.errors import UserError
+from atropos_exp.parts.reward import worker as wire
+from atropos_exp.types import Prompt, RewardFailure
+
+if TYPE_CHECKING:
+    from atropos_exp.interfaces import Reward
+
+LOAD_SECONDS = 180.0  # to import a reward's libraries
+REPLY_SECONDS = 30.0  # for a fork, or to take a chunk
+LONGEST_CHUNK = 64
+MEMORY_BYTES = 2 << 30  # that a worker may allocate beyond what loading the reward took
+# What a child sees of the environment. Everything else stays out: keys and tokens live there.
+ENVIRONMENT = (
+    "PATH", "HOME", "LANG", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "CONDA_PREFIX", "PYTHONHOME",
+    "PYTHONHASHSEED", "PYTHONDONTWRITEBYTECODE", "PYTHONPYCACHEPREFIX", "HF_HOME", "HF_HUB_OFFLINE",
+)  # fmt: skip
+ENVIRONMENT_PREFIXES = ("LC_", "XDG_")
+
+Item = tuple[str, Prompt]
+
+
+@dataclass(kw_only=True, eq=False)
+class _Worker:
+    """The pool's view of one process."""
+
+    process: int
+    channel: socket.socket
+    chunk: deque[int] = field(default_factory=deque)  # items it has not reported; the first is being scored
+    deadline: float = 0.0  # of the first one
+    buffer: bytearray = field(default_factory=bytearray)
+
+
+class RewardPool:
+    """Runs `reward` over many answers. A `Scorer`, and a context manager.
+
+    An answer that takes longer than `timeout_seconds` costs its worker, killed with all it started, and nothing
+    else. Of `reward`, only its class must be importable and its settings picklable.
+    """
+
+    def __init__(
+        self, reward: Reward, *, num_workers: int, timeout_seconds: float, memory_bytes: int = MEMORY_BYTES
+    ) -> None:
+        """Returns at once; the first `score` waits until the reward is loaded. Raises UserError if `reward`
+        cannot be sent to another process."""
+        assert num_workers >= 1 and timeout_seconds > 0
+        self._name = type(reward).__name__
+        try:
+            self._hello = pickle.dumps((pickle.dumps(reward), memory_bytes))
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            raise UserError(f"reward {self._name} cannot be sent to the process that runs it: {error}") from error
+        self._environment = _environment()  # as it is now: a template started later must find the same modules
+        self._num_workers = num_workers
+        self._timeout_seconds = timeout_seconds
+        self._lock = threading.Lock()
+        self._workers: list[_Worker] = []
+        self._selector = selectors.DefaultSelector()
+        self._start_template()
+
+    def score(self, items: Sequence[Item]) -> list[float | RewardFailure]:
+        """The score of each (answer, prompt), in order; a RewardFailure where there is none. Thread-safe.
+
+        Raises UserError if the reward did (it does not fit the data) or cannot be loaded.
+        """
+        with self._lock:
+            if not self._ready:
+                self._wait_until_ready()
+            try:
+                return self._score(items)
+            except BaseException:
+                for worker in list(self._workers):  # they may hold answers of this call
+                    self._drop(worker)
+                raise
+
+    def close(self) -> None:
+        """Kill every process of the pool."""
+        for worker in list(self._workers):
+            self._forget(worker)
+        self._selector.close()
+        self._stop_template()
+
+    def __enter__(self) -> RewardPool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _score(self, items: Sequence[Item]) -> list[float | RewardFailure]:
+        results: list[float | RewardFailure | None] = [None] * len(items)
+        pending = deque(range(len(items)))
+        size = max(1, min(LONGEST_CHUNK, len(items) // (4 * self._num_workers)))
+        while pending or any(worker.chunk for worker in self._workers):
+            while pending and (idle := self._idle_worker()) is not None:
+                chunk = [pending.popleft() for _ in range(min(size, len(pending)))]
+                if not self._send(idle, chunk, items):
+                    pending.extendleft(reversed(chunk))
+            busy = [worker for worker in self._workers if worker.chunk]
+            wait = min((worker.deadline for worker in busy), default=0.0) - time.monotonic()
+            for key, _ in self._selector.select(max(0.0, wait)):
+                if not self._read(key.data, results):
+                    self._abandon(key.data, "crashed", results, pending)
+            for worker in busy:  # after reading: what has arrived is in time
+                if worker.chunk and time.monotonic() > worker.deadline:
+                    self._abandon(worker, "timeout", results, pending)
+        return [_known(result) for result in results]
+
+    def _idle_worker(self) -> _Worker | None:
+        for worker in self._workers:
+            if not worker.chunk:
+                return worker
+        return self._fork() if len(self._workers) < self._num_workers else None
+
+    def _send(self, worker: _Worker, chunk: list[int], items: Sequence[Item]) -> bool:
+        message = pickle.dumps([items[index] for index in chunk], protocol=pickle.HIGHEST_PROTOCOL)
+        try:
+            worker.channel.settimeout(REPLY_SECONDS)
+            worker.channel.sendall(wire.SIZE.pack(len(message)) + message)
+        except OSError:  # it died while it was idle: nobody's fault
+            self._drop(worker)
+            return False
+        worker.channel.setblocking(False)
+        worker.chunk.extend(chunk)
+        worker.deadline = time.monotonic() + self._timeout_seconds
+        return True
+
+    def _read(self, worker: _Worker, results: list[float | RewardFailure | None]) -> bool:
+        """Take what the worker has reported. False if it is gone or talks nonsense."""
+        try:
+            data = worker.channel.recv(1 << 16)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        worker.buffer += data
+        while len(worker.buffer) >= wire.RESULT.size:
+            kind, score, length = wire.RESULT.unpack_from(worker.buffer)
+            end = wire.RESULT.size + length
+            if len(worker.buffer) < end:
+                break
+            if not worker.chunk or kind > wire.USER_ERROR:
+                return False
+            text = bytes(worker.buffer[wire.RESULT.size : end]).decode(errors="replace")
+            del worker.buffer[:end]
+            if kind == wire.USER_ERROR:
+                raise UserError(text)
+            reason = "non_finite" if kind == wire.NON_FINITE else f"error:{text}"
+            results[worker.chunk.popleft()] = score if kind == wire.SCORE else RewardFailure(reason=reason)
+            worker.deadline = time.monotonic() + self._timeout_seconds
+        return bool(data)
+
+    def _abandon(
+        self, worker: _Worker, reason: str, results: list[float | RewardFailure | None], pending: deque[int]
+    ) -> None:
+        """The answer being scored has failed; the ones queued behind it are scored elsewhere."""
+        if worker.chunk:
+            results[worker.chunk.popleft()] = RewardFailure(reason=reason)
+        pending.extendleft(reversed(worker.chunk))
+        self._drop(worker)
+
+    def _drop(self, worker: _Worker) -> None:
+        """Kill a worker with everything it started."""
+        self._forget(worker)
+        with contextlib.suppress(OSError):  # no template: then its workers are dead too
+            self._control.send(pickle.dumps(("kill", worker.process)))
+
+    def _forget(self, worker: _Worker) -> None:
+        worker.chunk.clear()
+        self._workers.remove(worker)
+        self._selector.unregister(worker.channel)
+        worker.channel.close()
+
+    def _fork(self) -> _Worker:
+        try:
+            return self._try_fork()
+        except (OSError, EOFError):  # the template is gone, as after an out-of-memory kill, and its workers with it
+            self._stop_template()
+            self._start_template()
+            self._wait_until_ready()
+            return self._try_fork()
+
+    def _try_fork(self) -> _Worker:
+        ours, theirs = socket.socketpair()
+        try:
+            with theirs:
+                socket.send_fds(self._control, [pickle.dumps("fork")], [theirs.fileno()])
+            process = self._reply(REPLY_SECONDS)
+        except BaseException:
+            ours.close()
+            raise
+        worker = _Worker(process=process, channel=ours)
+        self._selector.register(ours, selectors.EVENT_READ, worker)
+        self._workers.append(worker)
+        return worker
+
+    def _start_template(self) -> None:
+        self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            self._template = subprocess.Popen(
+                [sys.executable, "-P", "-m", wire.__name__, str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,  # an answer can make a scorer print without end
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+                env=self._environment,
+            )
+        self._ready = False
+        with contextlib.suppress(OSError):  # it died at once: `_wait_until_ready` says so
+            self._control.send(self._hello)
+
+    def _wait_until_ready(self) -> None:
+        try:
+            error = self._reply(LOAD_SECONDS)
+        except (OSError, EOFError) as gone:
+            self._stop_template()
+            error = f"no sign of it within {LOAD_SECONDS:.0f} s" if isinstance(gone, TimeoutError) else "it crashed"
+        if error is not None:
+            raise UserError(
+                f"reward {self._name} cannot be loaded in the process that runs it: {error}. Its class must be "
+                "importable from a module, and the libraries it needs installed"
+            )
+        self._ready = True
+
+    def _reply(self, seconds: float) -> Any:
+        self._control.settimeout(seconds)
+        packet = self._control.recv(wire.LONGEST_PACKET)
+        if not packet:
+            raise EOFError
+        return pickle.loads(packet)
+
+    def _stop_template(self) -> None:
+        self._control.close()  # which makes it kill its workers and leave
+        try:
+            self._template.wait(5.0)
+        except subprocess.TimeoutExpired:  # still importing: it has no workers yet
+            self._template.kill()
+            self._template.wait()
+
+
+def _known(result: float | RewardFailure | None) -> float | RewardFailure:
+    assert result is not None
+    return result
+
+
+def _environment() -> dict[str, str]:
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name in ENVIRONMENT or name.startswith(ENVIRONMENT_PREFIXES)
+    }
+    return kept | {
+        "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
+        "OMP_NUM_THREADS": "1",  # also keeps the template free of threads, which do not survive a fork
+        "OPENBLAS_NUM_THREADS": "1",
+        "MKL_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "CUDA_VISIBLE_DEVICES": "",
+    }

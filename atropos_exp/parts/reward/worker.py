@@ -1,0 +1,154 @@
+"""The processes of a reward pool: `python -m atropos_exp.parts.reward.worker FD`.
+
+The *template* loads the reward once and then only forks, kills and reaps. Each *worker* is a fork of it, so a new
+one costs milliseconds however heavy the reward's libraries are, and their memory is shared. Workers score; whatever
+an answer makes them do (hang, crash, eat memory, print) ends with their process group.
+
+Nobody outlives the run: the template kills all workers and leaves when the pool's end of its socket closes, which
+the kernel does for a killed pool; a worker is killed by the kernel when the template is gone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import math
+import os
+import pickle
+import resource
+import select
+import signal
+import socket
+import struct
+import sys
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from atropos_exp.errors import UserError
+
+if TYPE_CHECKING:
+    from atropos_exp.interfaces import Reward
+
+SCORE, NON_FINITE, ERROR, USER_ERROR = range(4)  # kinds of a result
+RESULT = struct.Struct("<BdH")  # kind, score, length of the text that follows
+SIZE = struct.Struct("<Q")  # before a pickled chunk
+LONGEST_PACKET = 1 << 20
+PR_SET_PDEATHSIG = 1
+# A run that is told to stop finishes its step, so a signal to the whole job must not take the workers away.
+IGNORED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+
+
+def main(control: socket.socket) -> None:
+    """The template. Its commands are pickled tuples, one a packet: (reward, bytes of memory), "fork" with the
+    worker's socket attached, ("kill", process id)."""
+    for number in IGNORED_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    packet = control.recv(LONGEST_PACKET)
+    if not packet:
+        return
+    try:
+        pickled_reward, memory_bytes = pickle.loads(packet)
+        reward = pickle.loads(pickled_reward)
+        getattr(reward, "warm_up", lambda: None)()
+    except BaseException as error:
+        control.send(pickle.dumps(f"{type(error).__name__}: {error}"[:4000]))
+        raise
+    gc.collect()
+    gc.freeze()  # keeps the shared pages shared
+    control.send(pickle.dumps(None))
+
+    children: set[int] = set()
+    try:
+        for command, descriptors in _commands(control):
+            if command == "fork":
+                child = os.fork()
+                if child == 0:
+                    control.close()
+                    _work(reward, socket.socket(fileno=descriptors[0]), memory_bytes, os.getppid())
+                os.close(descriptors[0])
+                with contextlib.suppress(PermissionError, ProcessLookupError):
+                    os.setpgid(child, child)  # as the child does: whoever comes first
+                children.add(child)
+                control.send(pickle.dumps(child))
+            elif command[1] in children:  # not one of a template before this one
+                _kill(command[1])
+                children.remove(command[1])
+    finally:
+        for child in children:
+            _kill(child)
+
+
+def _commands(control: socket.socket) -> Iterator[tuple[Any, list[int]]]:
+    """Until the pool closes its end or its process is gone."""
+    parent = os.getppid()
+    while os.getppid() == parent:
+        if select.select([control], [], [], 1.0)[0]:
+            packet, descriptors, _, _ = socket.recv_fds(control, LONGEST_PACKET, 1)
+            if not packet:
+                return
+            yield pickle.loads(packet), descriptors
+
+
+def _kill(process: int) -> None:
+    """A worker with everything it started. It is reaped here and nowhere else, so its id is still its own."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process, signal.SIGKILL)
+    for _ in range(200):  # a killed process in an uninterruptible read may linger; it must not hold up the others
+        if os.waitpid(process, os.WNOHANG)[0]:
+            return
+        time.sleep(0.001)
+
+
+def _work(reward: Reward, channel: socket.socket, memory_bytes: int, template: int) -> NoReturn:
+    """A worker: scores chunks until its socket closes, and never returns into the template's code."""
+    try:
+        os.setpgid(0, 0)
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != template:
+            os._exit(0)
+        with open("/proc/self/statm", "rb") as file:
+            in_use = int(file.read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (in_use + memory_bytes,) * 2)
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        while (size := _receive(channel, SIZE.size)) is not None:
+            chunk = _receive(channel, SIZE.unpack(size)[0])
+            if chunk is None:
+                break
+            for answer, prompt in pickle.loads(chunk):
+                channel.sendall(_score(reward, answer, prompt))
+    finally:
+        os._exit(0)
+
+
+def _score(reward: Reward, answer: str, prompt: Any) -> bytes:
+    try:
+        score = float(reward(answer, prompt))
+    except UserError as error:
+        return _result(USER_ERROR, text=str(error))
+    except BaseException as error:  # SystemExit and the like too: each becomes a counted reason
+        return _result(ERROR, text=type(error).__name__)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)  # an alarm of this answer must not hit the next
+    return _result(SCORE, score) if math.isfinite(score) else _result(NON_FINITE)
+
+
+def _result(kind: int, score: float = 0.0, text: str = "") -> bytes:
+    encoded = text.encode(errors="replace")[:4000]
+    return RESULT.pack(kind, score, len(encoded)) + encoded
+
+
+def _receive(channel: socket.socket, size: int) -> bytes | None:
+    """Exactly `size` bytes; None at the end of the stream."""
+    parts = bytearray()
+    while len(parts) < size:
+        part = channel.recv(min(size - len(parts), 1 << 20))
+        if not part:
+            return None
+        parts += part
+    return bytes(parts)
+
+
+if __name__ == "__main__":
+    main(socket.socket(fileno=int(sys.argv[1])))

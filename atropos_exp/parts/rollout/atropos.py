@@ -1,0 +1,24 @@
+"""`rollout=atropos`: every group comes from an Atropos API; without one the run ends, with the reason."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:
+    from atropos_exp.interfaces import RemoteSource, RolloutSource
+    from atropos_exp.parts.rollout.local import LocalSource
+
+
+@dataclass(frozen=True, kw_only=True)
+class AtroposRollout:
+    """Settings of `rollout=atropos`."""
+
+    mask_truncated: bool  # read by this project's own environments
+
+    uses_atropos: ClassVar[bool] = True
+    falls_back: ClassVar[bool] = False
+
+    def choose(self, *, local: LocalSource, remote: RemoteSource | None) -> RolloutSource:
+        assert remote is not None
+        return remote

@@ -1,0 +1,43 @@
+"""A rollout source whose steps are on disk before they are trained on, and are replayed from there after a crash."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from atropos_exp.runs.journal import Journal, read_journal, write_journal
+from atropos_exp.types import Dropped, RolloutGroup
+
+if TYPE_CHECKING:
+    from atropos_exp.interfaces import JSON, RolloutSource
+
+
+class JournaledSource:
+    """A `RolloutSource` around another one. Counts its replays in `num_replayed`."""
+
+    def __init__(self, inner: RolloutSource, folder: Path) -> None:
+        self._inner = inner
+        self._folder = folder
+        self.num_replayed = 0
+
+    def take(self, num_groups: int, *, step: int) -> tuple[list[RolloutGroup], Dropped]:
+        """The journalled groups of `step` if an interrupted process had written them, else new ones."""
+        path = self._folder / f"step_{step:06d}.parquet"
+        journal = read_journal(path)
+        if journal is not None:
+            self._inner.restore(dict(journal.state))
+            self.num_replayed += 1
+            return journal.groups, journal.dropped
+        groups, dropped = self._inner.take(num_groups, step=step)
+        write_journal(path, Journal(step=step, groups=groups, dropped=dropped, state=self._inner.state()))
+        return groups, dropped
+
+    def counters(self) -> Mapping[str, float]:
+        return self._inner.counters()
+
+    def state(self) -> JSON:
+        return self._inner.state()
+
+    def restore(self, state: JSON) -> None:
+        self._inner.restore(state)

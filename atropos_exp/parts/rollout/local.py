@@ -1,0 +1,117 @@
+"""Single-turn rollouts of this process: prompts from the data, completions from the engine, scores from the reward."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+
+from atropos_exp.runs.seeds import derive_seed
+from atropos_exp.types import Dropped, Finish, Prompt, RewardFailure, Rollout, RolloutGroup, Sample, SamplingParams
+
+if TYPE_CHECKING:
+    from atropos_exp.interfaces import JSON, Engine, PromptLoader, RemoteSource, RolloutSource, Scorer
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalRollout:
+    """Settings of `rollout=local`."""
+
+    mask_truncated: bool  # a completion cut by the token limit counts in its baseline but is not trained on
+
+    uses_atropos: ClassVar[bool] = False
+    falls_back: ClassVar[bool] = False
+
+    def choose(self, *, local: LocalSource, remote: RemoteSource | None) -> RolloutSource:
+        assert remote is None
+        return local
+
+
+class LocalSource:
+    """A `RolloutSource`: every group is sampled with the weights that the engine serves at that moment."""
+
+    def __init__(
+        self,
+        *,
+        loader: PromptLoader,
+        engine: Engine,
+        scorer: Scorer,
+        tokenizer: Any,
+        sampling: SamplingParams,
+        group_size: int,
+        seed: int,
+        mask_truncated: bool,
+    ) -> None:
+        self._mask_truncated = mask_truncated
+        self._loader = loader
+        self._engine = engine
+        self._scorer = scorer
+        self._tokenizer = tokenizer
+        self._sampling = sampling
+        self._group_size = group_size
+        self._seed = seed
+
+    def take(self, num_groups: int, *, step: int) -> tuple[list[RolloutGroup], Dropped]:
+        """Sample `num_groups` prompts once. Rollouts whose reward failed are dropped and counted, never replaced:
+        a step stays reproducible from (seed, step) alone."""
+        prompts = self._loader.take(num_groups)
+        sampling = replace(self._sampling, seed=derive_seed(self._seed, "rollout", step))
+        samples = self._engine.generate(
+            [prompt.token_ids for prompt in prompts], sampling, num_samples=self._group_size
+        )
+        flat = [sample for group in samples for sample in group]
+        texts = self._tokenizer.batch_decode([sample.token_ids for sample in flat], skip_special_tokens=True)
+        owners = [prompt for prompt, group in zip(prompts, samples, strict=True) for _ in group]
+        scores = iter(self._scorer.score(list(zip(texts, owners, strict=True))))
+
+        dropped: Counter[str] = Counter()
+        groups = []
+        for prompt, group in zip(prompts, samples, strict=True):
+            rollouts = self._score_group(prompt, group, [next(scores) for _ in group], dropped)
+            if rollouts:
+                groups.append(RolloutGroup(prompt_id=prompt.prompt_id, source="local", rollouts=tuple(rollouts)))
+        return groups, Dropped(reasons=dict(dropped))
+
+    def _score_group(
+        self,
+        prompt: Prompt,
+        samples: Sequence[Sample],
+        scores: Sequence[float | RewardFailure],
+        dropped: Counter[str],
+    ) -> list[Rollout]:
+        rollouts = []
+        for sample, score in zip(samples, scores, strict=True):
+            if isinstance(score, RewardFailure):
+                dropped[score.reason] += 1
+                continue
+            if len(sample.token_ids) == 0:
+                dropped["empty_completion"] += 1
+                continue
+            rollouts.append(as_rollout(prompt, sample, score, mask_truncated=self._mask_truncated))
+        return rollouts
+
+    def counters(self) -> Mapping[str, float]:
+        return {}
+
+    def state(self) -> JSON:
+        return {"loader": self._loader.state()}
+
+    def restore(self, state: JSON) -> None:
+        self._loader.restore(state["loader"])
+
+
+def as_rollout(prompt: Prompt, sample: Sample, reward: float, *, mask_truncated: bool) -> Rollout:
+    """Prompt and completion end to end, the ids exactly as sampled; trained where the policy sampled."""
+    num_prompt = len(prompt.token_ids)
+    return Rollout(
+        token_ids=np.concatenate([prompt.token_ids, sample.token_ids]).astype(np.int32),
+        trained=np.arange(num_prompt + len(sample.token_ids)) >= num_prompt,
+        logprobs=np.concatenate([np.zeros(num_prompt, np.float32), sample.logprobs]).astype(np.float32),
+        reward=float(reward),
+        finish=sample.finish,
+        policy_version=sample.policy_version,
+        zero_advantage=mask_truncated and sample.finish is Finish.LENGTH,
+    )

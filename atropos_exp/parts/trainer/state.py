@@ -1,0 +1,153 @@
+"""Checkpoints of the trainer: safetensors and JSON only, independent of the number of ranks.
+
+    model*.safetensors      float32 master weights under Hugging Face names, index as transformers writes it
+    adapter*.safetensors    LoRA matrices, if any (the model is then the frozen base)
+    optimizer*.safetensors  exp_avg/<name>, exp_avg_sq/<name>, step/<name>
+    random.safetensors      random streams of every rank
+    trainer.json            counters, LoRA's rank and alpha, where and how large every tensor is
+
+Rank 0 alone touches the folder. Tensors travel one by one, in files of bounded size.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from atropos_exp.errors import UserError
+from atropos_exp.parts.trainer import random_state, weights
+from atropos_exp.parts.trainer.distributed import broadcast_text
+from atropos_exp.parts.trainer.tensor_files import TensorReader, TensorWriter, read_shapes
+from atropos_exp.weights.tensors import is_adapter
+
+if TYPE_CHECKING:
+    from atropos_exp.parts.trainer.engine import PackedEngine
+
+STEMS = ("model", "adapter", "optimizer")
+MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slot:
+    """A tensor of the trainer and where it is stored."""
+
+    stem: str
+    key: str
+    tensor: Tensor  # sharded or plain
+
+
+def save(folder: Path, engine: PackedEngine, counters: Mapping[str, int], device: torch.device) -> None:
+    """Write everything that `load` needs. Collective. `folder` is created if need be."""
+    writes = dist.get_rank() == 0
+    if writes:
+        folder.mkdir(parents=True, exist_ok=True)
+    slots = _slots(engine)
+    for stem in STEMS:
+        chosen = [slot for slot in slots if slot.stem == stem]
+        writer = TensorWriter(folder, stem, {slot.key: slot.tensor.nbytes for slot in chosen}) if writes else None
+        for slot in chosen:
+            full = weights.gather(slot.tensor, device)
+            if writer is not None:
+                writer.add(slot.key, full)
+    streams = random_state.gather()
+    if writes:
+        from safetensors.torch import save_file
+
+        save_file(streams, folder / "random.safetensors")
+        facts = {"counters": dict(counters), "lora": engine.lora_facts}
+        (folder / "trainer.json").write_text(json.dumps(facts, indent=1) + "\n")
+    dist.barrier()
+
+
+def load(folder: Path, engine: PackedEngine, device: torch.device) -> dict[str, int]:
+    """Restore weights, moments and random streams in place; return the counters. Collective."""
+    stored: dict[str, Any] = json.loads(broadcast_text(_describe(folder) if dist.get_rank() == 0 else None))
+    if error := stored.get("error"):
+        raise UserError(error)
+    if stored["lora"] != engine.lora_facts:
+        raise UserError(
+            f"{folder} was trained with model.lora {stored['lora']}, this run has {engine.lora_facts}. "
+            "Resume with the same, or start a new run."
+        )
+    shapes: dict[str, dict[str, list[int]]] = stored["shapes"]
+    engine.make_optimizer_state([key.removeprefix("step/") for key in shapes["optimizer"] if key.startswith("step/")])
+    slots = _slots(engine)
+    _require_same(folder, slots, shapes)
+    for stem in STEMS:
+        with TensorReader(folder, stem) as reader:
+            for slot in slots:
+                if slot.stem == stem:
+                    weights.scatter(_from_rank_zero(reader, slot, device), slot.tensor)
+    random_state.restore(_streams(folder, stored["random"]))
+    dist.barrier()
+    return {name: int(value) for name, value in stored["counters"].items()}
+
+
+def _slots(engine: PackedEngine) -> list[Slot]:
+    slots = []
+    for name, tensor in weights.named_tensors(engine.module).items():
+        if is_adapter(name):
+            slots.append(Slot(stem="adapter", key=name, tensor=tensor))
+        else:
+            slots.append(Slot(stem="model", key=weights.hugging_face_name(name), tensor=tensor))
+    for name, moments in engine.optimizer_state().items():
+        slots += [Slot(stem="optimizer", key=f"{kind}/{name}", tensor=moments[kind]) for kind in MOMENTS]
+    return slots
+
+
+def _describe(folder: Path) -> str:
+    """What is stored in `folder`, or what is wrong with it, as JSON: all ranks must come to the same decision."""
+    from safetensors import SafetensorError
+
+    try:
+        facts: dict[str, Any] = json.loads((folder / "trainer.json").read_text())
+        facts["shapes"] = {stem: read_shapes(folder, stem) for stem in STEMS}
+        facts["random"] = read_shapes(folder, "random")
+    except FileNotFoundError as error:
+        facts = {"error": f"{folder} is not a complete checkpoint of the trainer: {error.filename} is missing"}
+    except (OSError, ValueError, SafetensorError) as error:
+        facts = {"error": f"{folder}: the checkpoint of the trainer is damaged: {type(error).__name__}: {error}"}
+    return json.dumps(facts)
+
+
+def _require_same(folder: Path, slots: list[Slot], shapes: Mapping[str, Mapping[str, list[int]]]) -> None:
+    ours = {f"{slot.stem}: {slot.key}": list(slot.tensor.shape) for slot in slots}
+    theirs = {f"{stem}: {key}": shape for stem in STEMS for key, shape in shapes[stem].items()}
+    if ours == theirs:
+        return
+    different = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
+    first = different[0]
+    raise UserError(
+        f"{folder} does not fit this model: {len(different)} tensors differ. First {first}: shape "
+        f"{theirs.get(first, 'absent')} in the checkpoint, {ours.get(first, 'absent')} expected. "
+        "Resume with the model that wrote it, or start a new run."
+    )
+
+
+def _from_rank_zero(reader: TensorReader, slot: Slot, device: torch.device) -> Tensor:
+    """The full stored tensor on every rank."""
+    if dist.get_rank() == 0:
+        full = reader.get(slot.key).to(device, slot.tensor.dtype)
+    else:
+        full = torch.empty(slot.tensor.shape, dtype=slot.tensor.dtype, device=device)
+    if dist.get_world_size() > 1:
+        dist.broadcast(full, src=0)
+    return full
+
+
+def _streams(folder: Path, shapes: Mapping[str, list[int]]) -> dict[str, Tensor]:
+    """Random streams of all ranks of the run that was saved, on every rank."""
+    streams = {}
+    with TensorReader(folder, "random") as reader:
+        for key in sorted(shapes):
+            dtype = random_state.DTYPES[key]
+            slot = Slot(stem="random", key=key, tensor=torch.empty(shapes[key], dtype=dtype))
+            streams[key] = _from_rank_zero(reader, slot, torch.device("cpu"))
+    return streams

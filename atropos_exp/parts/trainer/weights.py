@@ -1,0 +1,90 @@
+"""Full tensors out of sharded ones, one at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from atropos_exp.weights.tensors import LORA_A, LORA_B, is_adapter
+
+
+def hugging_face_name(name: str) -> str:
+    """The name in the model's own checkpoint, without the wrappers of PEFT."""
+    return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+
+
+def named_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters, tied ones once, and the buffers that belong in a checkpoint. Sharded as they are."""
+    parameters = dict(module.named_parameters())
+    every_name = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    buffers = {name: value for name, value in module.state_dict(keep_vars=True).items() if name not in every_name}
+    return {**parameters, **buffers}
+
+
+@torch.no_grad()
+def gather(tensor: Tensor, device: torch.device) -> Tensor:
+    """The full tensor on every rank; it may be the weight itself, so it is only read. Collective."""
+    if isinstance(tensor, DTensor) and tensor.device_mesh.size() == 1:  # DTensor operations cost more than the copy
+        return tensor.to_local().detach().to(device)
+    on_device = tensor.detach().to(device)
+    return on_device.full_tensor() if isinstance(on_device, DTensor) else on_device
+
+
+@torch.no_grad()
+def scatter(full: Tensor, into: Tensor) -> None:
+    """Copy this rank's part of `full`, which every rank holds, into a sharded or plain tensor."""
+    if isinstance(into, DTensor):
+        part = distribute_tensor(full, into.device_mesh, into.placements, src_data_rank=None)
+        into.to_local().copy_(part.to_local())
+    else:
+        into.copy_(full)
+
+
+def full_parameters(module: nn.Module, device: torch.device) -> Iterator[tuple[str, Tensor]]:
+    """(Hugging Face name, float32 tensor) of the whole model: on rank 0 the tensors, on other ranks empty ones.
+
+    LoRA is merged, W + scaling * B @ A, into a copy. At most one gathered tensor (three with LoRA) is alive here.
+    """
+    wanted = dist.get_rank() == 0
+    nothing = torch.empty(0, device=device)
+    for name, tensor in named_tensors(module).items():
+        if is_adapter(name):
+            continue
+        full = gather(tensor, device)
+        if name.endswith(".base_layer.weight"):
+            layer = module.get_submodule(name.removesuffix(".base_layer.weight"))
+            full = _merged(full, layer, device)
+        yield hugging_face_name(name), full.float() if wanted else nothing
+
+
+@torch.no_grad()
+def adapter_parameters(module: nn.Module, device: torch.device, *, with_base: bool) -> Iterator[tuple[str, Tensor]]:
+    """(name, float32 tensor) of LoRA's matrices, B multiplied by its scaling, and of the frozen base if it is wanted:
+    on rank 0 the tensors, on other ranks empty ones. At most one gathered tensor is alive here."""
+    wanted = dist.get_rank() == 0
+    nothing = torch.empty(0, device=device)
+    for name, tensor in named_tensors(module).items():
+        owner, _, matrix = name.partition(".lora_")  # matrix: "B.default.weight"; "" of a tensor of the base
+        if not (matrix or with_base):
+            continue
+        full = gather(tensor, device)
+        if matrix.startswith("B."):
+            full = full.float() * module.get_submodule(owner).scaling[matrix.split(".")[1]]  # type: ignore[index]
+        ending = {"A": LORA_A, "B": LORA_B, "": ""}[matrix[:1]]
+        yield hugging_face_name(owner) + ending, full.float() if wanted else nothing
+
+
+@torch.no_grad()
+def _merged(weight: Tensor, layer: Any, device: torch.device) -> Tensor:
+    merged = weight.float()
+    for adapter in layer.active_adapters:
+        low = gather(layer.lora_A[adapter].weight, device).float()
+        high = gather(layer.lora_B[adapter].weight, device).float()
+        delta = layer.scaling[adapter] * (high @ low)
+        merged = merged + (delta.T if layer.fan_in_fan_out else delta)
+    return merged

@@ -1,0 +1,155 @@
+"""A program that the run started and that never outlives it (`guard.py` sees to that): how it is, its log, its end."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from atropos_exp.errors import UserError
+
+TAIL_LINES = 12
+TAIL_BYTES = 8192
+START_SECONDS = 30.0  # until the guard says that the program runs
+STOP_SECONDS = 15.0  # until a killed program and all that it started are gone
+# What a launcher set up for the trainer's ranks, and secrets that a server of local weights has no use for.
+RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
+SECRETS = ("WANDB_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+IMPORT_ROOT = Path(__file__).resolve().parents[2]  # holds the package: a checkout, or site-packages
+_GUARD = Path(__file__).with_name("guard.py")
+
+
+class Child:
+    """Runs `argv` with exactly `environment`; its output is appended to `log`. Thread-safe."""
+
+    def __init__(
+        self,
+        argv: Sequence[str],
+        *,
+        log: Path,
+        environment: Mapping[str, str],
+        pass_fds: Sequence[int] = (),
+        cwd: Path | None = None,
+    ) -> None:
+        """Returns when the program has been started. Raises UserError if it cannot be."""
+        self.log = log
+        self.argv = tuple(argv)
+        self._lock = threading.Lock()
+        self._code: int | None = None
+        self._pending = b""
+        log.parent.mkdir(parents=True, exist_ok=True)
+        self._control, theirs = socket.socketpair()
+        with theirs, log.open("ab") as output:
+            self._guard = subprocess.Popen(
+                [sys.executable, "-I", "-S", str(_GUARD), str(theirs.fileno()), *argv],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=dict(environment),
+                cwd=cwd,
+                pass_fds=(theirs.fileno(), *pass_fds),
+                start_new_session=True,
+            )
+        self._control.settimeout(START_SECONDS)
+        try:
+            first = self._message()
+        except TimeoutError:
+            self._guard.kill()
+            self._guard.wait(STOP_SECONDS)
+            raise UserError(f"{argv[0]} did not start within {START_SECONDS:g} s; is the machine overloaded?") from None
+        self._control.setblocking(False)
+        if first is None or "error" in first:
+            self._guard.wait(STOP_SECONDS)
+            self._control.close()
+            raise UserError(f"cannot be started: {first['error'] if first else 'its guard died'}")
+        self.pid = int(first["pid"])
+
+    def poll(self) -> int | None:
+        """The exit code (negative: killed by that signal), or None while it runs."""
+        with self._lock:
+            if self._code is None:
+                try:
+                    message = self._message()
+                except BlockingIOError:
+                    return None
+                # Without a last message the guard itself was killed, and the kernel killed the program.
+                self._code = -signal.SIGKILL if message is None else int(message["code"])
+                self._control.close()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self._guard.wait(STOP_SECONDS)
+            return self._code
+
+    def wait(self, seconds: float) -> int | None:
+        """Wait for the end at most so long; what `poll` says then."""
+        deadline = time.monotonic() + seconds
+        while (code := self.poll()) is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return code
+
+    def stop(self, grace_seconds: float = 0.0) -> None:
+        """End the program with everything it started: SIGTERM and `grace_seconds` before, if any. Idempotent."""
+        if self.poll() is None and grace_seconds > 0:
+            with contextlib.suppress(OSError):
+                self._control.send(b"T")
+            self.wait(grace_seconds)
+        if self.poll() is None:
+            with contextlib.suppress(OSError):
+                self._control.shutdown(socket.SHUT_WR)
+            if self.wait(STOP_SECONDS) is None:
+                self._guard.kill()
+                self._guard.wait(STOP_SECONDS)
+
+    def state(self) -> str:
+        """For an error message: how the program is, and the end of its log."""
+        code = self.poll()
+        if code is None:
+            how = f"its process {self.pid} is still there"
+        elif code < 0:
+            how = f"its process was killed by {signal.Signals(-code).name}"
+        else:
+            how = f"its process ended with exit code {code}"
+        return f"{how}. Last lines of {self.log}:\n{self.log_tail()}"
+
+    def log_tail(self, num_lines: int = TAIL_LINES) -> str:
+        try:
+            with self.log.open("rb") as log:
+                log.seek(max(0, log.seek(0, os.SEEK_END) - TAIL_BYTES))
+                lines = log.read().decode(errors="replace").splitlines()
+        except OSError as error:
+            return f"  (unreadable: {error})"
+        return "\n".join(f"  {line}" for line in lines[-num_lines:]) or "  (empty)"
+
+    def _message(self) -> dict[str, Any] | None:
+        """The guard's next line; None if it is gone. Blocks as the socket does."""
+        while b"\n" not in self._pending:
+            data = self._control.recv(4096)
+            if not data:
+                return None
+            self._pending += data
+        line, _, self._pending = self._pending.partition(b"\n")
+        message: dict[str, Any] = json.loads(line)
+        return message
+
+
+def child_environment(python: str | None, *, with_secrets: bool = False) -> dict[str, str]:
+    """This process's environment for a program that `python` (None: our own interpreter) runs."""
+    unwanted = RANK_VARIABLES if with_secrets else (*RANK_VARIABLES, *SECRETS)
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in unwanted and not name.startswith("TORCHELASTIC_")
+    }
+    # A checkout is importable for any interpreter; another environment's site-packages must not shadow its own.
+    if python is None or IMPORT_ROOT.name not in ("site-packages", "dist-packages"):
+        paths = [str(IMPORT_ROOT), *filter(None, [environment.get("PYTHONPATH")])]
+        environment["PYTHONPATH"] = os.pathsep.join(paths)
+    return environment

@@ -1,0 +1,128 @@
+"""The trainer processes of one run, and how they agree. Pure; torch.distributed only where there are several."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from atropos_exp.errors import SyncError, UserError
+
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ranks:
+    """All methods are collective; with one rank they do nothing but return. The process group exists already."""
+
+    rank: int
+    world_size: int
+
+    @staticmethod
+    def of_environment() -> Ranks:
+        return Ranks(rank=int(os.environ.get("RANK", "0")), world_size=int(os.environ.get("WORLD_SIZE", "1")))
+
+    @property
+    def is_zero(self) -> bool:
+        return self.rank == 0
+
+    def broadcast(self, value: Value) -> Value:
+        """Rank 0's value, on every rank."""
+        if self.world_size == 1:
+            return value
+        import torch.distributed as dist
+
+        message = [value]
+        dist.broadcast_object_list(message, src=0)
+        return message[0]
+
+    def on_zero(self, work: Callable[[], Value]) -> Value:
+        """Run `work` on rank 0 alone; every rank gets its result, or an error that says what rank 0's was."""
+        if self.world_size == 1:
+            return work()
+        result: tuple[bool, object] = (False, None)
+        failure: Exception | None = None
+        if self.is_zero:
+            try:
+                result = (True, work())
+            except Exception as error:
+                failure = error
+                result = (False, f"{type(error).__name__}: {error}")
+        succeeded, value = self.broadcast(result)
+        if failure is not None:
+            raise failure
+        if not succeeded:
+            raise UserError(f"rank 0 failed: {value}")
+        return value  # type: ignore[return-value]
+
+    def folder_on_every_node(self, find: Callable[[], Path]) -> Path:
+        """`find()` of rank 0, on every rank. Where nodes share no such folder, one rank of each finds its own too."""
+        folder = self.on_zero(find)
+        if self.world_size == 1:
+            return folder
+        import torch.distributed as dist
+
+        for only_first in (True, False):  # the others of a node then find what the first one has downloaded
+            problem = ""
+            if not folder.is_dir() and (os.environ.get("LOCAL_RANK", "0") == "0") is only_first:
+                try:
+                    folder = find()
+                except Exception as error:
+                    problem = f"rank {self.rank}: {type(error).__name__}: {error}"
+            problems = [""] * self.world_size
+            dist.all_gather_object(problems, problem)
+            if any_problem := next(filter(None, problems), ""):
+                raise UserError(any_problem)
+        return folder
+
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` is set on some rank: all ranks stop at the same step."""
+        if self.world_size == 1:
+            return flag
+        import torch
+        import torch.distributed as dist
+
+        flags = torch.tensor([int(flag)])
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+        return bool(flags.item())
+
+
+def num_ranks() -> int:
+    import torch.distributed as dist
+
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+@contextlib.contextmanager
+def same_outcome(what: str) -> Iterator[None]:
+    """Collective: an error of the body is raised where it happened, and as a SyncError on every other rank."""
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as raised:  # raised again below, when the other ranks know of it
+        error = raised
+    if num_ranks() > 1:
+        import torch.distributed as dist
+
+        told: list[str | None] = [None] * num_ranks()
+        dist.all_gather_object(told, None if error is None else f"{type(error).__name__}: {error}")
+        if error is None:
+            for rank, text in enumerate(told):
+                if text is not None:
+                    raise SyncError(f"{what} failed on rank {rank}: {text}")
+    if error is not None:
+        raise error
+
+
+def from_rank_zero(value: Value) -> Value:
+    """Collective: rank 0's value on every rank."""
+    if num_ranks() == 1:
+        return value
+    import torch.distributed as dist
+
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]

@@ -1,0 +1,112 @@
+"""The W&B workspace that a GRPO user looks at, as code: sections, panels, and the step as the common axis."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from atropos_exp.errors import UserError
+
+STEP = "step"
+INSTALL = "pip install 'atropos-exp[dashboard]'"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Panel:
+    """A line plot of metrics over steps."""
+
+    title: str
+    metrics: tuple[str, ...]
+    smoothing: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Section:
+    title: str
+    panels: tuple[Panel, ...]
+    is_open: bool = True
+
+
+def sections(eval_sets: tuple[str, ...]) -> tuple[Section, ...]:
+    """In the order in which one asks: does it learn, is it healthy, are the rollouts good, where does the time go."""
+    accuracy = tuple(f"eval/{name}/accuracy" for name in eval_sets)
+    return (
+        Section(
+            title="Learning",
+            panels=(
+                Panel(title="Reward", metrics=("reward/mean",), smoothing=0.5),
+                Panel(title="Spread of rewards", metrics=("reward/std",), smoothing=0.5),
+                Panel(title="Held-out accuracy", metrics=accuracy),
+                Panel(title="Groups that teach nothing", metrics=("group/zero_variance_fraction",), smoothing=0.5),
+            ),
+        ),
+        Section(
+            title="Stability",
+            panels=(
+                Panel(title="Entropy", metrics=("policy/entropy",)),
+                Panel(title="Gradient norm", metrics=("grad/norm",)),
+                Panel(title="Trainer against sampler", metrics=("policy/mismatch_kl", "policy/logprob_gap_mean")),
+                Panel(title="Clipped tokens", metrics=("policy/clip_fraction",)),
+                Panel(title="Capped importance weights", metrics=("policy/importance_truncated_fraction",)),
+                Panel(title="KL to the reference", metrics=("policy/reference_kl",)),
+                Panel(title="Loss", metrics=("loss/policy", "loss/total")),
+                Panel(title="Learning rate", metrics=("lr",)),
+            ),
+        ),
+        Section(
+            title="Rollouts",
+            panels=(
+                Panel(title="Answer length", metrics=("length/response_mean", "length/response_max")),
+                Panel(title="Cut answers", metrics=("length/truncated_fraction",)),
+                Panel(title="Age in updates", metrics=("policy/version_lag_mean", "policy/version_lag_max")),
+                Panel(title="Sampled by", metrics=("rollout/num_atropos", "rollout/num_local")),
+            ),
+        ),
+        Section(
+            title="Weights in the engine",
+            is_open=False,
+            panels=(
+                Panel(title="Canary gap", metrics=("sync/canary_gap_max", "sync/canary_gap_mean")),
+                Panel(title="Sync and proof", metrics=("time/sync_s", "time/proof_s")),
+            ),
+        ),
+        Section(
+            title="Speed",
+            panels=(
+                Panel(title="A step", metrics=("time/step_s",)),
+                Panel(title="Of it", metrics=("time/rollout_s", "time/update_s", "time/eval_s", "time/save_s")),
+                Panel(title="Tokens a second", metrics=("throughput/tokens_per_s", "throughput/trained_tokens_per_s")),
+            ),
+        ),
+    )
+
+
+def build(*, entity: str, project: str, name: str, eval_sets: tuple[str, ...], by: str | None) -> Any:
+    """The `wandb_workspaces` workspace. `by`: a key of the configuration whose values become colours, averaged over
+    seeds, such as `advantage._target_`. Raises UserError without the library."""
+    if importlib.util.find_spec("wandb_workspaces") is None:
+        raise UserError(f"the workspace is built with wandb-workspaces, which is not installed; {INSTALL}")
+    import wandb_workspaces.reports.v2 as reports
+    import wandb_workspaces.workspaces as workspaces
+
+    def plot(panel: Panel) -> Any:
+        options: dict[str, Any] = {"groupby": f"config.{by}", "groupby_aggfunc": "mean"} if by else {}
+        if panel.smoothing:
+            options |= {"smoothing_type": "exponential", "smoothing_factor": panel.smoothing}
+        return reports.LinePlot(title=panel.title, x=STEP, y=list(panel.metrics), **options)
+
+    made = [
+        workspaces.Section(name=part.title, is_open=part.is_open, panels=[plot(panel) for panel in part.panels])
+        for part in sections(eval_sets)
+    ]
+    return workspaces.Workspace(
+        name=name, entity=entity, project=project, sections=made, settings=workspaces.WorkspaceSettings(x_axis=STEP)
+    )
+
+
+def as_json(workspace: Any) -> dict[str, Any]:
+    """What would be sent to the server, without sending it."""
+    spec: dict[str, Any] = json.loads(workspace._to_model().model_dump_json(by_alias=True))
+    return spec

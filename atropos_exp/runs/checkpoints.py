@@ -1,0 +1,205 @@
+"""Checkpoints that survive a crash at any moment: written aside, hashed, flushed, renamed, then old ones removed.
+
+    checkpoints/step_000010/         a checkpoint: what the trainer wrote + manifest.json
+    checkpoints/tmp.step_000012.…    being written or removed, or left so by a crash; never read
+    checkpoints/old.step_000010.…    being replaced by a newer one of the same step; read only if that is missing
+
+One process writes to a folder at a time; any number may read it.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import shutil
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from atropos_exp.errors import UserError
+from atropos_exp.runs import manifest
+from atropos_exp.runs.manifest import DamagedError
+
+if TYPE_CHECKING:
+    from atropos_exp.interfaces import JSON
+
+_NAME = re.compile(r"(old\.)?step_(\d{6,})(\.[0-9a-f]+)?")
+_logger = logging.getLogger(__name__)
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written. The ones before it are untouched."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A verified checkpoint."""
+
+    folder: Path
+    step: int  # finished steps
+    state: JSON  # as given to `Checkpoints.save`
+
+
+def _alone(value: JSON) -> JSON:
+    return value
+
+
+class Checkpoints:
+    """The checkpoints of one run. With several ranks every method is collective.
+
+    `broadcast` returns rank 0's JSON on every rank; rank 0 alone touches the disk, apart from what `write` does.
+    `damaged` lists, after `latest`, what was skipped and why.
+    """
+
+    def __init__(self, folder: Path, *, keep: int, rank: int = 0, broadcast: Callable[[JSON], JSON] = _alone) -> None:
+        if keep < 1:
+            raise UserError(f"the number of checkpoints to keep must be at least 1; got {keep}")
+        self.folder = folder
+        self.damaged: dict[Path, str] = {}
+        self._keep = keep
+        self._rank = rank
+        self._broadcast = broadcast
+
+    def save(self, step: int, write: Callable[[Path], None], state: JSON, *, expected_bytes: int = 0) -> Path:
+        """Publish `step_<step>` with what `write` puts into the folder it is given, and `state`.
+
+        `write` is called on every rank with the same folder (`PolicyTrainer.save`); it must end its collective
+        operations on all ranks before it raises. `expected_bytes` (or the size of the newest checkpoint) must be
+        free on the disk. Raises CheckpointError on every rank if rank 0 met an I/O error; any other error of
+        `write` passes through.
+        """
+        temporary = Path(self._on_rank_0(lambda: {"folder": str(self._begin(step, expected_bytes))})["folder"])
+        failure: Exception | None = None
+        try:
+            write(temporary)
+        except Exception as error:
+            if self._rank != 0:
+                raise
+            failure = error  # the other ranks must hear of it before this one leaves
+
+        def publish() -> JSON:
+            if failure is not None:
+                raise failure
+            return {"folder": str(self._publish(temporary, step, state))}
+
+        try:
+            return Path(self._on_rank_0(publish)["folder"])
+        finally:
+            if self._rank == 0:
+                shutil.rmtree(temporary, ignore_errors=True)  # gone already if it was published
+
+    def latest(self) -> Checkpoint | None:
+        """The newest checkpoint whose every file is intact. Damaged ones are logged and skipped, not removed."""
+
+        def search() -> JSON:
+            found, self.damaged = find_latest(self.folder)
+            return {} if found is None else {"folder": str(found.folder), "step": found.step, "state": found.state}
+
+        found = self._on_rank_0(search)
+        return Checkpoint(folder=Path(found["folder"]), step=found["step"], state=found["state"]) if found else None
+
+    def _begin(self, step: int, expected_bytes: int) -> Path:
+        created = not self.folder.is_dir()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if created:
+            manifest.fsync(self.folder.parent)
+        for leftover in self.folder.glob("tmp.*"):
+            _remove(leftover)
+        needed = max(expected_bytes, self._size_of_newest())
+        free = shutil.disk_usage(self.folder).free
+        if free < needed:
+            raise CheckpointError(
+                f"no room for the checkpoint of step {step}: {self.folder} has {free / 1e9:.2f} GB free, "
+                f"it needs {needed / 1e9:.2f} GB. Free some space, or keep fewer checkpoints (now {self._keep})"
+            )
+        temporary = self.folder / f"tmp.step_{step:06d}.{uuid.uuid4().hex}"
+        temporary.mkdir()
+        return temporary
+
+    def _publish(self, temporary: Path, step: int, state: JSON) -> Path:
+        manifest.seal(temporary, {"step": step, "state": state})
+        final = self.folder / f"step_{step:06d}"
+        if final.exists():  # of an earlier attempt; stays readable until the new one is in place
+            final.rename(self.folder / f"old.{final.name}.{uuid.uuid4().hex}")
+        temporary.rename(final)
+        manifest.fsync(self.folder)
+        self._rotate(step)
+        return final
+
+    def _rotate(self, step: int) -> None:
+        """Remove all but the newest `keep` up to `step`, which is on the disk now. A failure costs space only."""
+        older = [entry for entry in _list(self.folder) if entry[0] <= step]
+        whole = [folder for _, replaced, folder in older if not replaced and folder not in self.damaged]
+        for _, _, folder in older:
+            if folder not in whole[: self._keep]:
+                _remove(folder)
+                self.damaged.pop(folder, None)
+
+    def _size_of_newest(self) -> int:
+        for _, _, folder in _list(self.folder):
+            try:
+                return manifest.num_bytes(folder)
+            except DamagedError:
+                continue
+        return 0
+
+    def _on_rank_0(self, work: Callable[[], JSON]) -> JSON:
+        """Run `work` on rank 0 and give every rank its result, or every rank its error."""
+        if self._rank != 0:
+            answer = self._broadcast({})
+            if "error" in answer:
+                raise CheckpointError(f"rank 0: {answer['error']}")
+            return answer
+        try:
+            result = work()
+        except Exception as error:
+            self._broadcast({"error": str(error)})
+            if _is_io_error(error):
+                raise CheckpointError(f"could not write a checkpoint to {self.folder}: {error}") from error
+            raise
+        return self._broadcast(result)
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """The checkpoint in `folder`. Raises DamagedError naming the file that is missing or changed."""
+    about = manifest.verify(folder)
+    return Checkpoint(folder=folder, step=about["step"], state=about["state"])
+
+
+def find_latest(folder: Path) -> tuple[Checkpoint | None, dict[Path, str]]:
+    """The newest intact checkpoint under `folder` (reads only), and the damaged ones met before it with the reason."""
+    damaged: dict[Path, str] = {}
+    for _, _, candidate in _list(folder):
+        try:
+            return open_checkpoint(candidate), damaged
+        except DamagedError as error:
+            damaged[candidate] = str(error)
+            _logger.warning("skipping the damaged checkpoint %s: %s", candidate, error)
+    return None, damaged
+
+
+def _list(folder: Path) -> list[tuple[int, bool, Path]]:
+    """(step, being replaced, folder), newest step first, and of one step the replacement first."""
+    entries = []
+    for path in folder.iterdir() if folder.is_dir() else ():
+        match = _NAME.fullmatch(path.name)
+        if match and path.is_dir():
+            entries.append((int(match[2]), match[1] is not None, path))
+    return sorted(entries, key=lambda entry: (-entry[0], entry[1], entry[2]))
+
+
+def _remove(folder: Path) -> None:
+    """Under a `tmp.` name first: a removal that stops half way must not leave half a checkpoint behind."""
+    try:
+        if not folder.name.startswith("tmp."):
+            folder = folder.rename(folder.with_name(f"tmp.{folder.name}.{uuid.uuid4().hex}"))
+        shutil.rmtree(folder)
+    except OSError as error:
+        _logger.warning("could not remove %s, which only costs space: %s", folder, error)
+
+
+def _is_io_error(error: Exception) -> bool:
+    # safetensors wraps the operating system's error in a class of its own, which is no OSError
+    return isinstance(error, OSError) or type(error).__name__ == "SafetensorError"

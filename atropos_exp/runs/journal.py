@@ -1,0 +1,176 @@
+"""The rollout journal: the groups of one step, on disk before the update that uses them. Pure but for pyarrow.
+
+A parquet row is a rollout (open it with pandas); the groups, the drop counts and the source's state after the step
+travel in the file's metadata, with a digest over everything. What comes back equals what went in, bit for bit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from atropos_exp.runs.atomic import replacing
+from atropos_exp.types import Dropped, Finish, Rollout, RolloutGroup
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from pyarrow import Array
+
+log = logging.getLogger(__name__)
+
+FORMAT = 2
+_LISTS: Mapping[str, type[np.generic]] = {
+    "token_ids": np.int32,
+    "trained": np.bool_,
+    "logprobs": np.float32,
+    "advantages": np.float32,
+    "reference_logprobs": np.float32,
+}
+_SCALARS = ("reward", "finish", "policy_version", "zero_advantage", "temperature", "supervised")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Journal:
+    """What one step was trained on."""
+
+    step: int
+    groups: list[RolloutGroup]
+    dropped: Dropped
+    state: Mapping[str, Any] = field(default_factory=dict)  # JSON: the rollout source's, after this step
+
+
+def write_journal(path: Path, journal: Journal) -> None:
+    """Write `path` atomically; it is on the disk when this returns."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rollouts = [rollout for group in journal.groups for rollout in group.rollouts]
+    head = json.dumps(
+        {
+            "format": FORMAT,
+            "step": journal.step,
+            "groups": [[group.prompt_id, group.source, len(group.rollouts)] for group in journal.groups],
+            "dropped": dict(journal.dropped.reasons),
+            "state": dict(journal.state),
+        }
+    )
+    group_of_rollout = [at for at, group in enumerate(journal.groups) for _ in group.rollouts]
+    columns: dict[str, Array] = {
+        "group": pa.array(group_of_rollout, pa.int32()),
+        "prompt_id": pa.array([journal.groups[at].prompt_id for at in group_of_rollout], pa.string()),
+        "reward": pa.array([rollout.reward for rollout in rollouts], pa.float64()),
+        "finish": pa.array([rollout.finish.value for rollout in rollouts], pa.string()),
+        "policy_version": pa.array([rollout.policy_version for rollout in rollouts], pa.int64()),
+        "zero_advantage": pa.array([rollout.zero_advantage for rollout in rollouts], pa.bool_()),
+        "temperature": pa.array([rollout.temperature for rollout in rollouts], pa.float64()),
+        "supervised": pa.array([rollout.supervised for rollout in rollouts], pa.bool_()),
+    }
+    for name, dtype in _LISTS.items():
+        columns[name] = _to_lists([getattr(rollout, name) for rollout in rollouts], dtype)
+    metadata = {"atropos_exp.head": head, "atropos_exp.digest": _digest(head, rollouts)}
+    with replacing(path) as draft:
+        pq.write_table(pa.table(columns).replace_schema_metadata(metadata), draft, compression="zstd")
+
+
+def read_journal(path: Path) -> Journal | None:
+    """The journal at `path`; None if there is none, or (with a warning that names it) if the file is damaged."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if not path.exists():
+        return None
+    try:
+        table = pq.read_table(path)
+        metadata = table.schema.metadata or {}
+        head = metadata[b"atropos_exp.head"].decode()
+        facts = json.loads(head)
+        if facts["format"] != FORMAT:
+            log.warning(
+                "rollout journal %s counts as absent: it has format %s, this version reads %d",
+                path, facts["format"], FORMAT,
+            )  # fmt: skip
+            return None
+        journal = _from_table(facts, {name: table.column(name) for name in table.column_names})
+        found = _digest(head, [rollout for group in journal.groups for rollout in group.rollouts])
+        if found != metadata[b"atropos_exp.digest"].decode():
+            raise ValueError("its digest does not match its content")
+    except (OSError, KeyError, ValueError, pa.ArrowException) as error:  # what a torn or altered file raises
+        log.warning("rollout journal %s is damaged and counts as absent: %s", path, error)
+        return None
+    return journal
+
+
+def _from_table(head: dict[str, Any], columns: Mapping[str, Any]) -> Journal:
+    lists = {name: _from_lists(columns[name].combine_chunks()) for name in _LISTS}
+    scalars = {name: columns[name].to_pylist() for name in _SCALARS}
+    rollouts = [
+        Rollout(
+            token_ids=lists["token_ids"][at],
+            trained=lists["trained"][at],
+            logprobs=lists["logprobs"][at],
+            advantages=lists["advantages"][at],
+            reward=scalars["reward"][at],
+            finish=Finish(scalars["finish"][at]),
+            policy_version=scalars["policy_version"][at],
+            zero_advantage=scalars["zero_advantage"][at],
+            reference_logprobs=lists["reference_logprobs"][at],
+            temperature=scalars["temperature"][at],
+            supervised=scalars["supervised"][at],
+        )
+        for at in range(len(scalars["reward"]))
+    ]
+    if sum(num for _, _, num in head["groups"]) != len(rollouts):
+        raise ValueError(f"it names {head['groups']} groups and holds {len(rollouts)} rollouts")
+    rest = iter(rollouts)
+    groups = [
+        RolloutGroup(prompt_id=prompt_id, source=source, rollouts=tuple(next(rest) for _ in range(num)))
+        for prompt_id, source, num in head["groups"]
+    ]
+    return Journal(step=head["step"], groups=groups, dropped=Dropped(reasons=head["dropped"]), state=head["state"])
+
+
+def _to_lists(arrays: Sequence[NDArray[Any] | None], dtype: type[np.generic]) -> Array:
+    import pyarrow as pa
+
+    offsets = np.zeros(len(arrays) + 1, dtype=np.int64)
+    np.cumsum([0 if array is None else len(array) for array in arrays], out=offsets[1:])
+    present = [array for array in arrays if array is not None]
+    values = np.concatenate(present).astype(dtype, copy=False) if present else np.zeros(0, dtype)
+    missing = pa.array([array is None for array in arrays], pa.bool_())
+    return pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(values), mask=missing)
+
+
+def _from_lists(column: Any) -> list[Any]:
+    offsets = column.offsets.to_numpy()
+    values = column.values.to_numpy(zero_copy_only=False)
+    present = column.is_valid().to_numpy(zero_copy_only=False)
+    return [
+        values[start:end].copy() if there else None
+        for start, end, there in zip(offsets[:-1], offsets[1:], present, strict=True)
+    ]
+
+
+def _digest(head: str, rollouts: Sequence[Rollout]) -> str:
+    """blake2b over the head and every field of every rollout, with lengths, so that nothing can slide over."""
+    digest = hashlib.blake2b(head.encode(), digest_size=16)
+    for part in _parts(rollouts):
+        digest.update(len(part).to_bytes(8, "little"))
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def _parts(rollouts: Sequence[Rollout]) -> Iterator[bytes]:
+    for rollout in rollouts:
+        yield np.float64(rollout.reward).tobytes()
+        yield f"{rollout.finish.value} {rollout.policy_version} {rollout.zero_advantage} {rollout.supervised}".encode()
+        yield b"absent" if rollout.temperature is None else np.float64(rollout.temperature).tobytes()
+        for name, dtype in _LISTS.items():
+            array = getattr(rollout, name)
+            yield b"absent" if array is None else np.ascontiguousarray(array, dtype).tobytes()

@@ -1,0 +1,112 @@
+"""summary.json: what a run came to, read from its metrics.jsonl, so that the two cannot disagree. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from atropos_exp.runs.files import Row
+
+SUMMARY_KEYS = (
+    "status",  # finished | stopped | failed
+    "error",  # one line, None unless failed
+    "steps",  # completed, over all attempts
+    "policy_version",  # of the last weights
+    "reward_first",  # reward/mean of the first step that has one
+    "reward_last",
+    "eval_first",  # greedy accuracy, mean over the held-out sets
+    "eval_last",
+    "wall_seconds",  # over all attempts
+    "tokens_per_second",  # prompt and sampled tokens over wall_seconds of the steps
+    "rollouts",  # {atropos, local, dropped: {reason: number}}
+    "sync",  # {count, verified, seconds_mean, bytes (of one sync), canary_gap_max}
+    "resumed_from",  # the checkpoint's folder name, None for a new run
+    "seed",
+    "git",
+    "versions",
+    "config_hash",
+)
+STATUSES = ("finished", "stopped", "failed")
+
+
+def summarize_run(
+    rows: Sequence[Row],
+    *,
+    status: str,
+    error: str | None,
+    policy_version: int,
+    resumed_from: str | None,
+    seed: int,
+    git: str | None,
+    versions: Mapping[str, str],
+    config_hash: str,
+    num_failed_syncs: int = 0,
+    num_repeated_syncs: int = 0,
+    wall_seconds: float | None = None,
+) -> dict[str, Any]:
+    """The summary of a run whose metrics.jsonl holds `rows`.
+
+    `wall_seconds`: None sums `time/step_s`, which leaves out what came before the first step. A sync whose proof
+    failed has no row, nor has one that was repeated for an engine started anew; the last two arguments count them.
+    """
+    assert status in STATUSES, f"status must be one of {STATUSES}; got {status}"
+    rewards = _column(rows, "reward/mean")
+    accuracies = [value for row in rows if (value := eval_accuracy(row)) is not None]
+    step_seconds = sum(_column(rows, "time/step_s"))
+    syncs = [row for row in rows if row.get("sync/bytes") is not None]
+    sync_seconds, gaps = _column(syncs, "time/sync_s"), _column(syncs, "sync/canary_gap_max")
+    summary = {
+        "status": status,
+        "error": error,
+        "steps": len({row["step"] for row in rows} - {0}),  # step 0 is the untrained policy
+        "policy_version": policy_version,
+        "reward_first": rewards[0] if rewards else None,
+        "reward_last": rewards[-1] if rewards else None,
+        "eval_first": accuracies[0] if accuracies else None,
+        "eval_last": accuracies[-1] if accuracies else None,
+        "wall_seconds": step_seconds if wall_seconds is None else wall_seconds,
+        "tokens_per_second": sum(_column(rows, "rollout/num_tokens")) / step_seconds if step_seconds else None,
+        "rollouts": {
+            "atropos": int(sum(_column(rows, "rollout/num_atropos"))),
+            "local": int(sum(_column(rows, "rollout/num_local"))),
+            "dropped": _dropped(rows),
+        },
+        "sync": {
+            "count": len(syncs) + num_failed_syncs + num_repeated_syncs,
+            "verified": len(syncs) + num_repeated_syncs,
+            "seconds_mean": sum(sync_seconds) / len(sync_seconds) if sync_seconds else None,
+            "bytes": int(syncs[-1]["sync/bytes"] or 0) if syncs else 0,
+            "canary_gap_max": max(gaps) if gaps else None,
+        },
+        "resumed_from": resumed_from,
+        "seed": seed,
+        "git": git,
+        "versions": dict(versions),
+        "config_hash": config_hash,
+    }
+    assert tuple(summary) == SUMMARY_KEYS
+    return summary
+
+
+def eval_accuracy(row: Row) -> float | None:
+    """Greedy accuracy of a step, the plain mean over its held-out sets; None if it had no evaluation."""
+    values = [
+        value
+        for name, value in row.items()
+        if name.startswith("eval/") and name.endswith("/accuracy") and value is not None
+    ]
+    return sum(values) / len(values) if values else None
+
+
+def _column(rows: Sequence[Row], name: str) -> list[float]:
+    return [value for row in rows if (value := row.get(name)) is not None]
+
+
+def _dropped(rows: Sequence[Row]) -> dict[str, int]:
+    prefix = "rollout/dropped_"
+    total: dict[str, int] = {}
+    for row in rows:
+        for name, value in row.items():
+            if name.startswith(prefix) and value:
+                total[name.removeprefix(prefix)] = total.get(name.removeprefix(prefix), 0) + int(value)
+    return total

@@ -1,0 +1,263 @@
+"""The folder of one sweep: what it was asked to do, its runs, and how each of them stands. Pure.
+
+sweep.json          the request: axes, baseline, settings, how it was started
+manifest.jsonl      one line per run: its point, seed and overrides; written before it starts
+configs/003.yaml    the frozen configuration of run 3; nothing that is edited later changes it
+003/                the run folder
+events.jsonl        when runs were queued, started and ended, and why
+log/003.log         what the run printed
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from atropos_exp.errors import UserError
+from atropos_exp.runs.atomic import write_atomic
+from atropos_exp.runs.files import read_metrics
+
+REQUEST = "sweep.json"
+TRIAL_END = "trial_end.json"  # of a run folder: what the search made of the run
+
+
+class Phase(StrEnum):
+    """Where a run of a sweep stands."""
+
+    PENDING = "pending"  # not started, or queued
+    RUNNING = "running"
+    FINISHED = "finished"  # reached its last step
+    PRUNED = "pruned"  # a search ended it early, on purpose
+    STOPPED = "stopped"  # ended well but early, on request
+    CANCELLED = "cancelled"
+    TIMEOUT = "timeout"
+    FAILED = "failed"
+    KILLED = "killed"  # by a signal, or with the machine
+
+    @property
+    def is_open(self) -> bool:
+        """It will still change by itself."""
+        return self in (Phase.PENDING, Phase.RUNNING)
+
+    @property
+    def is_done(self) -> bool:
+        """Doing the sweep again leaves this run as it is."""
+        return self in (Phase.FINISHED, Phase.PRUNED)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Request:
+    """A sweep as it was asked for."""
+
+    kind: str  # grid | optuna
+    identity: str  # of the frozen configurations: the same command finds the same sweep
+    name: str
+    created: str  # ISO time
+    command: list[str]
+    cwd: str  # where relative paths of the configurations start
+    axes: list[str]  # keys that differ between points
+    baseline: int | None  # a point; None in a search
+    settings: dict[str, Any]  # the node `sweep` of the configuration
+    cluster: dict[str, Any]  # the node `cluster`, the same for all runs
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunRecord:
+    """One run of a sweep."""
+
+    number: int
+    point: int  # runs of one point differ by their seed only
+    values: dict[str, Any]  # axis -> value
+    seed: int
+    config_hash: str
+    max_steps: int
+    num_devices: int  # that it keeps busy
+
+    @property
+    def folder(self) -> str:
+        return f"{self.number:03d}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunState:
+    """How a run stands, with the reason in words if it did not finish."""
+
+    phase: Phase
+    reason: str = ""
+    started: float | None = None  # seconds since the epoch, of the last attempt
+    ended: float | None = None
+    seconds: float | None = None  # of its processes, over all attempts; None: as events.jsonl has it
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrialEnd:
+    """How a trial of a search ended: finished, pruned or failed, and its last value."""
+
+    phase: Phase
+    value: float | None
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class SweepFolder:
+    path: Path
+
+    @classmethod
+    def open(cls, path: Path) -> SweepFolder:
+        """Raises UserError if there is no sweep."""
+        if not (path / REQUEST).is_file():
+            raise UserError(f"{path} is not the folder of a sweep: it has no {REQUEST}")
+        return cls(path.absolute())
+
+    def request(self) -> Request:
+        return Request(**json.loads((self.path / REQUEST).read_text()))
+
+    def write_request(self, request: Request) -> None:
+        write_atomic(self.path / REQUEST, json.dumps(asdict(request), indent=2) + "\n")
+
+    def records(self) -> list[RunRecord]:
+        """By number. A torn last line, of a writer that was killed, is left out."""
+        return [RunRecord(**line) for line in _json_lines(self.path / "manifest.jsonl")]
+
+    def add_record(self, record: RunRecord) -> None:
+        _append(self.path / "manifest.jsonl", asdict(record))
+
+    def config_path(self, number: int) -> Path:
+        return self.path / "configs" / f"{number:03d}.yaml"
+
+    def run_folder(self, number: int) -> Path:
+        return self.path / f"{number:03d}"
+
+    def log_path(self, name: str) -> Path:
+        (self.path / "log").mkdir(exist_ok=True)
+        return self.path / "log" / f"{name}.log"
+
+    def log_of(self, record: RunRecord) -> Path:
+        """What the run printed, within the folder: a cluster's launcher keeps it with the run."""
+        own = Path("log") / f"{record.folder}.log"
+        return own if (self.path / own).exists() else Path(record.folder) / "log" / "rank_0.log"
+
+    def note(self, **event: Any) -> None:
+        """Append one line to events.jsonl."""
+        _append(self.path / "events.jsonl", event)
+
+    def events(self) -> list[dict[str, Any]]:
+        return _json_lines(self.path / "events.jsonl")
+
+    def states(self, backend: Mapping[int, RunState]) -> dict[int, RunState]:
+        """Of every run: its own records where it finished, else what the backend says, else what it left behind."""
+        return {record.number: self._state(record, backend.get(record.number)) for record in self.records()}
+
+    def _state(self, record: RunRecord, told: RunState | None) -> RunState:
+        status, error = run_status(self.run_folder(record.number))
+        if status == "finished":
+            return replace(told or RunState(phase=Phase.FINISHED), phase=Phase.FINISHED, reason="")
+        if told is not None:
+            return told
+        if status == "failed":
+            return RunState(phase=Phase.FAILED, reason=error)
+        return RunState(phase=Phase.STOPPED if status == "stopped" else Phase.PENDING)
+
+    def last_step(self, number: int) -> int:
+        """Newest step in metrics.jsonl; 0 before the first."""
+        rows, _ = read_metrics(self.run_folder(number) / "metrics.jsonl")
+        return max((int(row["step"] or 0) for row in rows), default=0)
+
+
+def read_trial_end(folder: Path) -> TrialEnd | None:
+    try:
+        content = json.loads((folder / TRIAL_END).read_text())
+    except (OSError, ValueError):
+        return None
+    return TrialEnd(phase=Phase(content["phase"]), value=content["value"], reason=content["reason"])
+
+
+def run_status(folder: Path) -> tuple[str | None, str]:
+    """`status` and `error` of a run's summary.json; (None, "") if there is none, or none that can be read."""
+    try:
+        summary = json.loads((folder / "summary.json").read_text())
+        return str(summary["status"]), str(summary["error"] or "")
+    except (OSError, ValueError, KeyError):
+        return None, ""
+
+
+def outcome(*, code: int, request: str, folder: Path, log: Path, since: float) -> tuple[Phase, str]:
+    """How a run that has just ended stands, and why.
+
+    `code`: of its process, negative for a signal. `request`: why it was asked to stop, "timeout ...", "cancelled ..."
+    or "". `since`: when the attempt started, in seconds since the epoch; an older summary.json is not its own.
+    """
+    status, error = run_status(folder)
+    try:
+        fresh = (folder / "summary.json").stat().st_mtime >= since - 1
+    except OSError:
+        fresh = False
+    if status == "finished":
+        return Phase.FINISHED, ""
+    if request:
+        return (Phase.TIMEOUT if request.startswith("timeout") else Phase.CANCELLED), request
+    if code < 0 or code > 128:  # a shell, and a run of several ranks, say 128 + signal
+        return Phase.KILLED, f"killed by {_signal_name(-code if code < 0 else code - 128)}"
+    if fresh and status == "stopped":
+        return Phase.STOPPED, "stopped on request"
+    if fresh and status == "failed":
+        return Phase.FAILED, error
+    return Phase.FAILED, last_line(log) or f"exit code {code}, without a word"
+
+
+def last_line(log: Path) -> str:
+    """The last line that says something; for reasons in one line."""
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, log.stat().st_size - 8192))
+            lines = file.read().decode("utf-8", "replace").splitlines()
+    except OSError:
+        return ""
+    return next((line.strip()[:300] for line in reversed(lines) if line.strip()), "")
+
+
+def describe_point(values: Mapping[str, Any]) -> str:
+    """Such as "advantage=grpo, learning_rate=0.001"; the last name of a key is enough unless two share it."""
+    last = [key.rsplit(".", 1)[-1] for key in values]
+    names = [name if last.count(name) == 1 else key for name, key in zip(last, values, strict=True)]
+    return ", ".join(f"{name}={shown(value)}" for name, value in zip(names, values.values(), strict=True)) or "(as is)"
+
+
+def shown(value: Any) -> str:
+    if isinstance(value, bool) or value is None:
+        return json.dumps(value)
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _signal_name(number: int) -> str:
+    import signal
+
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def _append(path: Path, line: Mapping[str, Any]) -> None:
+    """One write, so that several writers never mix their lines."""
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        os.write(handle, (json.dumps(line) + "\n").encode())
+    finally:
+        os.close(handle)
+
+
+def _json_lines(path: Path) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+    lines: Sequence[str] = path.read_text().splitlines() if path.exists() else ()
+    for line in lines:
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue  # torn: its writer was killed in the middle of it
+    return found

@@ -1,0 +1,211 @@
+"""Moves the trainer's weights into the engine after an update, and proves that they arrived."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import TYPE_CHECKING
+
+from atropos_exp.errors import EngineError, SyncError
+from atropos_exp.processes.ranks import from_rank_zero, same_outcome
+from atropos_exp.types import Floats, SyncStats, TokenIds
+from atropos_exp.weights.proof import Account, check_canary, check_complete, check_digests, check_finite
+from atropos_exp.weights.tensors import is_adapter, torch_dtype
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from atropos_exp.interfaces import Engine, PolicyTrainer, WeightReceiver
+
+# Mean |engine - trainer| logprob of the canary's tokens, in nats, that rounding explains, by the dtype of the served
+# weights. SmolLM2-135M in bfloat16 at temperature 0.7 was seen at 0.09 to 0.18, plain transformers against itself in
+# float32 at 0.07, single tokens up to 1.5 (docs/results/smollm2.md).
+DEFAULT_TOLERANCE = {"float32": 2e-4, "float16": 0.05, "bfloat16": 0.5}
+# What a sync spends its time on: to hold the engine, gather and cast, hand over and load, accept; and the two proofs.
+TRANSFER = ("open", "gather", "send", "commit")
+PROOF = ("digest", "canary")
+
+
+class ShardingManager:
+    """A `Publisher`. Collective: every rank calls `publish`; rank 0 alone talks to the engine.
+
+    One sync: the tensors are gathered one by one, cast to the engine's dtype and streamed in buckets, so that no
+    rank holds more than one bucket besides its shards. Before the engine commits, names, shapes, dtypes, bytes and
+    digests of what it holds are compared with what was sent. After it, the canary: fixed prompts must get the
+    trainer's logprobs from the engine. A failed proof leaves the engine refusing to sample, and raises SyncError
+    on every rank.
+    """
+
+    def __init__(
+        self,
+        trainer: PolicyTrainer,
+        engine: Engine | None,
+        *,
+        is_rank_zero: bool,
+        bucket_bytes: int,
+        canary: Sequence[TokenIds],
+        temperature: float,
+        tolerance: float | None,
+    ) -> None:
+        """`canary`: sequences of two or more tokens. `tolerance`: of `check_canary`; None: by the engine's dtype."""
+        assert (engine is not None) == is_rank_zero
+        assert canary and all(len(prompt) > 1 for prompt in canary) and bucket_bytes > 0
+        self._trainer = trainer
+        self._engine = engine
+        self._bucket_bytes = bucket_bytes
+        self._canary = canary
+        self._temperature = temperature
+        self._tolerance = tolerance
+        self.num_syncs = 0  # begun
+        self.num_verified = 0  # proven
+
+    def publish(self, version: int) -> SyncStats:
+        """Make the engine serve the trainer's weights as `version`. Raises SyncError; EngineError if it fails."""
+        self.num_syncs += 1
+        laps = Laps()
+        with same_outcome(f"the weight sync to version {version}"):
+            account, compared = self._transfer(version, laps)
+        with same_outcome(f"the proof of the weight sync to version {version}"), self._asked_canary() as scores:
+            ours = self._trainer.logprobs(self._canary, temperature=self._temperature)
+            largest, mean = self._check_canary(version, ours, scores)
+            laps("canary")
+        stats = from_rank_zero(
+            SyncStats(
+                policy_version=version,
+                num_tensors=len(account.kinds),
+                num_bytes=account.num_bytes,
+                seconds=sum(laps.seconds[part] for part in TRANSFER),
+                proof_seconds=sum(laps.seconds[part] for part in PROOF),
+                seconds_by_part=laps.seconds,
+                canary_gap_max=largest,
+                canary_gap_mean=mean,
+                digests_compared=compared,
+            )
+        )
+        self.num_verified += 1
+        return stats
+
+    def _transfer(self, version: int, laps: Laps) -> tuple[Account, int]:
+        """Send every tensor and compare what the engine then holds; the number of digests compared."""
+        account = Account()
+        compared = 0
+        with contextlib.ExitStack() as update:
+            receiver: WeightReceiver | None = None
+            with same_outcome(f"the begin of the weight sync to version {version}"):
+                if self._engine is not None:
+                    receiver = update.enter_context(self._engine.updating(version))
+            parameters = self._needed(receiver)
+            laps("open")
+            try:
+                if receiver is not None:
+                    for bucket in self._buckets(parameters, account):
+                        laps("gather")
+                        account.digests.add(bucket)
+                        laps("digest")
+                        receiver.receive(bucket)
+                        laps("send")
+                    laps("gather")
+                    compared = self._compare(receiver, account)
+                    laps("digest")
+            finally:
+                # The gathering is collective: the other ranks need this one to the end, also when the engine failed.
+                for _ in parameters:
+                    pass
+        laps("commit")
+        return account, compared
+
+    def _needed(self, receiver: WeightReceiver | None) -> Iterator[tuple[str, Tensor]]:
+        """What the engine asks for, which every rank has to gather: all weights with LoRA merged, or LoRA's matrices by
+        themselves, with or without the base that they adapt."""
+        names = [] if receiver is None else list(receiver.expected())
+        has_adapter, has_base = from_rank_zero((any(map(is_adapter, names)), not all(map(is_adapter, names))))
+        return self._trainer.adapter(with_base=has_base) if has_adapter else self._trainer.parameters()
+
+    def _buckets(
+        self, parameters: Iterator[tuple[str, Tensor]], account: Account
+    ) -> Iterator[list[tuple[str, Tensor]]]:
+        """Cast tensors in groups of at most `bucket_bytes`; a larger tensor goes alone."""
+        assert self._engine is not None
+        dtype = torch_dtype(self._engine.dtype)
+        bucket: list[tuple[str, Tensor]] = []
+        num_bytes = 0
+        for name, full in parameters:
+            tensor = full.detach().to(dtype)  # cast first: half the bytes leave the device, if they have to
+            if not self._engine.transfers_on_device:
+                tensor = tensor.cpu()
+            account.add(name, tensor)
+            if bucket and num_bytes + tensor.nbytes > self._bucket_bytes:
+                yield bucket
+                bucket, num_bytes = [], 0
+            bucket.append((name, tensor))
+            num_bytes += tensor.nbytes
+        if bucket:
+            yield bucket
+
+    def _compare(self, receiver: WeightReceiver, account: Account) -> int:
+        expected = receiver.expected()
+        check_complete(account.kinds, expected)
+        held = receiver.digests()  # asked for while the device may still be at ours
+        return check_digests(account.digests.read(), held, expected)
+
+    @contextlib.contextmanager
+    def _asked_canary(self) -> Iterator[list[Future[list[Floats]]]]:
+        """The canary's logprobs by every server, which find them while the trainer does."""
+        replicas = self._engine.replicas if self._engine is not None else []
+        with ThreadPoolExecutor(max(1, len(replicas)), thread_name_prefix="canary") as pool:
+            yield [pool.submit(one.score, self._canary, temperature=self._temperature) for one in replicas]
+
+    def _check_canary(
+        self, version: int, ours: Sequence[Floats], scores: Sequence[Future[list[Floats]]]
+    ) -> tuple[float, float]:
+        """Largest and mean gap on rank 0, zeros elsewhere."""
+        if self._engine is None:
+            return 0.0, 0.0
+        wait(scores)  # each has its deadline; a server that dies of this is dead before it is told to stop sampling
+        try:
+            check_finite(ours)  # before what the engine says: it may not have outlived such weights
+            tolerance = DEFAULT_TOLERANCE[self._engine.dtype] if self._tolerance is None else self._tolerance
+            gaps = []
+            for number, theirs in enumerate(scores):
+                try:
+                    gap = check_canary(self._canary, ours, theirs.result(), tolerance=tolerance, version=version)
+                    gaps.append(gap)
+                except SyncError as error:
+                    which = f"server {number}: " if len(self._engine.replicas) > 1 else ""
+                    raise SyncError(f"{which}{error}") from None
+            serves = self._engine.version()
+            if serves != version:
+                raise SyncError(f"the engine says that it serves version {serves} after the sync to version {version}")
+            return max(largest for largest, _ in gaps), sum(mean for _, mean in gaps) / len(gaps)
+        except SyncError as error:
+            self._quarantine(version, error)
+            raise
+
+    def _quarantine(self, version: int, error: SyncError) -> None:
+        """An update that is given up leaves the engine refusing to sample: nobody gets tokens of unproven weights."""
+        assert self._engine is not None
+        try:
+            with contextlib.suppress(_GivenUp), self._engine.updating(version):
+                raise _GivenUp
+        except EngineError as also:
+            error.add_note(f"the engine could not be told to stop sampling: {also}")
+
+
+class Laps:
+    """Seconds by part: each call books the time since the last one. A device works on after the call that asked it to,
+    so what a GPU takes to gather and digest shows where it is waited for, in `send`."""
+
+    def __init__(self) -> None:
+        self.seconds = dict.fromkeys((*TRANSFER, *PROOF), 0.0)
+        self._last = time.perf_counter()
+
+    def __call__(self, part: str) -> None:
+        now = time.perf_counter()
+        self.seconds[part] += now - self._last
+        self._last = now
+
+
+class _GivenUp(Exception):
+    """Ends an update on purpose."""

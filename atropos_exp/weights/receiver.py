@@ -1,0 +1,173 @@
+"""The receiver's side of a weight transport: where a bucket lies, and the tensors in it."""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from atropos_exp.errors import Refused, WireError
+from atropos_exp.processes.wire import Message
+from atropos_exp.weights.group import GroupSource
+from atropos_exp.weights.tensors import LORA_A, LORA_B, Piece, read_piece
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Kind = tuple[str, tuple[int, ...]]  # dtype, shape
+MAX_BYTES = 1 << 50
+NOT_PARAMETERS = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")  # buffers in older checkpoints
+SAFETENSORS_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class BucketSource:
+    """Where this server was told to look. The paths also open in a worker process of the server."""
+
+    shm: str | None  # of an inherited memory file, as /proc/<pid>/fd/<n>
+    folder: Path | None
+    cuda_ipc: bool
+    group: GroupSource | None
+
+    @property
+    def on_device(self) -> bool:
+        """Buckets lie in device memory."""
+        return self.cuda_ipc or (self.group is not None and self.group.backend == "nccl")
+
+    def check(self, message: Message) -> None:
+        """Refuses a message that says nothing to this server: of another transport."""
+        if self._key not in message:
+            got = ", ".join(sorted(message))
+            raise Refused(400, f"this server was started for another weight transport; got {got}")
+
+    @property
+    def _key(self) -> str:
+        """Of a message, under which it says where the bucket lies. Other servers may find theirs under others."""
+        if self.group is not None:
+            return "group"
+        if self.cuda_ipc:
+            return "cuda"
+        return "shm" if self.folder is None else "file"
+
+    def kinds(self, message: Message) -> list[tuple[str, Kind]]:
+        """Name, dtype and shape of the bucket's tensors, without reading them."""
+        self.check(message)
+        if self.folder is not None:
+            return safetensors_kinds(self._file(message))
+        size = self._size(message)
+        pieces = [Piece.from_message(item, buffer_bytes=size) for item in message["pieces"]]
+        return [(piece.name, (piece.dtype, piece.shape)) for piece in pieces]
+
+    def read(self, message: Message, *, receiver: int = 0) -> Iterator[tuple[str, Tensor]]:
+        """The bucket's tensors, as views: they are gone with the next bucket. `receiver`: number of this process among
+        those of the server that receive weights."""
+        self.check(message)
+        if self.folder is not None:
+            from safetensors.torch import load_file
+
+            yield from load_file(self._file(message)).items()
+            return
+        size = self._size(message)
+        pieces = [Piece.from_message(item, buffer_bytes=size) for item in message["pieces"]]
+        buffer: Any
+        if self.group is not None:
+            buffer = self.group.receive(message["group"], size, receiver=receiver)
+        else:
+            buffer = open_cuda(message["cuda"], size) if self.cuda_ipc else self._map(size)
+        for piece in pieces:
+            yield piece.name, read_piece(piece, buffer)
+
+    def _file(self, message: Message) -> Path:
+        assert self.folder is not None
+        name = str(message["file"])
+        if Path(name).name != name:
+            raise Refused(400, f"not a file name: {name!r}")
+        return self.folder / name
+
+    def _size(self, message: Message) -> int:
+        size = message["num_bytes"]
+        if type(size) is not int or not 0 <= size <= MAX_BYTES:
+            raise Refused(400, f"num_bytes must be a number from 0 to {MAX_BYTES}; got {size!r}")
+        return size
+
+    def _map(self, size: int) -> mmap.mmap:
+        assert self.shm is not None
+        fd = os.open(self.shm, os.O_RDWR)
+        try:
+            return mmap.mmap(fd, max(size, 1))  # unmapped when the last view of it is gone
+        finally:
+            os.close(fd)
+
+
+def safetensors_kinds(path: Path) -> list[tuple[str, Kind]]:
+    """Name, dtype and shape of the floating-point tensors of a file, from its header."""
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+    return [
+        (name, (SAFETENSORS_DTYPES[item["dtype"]], tuple(item["shape"])))
+        for name, item in header.items()
+        if name != "__metadata__" and item["dtype"] in SAFETENSORS_DTYPES
+    ]
+
+
+def expected_tensors(folder: Path, *, dtype: str, is_tied: bool) -> dict[str, Kind]:
+    """What an update must bring, by the checkpoint's own names: its floating-point tensors in the served dtype, a tied
+    head once."""
+    found: dict[str, Kind] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        for name, (_, shape) in safetensors_kinds(path):
+            if not name.endswith(NOT_PARAMETERS) and not (name == "lm_head.weight" and is_tied):
+                found[name] = (dtype, shape)
+    if not found:
+        raise SystemExit(f"no weights in {folder}: this engine needs them as *.safetensors")
+    return found
+
+
+def adapter_tensors(base: Mapping[str, Kind], *, rank: int, target_modules: Sequence[str]) -> dict[str, Kind]:
+    """The LoRA matrices of a model with these tensors: of every linear layer with the name of a target, as PEFT has
+    it."""
+    found: dict[str, Kind] = {}
+    for name, (dtype, shape) in base.items():
+        module = name.removesuffix(".weight")
+        if len(shape) == 2 and module != name and module.endswith(tuple(f".{target}" for target in target_modules)):
+            found[module + LORA_A] = (dtype, (rank, shape[1]))
+            found[module + LORA_B] = (dtype, (shape[0], rank))
+    return found
+
+
+def inherited(fd: int | None) -> str | None:
+    """The path of a file that this process inherited: a worker process of it can open the same."""
+    return None if fd is None else f"/proc/{os.getpid()}/fd/{fd}"
+
+
+def share_cuda(buffer: Tensor) -> list[Any]:
+    """The handle of a device buffer for a process on the same GPU: numbers and bytes, no pickle."""
+    return list(buffer.untyped_storage()._share_cuda_())
+
+
+_opened: dict[tuple[Any, ...], Any] = {}  # handle -> storage: the sender uses one buffer again and again
+
+
+def open_cuda(handle: Any, size: int) -> Tensor:
+    """The sender's device buffer in this process, as bytes. An IPC handle leads to device memory and runs no code."""
+    import torch
+
+    match handle:
+        case [int(), bytes(memory), int(length), int(start), bytes(), int(), bytes(), bool()]:
+            key = (memory, length, start)
+        case _:
+            raise WireError(f"not a CUDA handle: {handle!r:.100}")
+    if key not in _opened:
+        _opened.clear()
+        arguments = [torch.cuda.current_device(), *handle[1:]]  # the sender's number of the GPU may be another
+        _opened[key] = torch.UntypedStorage._new_shared_cuda(*arguments)
+    storage = _opened[key]
+    if size > storage.nbytes():
+        raise WireError(f"a bucket of {size} bytes in a buffer of {storage.nbytes()}")
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)[:size]

@@ -1,0 +1,100 @@
+"""Weights as bytes: how a bucket of tensors lies in a buffer, and the digest that proves a tensor arrived."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from atropos_exp.errors import WireError
+
+if TYPE_CHECKING:
+    from torch import Tensor, dtype
+
+TENSOR_DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}  # name -> bytes of an element
+LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"  # after the name of the module that they adapt, as PEFT has it
+ALIGNMENT = 64  # bytes; every tensor of a bucket starts at a multiple of it
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Piece:
+    """Where one tensor lies in a bucket's buffer."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int  # bytes
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * TENSOR_DTYPES[self.dtype]
+
+    def to_message(self) -> list[Any]:
+        return [self.name, self.dtype, list(self.shape), self.offset]
+
+    @staticmethod
+    def from_message(item: Any, *, buffer_bytes: int) -> Piece:
+        """Checked: the piece lies inside a buffer of `buffer_bytes`. Raises WireError."""
+        match item:
+            case [str(name), str(kind), list(shape), int(offset)] if kind in TENSOR_DTYPES and all(
+                type(size) is int and size >= 0 for size in shape
+            ):
+                piece = Piece(name=name, dtype=kind, shape=tuple(shape), offset=offset)
+            case _:
+                raise WireError(f"not the place of a tensor: {item!r:.200}")
+        if offset < 0 or offset % ALIGNMENT or offset + piece.num_bytes > buffer_bytes:
+            raise WireError(f"{name} at byte {offset} does not fit a buffer of {buffer_bytes} bytes")
+        return piece
+
+
+def layout(bucket: Sequence[tuple[str, Tensor]]) -> tuple[list[Piece], int]:
+    """The places of a bucket's tensors one after the other, and the bytes of the whole buffer."""
+    pieces: list[Piece] = []
+    offset = 0
+    for name, tensor in bucket:
+        piece = Piece(name=name, dtype=dtype_name(tensor), shape=tuple(tensor.shape), offset=offset)
+        pieces.append(piece)
+        offset += -(-piece.num_bytes // ALIGNMENT) * ALIGNMENT
+    return pieces, offset
+
+
+def write_bucket(bucket: Sequence[tuple[str, Tensor]], pieces: Sequence[Piece], buffer: Any) -> None:
+    """Copy the tensors (of any device) to their places in a writable buffer, or in a tensor of bytes."""
+    import torch
+
+    target = buffer if isinstance(buffer, torch.Tensor) else torch.frombuffer(buffer, dtype=torch.uint8)
+    for (_, tensor), piece in zip(bucket, pieces, strict=True):
+        if piece.num_bytes:
+            place = target[piece.offset : piece.offset + piece.num_bytes].view(tensor.dtype)
+            place.view(tensor.shape).copy_(tensor.detach())
+
+
+def read_piece(piece: Piece, buffer: Any) -> Tensor:
+    """The tensor at its place, as a view: copy it before the buffer goes away."""
+    import torch
+
+    if piece.num_bytes == 0:
+        return torch.empty(piece.shape, dtype=torch_dtype(piece.dtype))
+    if isinstance(buffer, torch.Tensor):
+        flat = buffer[piece.offset : piece.offset + piece.num_bytes]
+    else:
+        flat = torch.frombuffer(buffer, dtype=torch.uint8, count=piece.num_bytes, offset=piece.offset)
+    return flat.view(torch_dtype(piece.dtype)).view(piece.shape)
+
+
+def is_adapter(name: str) -> bool:
+    """Of one of LoRA's own matrices, on its way or in the trainer, where PEFT puts the adapter's name behind it."""
+    return ".lora_A." in name or ".lora_B." in name
+
+
+def dtype_name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def torch_dtype(name: str) -> dtype:
+    import torch
+
+    kind = getattr(torch, name)
+    assert isinstance(kind, torch.dtype), name
+    return kind
