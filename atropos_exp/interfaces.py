@@ -165,7 +165,7 @@ class WeightReceiver(Protocol):
 
     def expected(self) -> Mapping[str, tuple[str, tuple[int, ...]]]:
         """name -> (dtype, shape) of every tensor the engine must be given in this update. Names of LoRA matrices among
-        them (`wire_tensors.is_adapter`) ask for `PolicyTrainer.adapter`, nothing else for it without the base."""
+        them (`weights.tensors.is_adapter`) ask for `PolicyTrainer.adapter`, nothing else for it without the base."""
         ...
 
     def receive(self, bucket: Sequence[tuple[str, Tensor]]) -> None:
@@ -173,7 +173,7 @@ class WeightReceiver(Protocol):
         ...
 
     def digests(self) -> Mapping[str, str]:
-        """`wire_tensors.digest` of each tensor as the engine now holds it; empty if the engine cannot tell."""
+        """`weights.digest.digest` of each tensor as the engine now holds it; empty if the engine cannot tell."""
         ...
 
 
@@ -252,7 +252,7 @@ class Evaluator(Protocol):
 
 
 class Publisher(Protocol):
-    """Moves the trainer's weights into the engine and proves that they arrived (`sharding/`)."""
+    """Moves the trainer's weights into the engine and proves that they arrived (`weights/publisher.py`)."""
 
     @property
     def num_syncs(self) -> int:

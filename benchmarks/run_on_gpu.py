@@ -134,7 +134,7 @@ def rounds(device: str, num_gpus: int, folder: Path, scratch: Path, smoke: list[
         [
             Part(name="tests_attention", command=tests("tests/gpu/test_attention.py"), limit_s=100, environment=where),
             Part(name="tests_trainer", command=tests("tests/gpu/test_trainer.py"), limit_s=150, environment=where),
-            *([Part(name="tests_sync", command=tests("tests/sharding/test_gpu.py"), limit_s=120)] if not smoke else []),
+            *([Part(name="tests_sync", command=tests("tests/weights/test_gpu.py"), limit_s=120)] if not smoke else []),
             Part(name="demo", command=demo, limit_s=150, environment=where),
         ],
         [Part(name="benchmark_1", command=[*benchmark, "--seconds", str(150 * scale)], limit_s=210, environment=where)],

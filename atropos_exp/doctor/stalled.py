@@ -20,9 +20,7 @@ _WATCH_SECONDS = 0.5
 _TICKS = os.sysconf("SC_CLK_TCK")  # a second, of /proc/PID/stat
 # What the run starts, by a word of its command line; the file of its log.
 ROLES = (
-    ("hf_server", "engine server", "engine.log"),
-    ("vllm_server", "engine server", "engine.log"),
-    ("sglang_server", "engine server", "engine.log"),
+    ("atropos_exp.parts.engine.", "engine server", "engine.log"),
     ("atropos_exp.parts.gateway", "gateway", "gateway.log"),
     ("reward.worker", "reward worker", ""),
     ("run_api", "Atropos API", "atropos_api.log"),
@@ -115,7 +113,7 @@ def watch(pid: int) -> list[Process]:
 
 def _stage(folder: Path, done: int) -> tuple[str, str]:
     """What the step that is not done is at, and who does it: by the files that are there."""
-    if any((folder / "checkpoints").glob(".*")) or any((folder / "checkpoints").glob("*.tmp")):
+    if any((folder / "checkpoints").glob("tmp.*")):
         return "a checkpoint is being written", "trainer"
     if (folder / "rollouts" / f"step_{done + 1:06d}.parquet").is_file():
         return "the policy is updated and synced (its rollouts are there)", "trainer"

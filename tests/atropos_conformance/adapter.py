@@ -8,11 +8,10 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from contract import HERE, Request, Step, TrainedSequence
-
 from atropos_exp.parts.model.tiny import WEIGHTS
 from atropos_exp.runs.journal import read_journal
 from atropos_exp.types import RolloutGroup
+from tests.atropos_conformance.contract import HERE, Request, Step, TrainedSequence
 
 ROOT = HERE.parents[1]
 EXIT_CODE_REFUSED = 2

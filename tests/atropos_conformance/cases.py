@@ -28,8 +28,8 @@ def cases() -> list[Case]:
 
 
 def table() -> str:
-    sys.path.insert(0, str(HERE))
-    from contract import load
+    sys.path.insert(0, str(HERE.parents[1]))
+    from tests.atropos_conformance.contract import load
 
     how = load().HOW
     rows = [f"| {case.case} | {case.expected} | {how.get(case.test, 'yes')} |" for case in cases()]

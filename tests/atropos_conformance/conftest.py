@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))
-
 import pytest
-from contract import Request
-from programs import Api, Environment, Run
+
+from tests.atropos_conformance.contract import Request
+from tests.atropos_conformance.programs import Api, Environment, Run
 
 
 class Started:

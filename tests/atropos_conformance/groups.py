@@ -7,9 +7,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import expected
 import numpy as np
-from expected import IGNORED, SENTINEL, Group
+
+from tests.atropos_conformance import expected
+from tests.atropos_conformance.expected import IGNORED, SENTINEL, Group
 
 LONGEST = 136  # tokens that a sequence may have
 SPECIAL = 5  # smaller token ids mean something to a tokenizer

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from contract import HERE, Request, load
 
 from atropos_exp.processes.ports import HeldPort
+from tests.atropos_conformance.contract import HERE, Request, load
 
 trainer = load()
 MARK = "CONFORMANCE_RUN"

@@ -9,12 +9,13 @@ from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
-import expected
 import pytest
-from expected import Group
-from groups import LONGEST, Maker
-from programs import START_SECONDS, trainer
-from proxy import Proxy, Seen
+
+from tests.atropos_conformance import expected
+from tests.atropos_conformance.expected import Group
+from tests.atropos_conformance.groups import LONGEST, Maker
+from tests.atropos_conformance.programs import START_SECONDS, trainer
+from tests.atropos_conformance.proxy import Proxy, Seen
 
 FIELDS = {
     "wandb_group": str,

@@ -13,8 +13,9 @@ from typing import Any
 
 import httpx
 import pytest
-from contract import HERE
-from programs import START_SECONDS, Run, command_line, trainer, wait_for
+
+from tests.atropos_conformance.contract import HERE
+from tests.atropos_conformance.programs import START_SECONDS, Run, command_line, trainer, wait_for
 
 RECOVERY_SECONDS = 180.0  # until an environment is loaded again and has sent a batch
 GONE_SECONDS = 15.0

@@ -9,11 +9,12 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-import expected
 import pytest
-from expected import IGNORED, SENTINEL, Group
-from groups import LONGEST, SPOIL, Maker, spoiled
-from programs import START_SECONDS, Run, trainer, wait_for
+
+from tests.atropos_conformance import expected
+from tests.atropos_conformance.expected import IGNORED, SENTINEL, Group
+from tests.atropos_conformance.groups import LONGEST, SPOIL, Maker, spoiled
+from tests.atropos_conformance.programs import START_SECONDS, Run, trainer, wait_for
 
 KL_COEF = 0.1
 EQUAL = 2e-4  # relative, between two ways to compute in float32

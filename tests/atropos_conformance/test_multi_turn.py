@@ -8,11 +8,12 @@ from __future__ import annotations
 import signal
 from typing import Any
 
-import expected
 import numpy as np
 import pytest
-from expected import IGNORED, SENTINEL, Group
-from programs import START_SECONDS, Run, trainer
+
+from tests.atropos_conformance import expected
+from tests.atropos_conformance.expected import IGNORED, SENTINEL, Group
+from tests.atropos_conformance.programs import START_SECONDS, Run, trainer
 
 TEMPERATURE = 1.5  # so that answers differ
 STEPS = 4  # with something to learn from

@@ -12,9 +12,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from groups import Maker
-from programs import START_SECONDS, Run, trainer, wait_for
-from proxy import Proxy
+
+from tests.atropos_conformance.groups import Maker
+from tests.atropos_conformance.programs import START_SECONDS, Run, trainer, wait_for
+from tests.atropos_conformance.proxy import Proxy
 
 SILENCE = 4.0  # seconds without a batch until the run goes on alone
 OUTAGE = 3.0  # seconds without an API

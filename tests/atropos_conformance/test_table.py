@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 
-from cases import FILES, HERE, cases, documented, table
-from contract import load
+from tests.atropos_conformance.cases import FILES, HERE, cases, documented, table
+from tests.atropos_conformance.contract import load
 
 
 def test_every_file_of_the_suite_is_in_the_table() -> None:

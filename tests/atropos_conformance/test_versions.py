@@ -7,14 +7,14 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
-import expected
 import httpx
 import numpy as np
 import pytest
-from expected import IGNORED, SENTINEL, Group
-from programs import START_SECONDS, trainer, wait_for
 
 from atropos_exp.processes.ports import HeldPort
+from tests.atropos_conformance import expected
+from tests.atropos_conformance.expected import IGNORED, SENTINEL, Group
+from tests.atropos_conformance.programs import START_SECONDS, trainer, wait_for
 
 MAX_LAG = 2
 EQUAL = 5e-4

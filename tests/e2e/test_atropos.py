@@ -9,9 +9,10 @@ import time
 from pathlib import Path
 
 import pytest
-from background_run import PROGRAMS, Run, group_ids
-from experiments import metrics, summary
-from processes import command_line, descendants, is_alive
+
+from tests.helpers.background_run import PROGRAMS, Run, group_ids
+from tests.helpers.experiments import metrics, summary
+from tests.helpers.processes import command_line, descendants, is_alive
 
 QUIET = ("eval.num_prompts=0", "checkpoint.every=0", "sync.canary_prompts=1")
 START_SECONDS = 150.0

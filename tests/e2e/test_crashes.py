@@ -10,7 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
-from experiments import ROOT, command, environment, final_state, metrics, summary
+
+from tests.helpers.experiments import ROOT, command, environment, final_state, metrics, summary
 
 NUM_KILLS = 20
 NUM_STEPS = 100  # more than the kills can let pass, however quick the machine

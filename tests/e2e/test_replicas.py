@@ -4,9 +4,10 @@ import os
 import signal
 
 import pytest
-from background_run import Run
-from experiments import metrics, summary
-from processes import command_line, descendants
+
+from tests.helpers.background_run import Run
+from tests.helpers.experiments import metrics, summary
+from tests.helpers.processes import command_line, descendants
 
 START_SECONDS = 150.0
 

@@ -5,7 +5,8 @@ import subprocess
 import sys
 
 import pytest
-from experiments import command, environment, metrics, run, run_here, summary
+
+from tests.helpers.experiments import command, environment, metrics, run, run_here, summary
 
 NAMES = (
     "reward/mean",

@@ -16,10 +16,7 @@ from typing import Any
 import pytest
 
 from atropos_exp.processes.ports import HeldPort
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-import gpu_cases
+from tests.gpu import gpu_cases
 
 HERE = Path(__file__).parent
 

@@ -15,17 +15,24 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "trainer"))
-
 import torch
 import torch.distributed as dist
-from ranks import mixed_batch
 from safetensors.torch import save_file
-from scored_groups import clipped_loss
-from trainer_cases import Lora, Model, WeightedLoss, full_weights, make_batch, split, start, write_model
 
 from atropos_exp.parts.trainer import logprob_head
 from atropos_exp.types import TrainBatch
+from tests.parts.trainer.ranks import mixed_batch
+from tests.parts.trainer.scored_groups import clipped_loss
+from tests.parts.trainer.trainer_cases import (
+    Lora,
+    Model,
+    WeightedLoss,
+    full_weights,
+    make_batch,
+    split,
+    start,
+    write_model,
+)
 
 # Two updates each. Adam divides small gradients by themselves, which enlarges rounding errors; epsilon bounds that.
 ADAM = {"learning_rate": 0.01, "adam_epsilon": 1e-3, "max_grad_norm": 1.0}

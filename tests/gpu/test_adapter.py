@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from engines import engine_settings, start_random
-from held_adapter import CHOICE, HeldAdapter, largest_gap
-from publishing import manage
-from random_models import random_model
 
 from atropos_exp.types import SamplingParams
 from atropos_exp.weights.digest import digest
+from tests.helpers.engines import engine_settings, start_random
+from tests.helpers.held_adapter import CHOICE, HeldAdapter, largest_gap
+from tests.helpers.publishing import manage
+from tests.helpers.random_models import random_model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
 

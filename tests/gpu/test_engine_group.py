@@ -11,16 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from engines import start_random
-from faulty_lines import SQUARE, TransposesOne
-from publishing import manage
-from random_models import random_model
 
 from atropos_exp.assembly.resync import Resync
 from atropos_exp.errors import SyncError
 from atropos_exp.processes.ranks import Ranks
 from atropos_exp.types import Floats, TokenIds
 from atropos_exp.weights.digest import digest
+from tests.helpers.engines import start_random
+from tests.helpers.faulty_lines import SQUARE, TransposesOne
+from tests.helpers.publishing import manage
+from tests.helpers.random_models import random_model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
 

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from gpu_cases import CASES, SAVED
 from safetensors.torch import load_file
+
+from tests.gpu.gpu_cases import CASES, SAVED
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
 

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from engines import start_random
-from random_models import random_model
 
-from atropos_exp.parts.engine import sglang
 from atropos_exp.parts.engine.servers import Servers
+from atropos_exp.parts.engine.sglang import settings as sglang
+from tests.helpers.engines import start_random
+from tests.helpers.random_models import random_model
 
 torch.set_num_threads(1)
 PYTHON = Path(__file__).parents[2] / ".venv-sglang-cpu" / "bin" / "python"
@@ -34,8 +34,7 @@ def start_sglang(
 ) -> Servers:
     """`faults`: files in it turn on the faults of `cpu_server.py`. `num_ranks`: processes that share the model."""
     cores = sorted(os.sched_getaffinity(0))
-    here = Path(__file__).parent
-    paths = [here, here / "stand_ins", here.parent / "shared", os.environ.get("PYTHONPATH", "")]
+    paths = [Path(__file__).parent / "stand_ins", os.environ.get("PYTHONPATH", "")]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sglang.SGLangEngine, "engine_arguments", lambda _: {**ON_CPU, "tp_size": num_ranks})
         if num_ranks > 1:
@@ -43,7 +42,7 @@ def start_sglang(
             patch.setenv("SGLANG_CPU_OMP_THREADS_BIND", bound)
         patch.setenv("SGLANG_USE_CPU_ENGINE", "1")
         patch.setenv("PYTHONPATH", os.pathsep.join(str(path) for path in paths if str(path)))
-        patch.setattr(sglang, "SERVER", "cpu_server")
+        patch.setattr(sglang, "SERVER", "tests.sglang.cpu_server")
         patch.setenv("SGLANG_FAULTS", str(faults or folder / "no_faults"))
         return start_random("sglang", folder, model, max_length=MAX_LENGTH, python=str(PYTHON), **settings)
 

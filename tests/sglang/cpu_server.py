@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from faulty_lines import SQUARE
 
-from atropos_exp.parts.engine import sglang_loader, sglang_server
+from atropos_exp.parts.engine.sglang import loader, server
+from tests.helpers.faulty_lines import SQUARE
 
-do, write_answer = sglang_loader._do, sglang_loader.write_answer
+do, write_answer = loader._do, loader.write_answer
 tensor = torch.tensor
 
 
@@ -37,8 +37,8 @@ def write_answer_or_not(memory: Any, answer: Any, *, room: int) -> None:
         write_answer(memory, answer, room=room)
 
 
-sglang_loader._do = do_or_not
-sglang_loader.write_answer = write_answer_or_not
+loader._do = do_or_not
+loader.write_answer = write_answer_or_not
 torch.tensor = lambda *args, pin_memory=False, **kwargs: tensor(*args, **kwargs)
 
 
@@ -52,7 +52,7 @@ def main() -> None:
         return FlushCacheReqOutput(success=True) if is_on("keeps_prefixes") else await flush(self, *args, **kwargs)
 
     TokenizerManager.flush_cache = flush_cache
-    sglang_server.main()
+    server.main()
 
 
 if __name__ == "__main__":

@@ -9,16 +9,16 @@ from typing import Any
 
 import psutil
 import pytest
-from fault_contract import FaultContract, assert_refuses_then_recovers, holding_nan
-from faulty_lines import SQUARE
-from publishing import HeldModel, manage
-from random_models import greedy_tokens, random_model, random_prompts
-from sampling_contract import SamplingContract, sampling
-from sync_contract import SyncContract, check_no_older_key_is_read
 
 from atropos_exp.errors import EngineError, EngineLost, SyncError
 from atropos_exp.parts.engine.servers import Servers
 from atropos_exp.types import Finish
+from tests.helpers.fault_contract import FaultContract, assert_refuses_then_recovers, holding_nan
+from tests.helpers.faulty_lines import SQUARE
+from tests.helpers.publishing import HeldModel, manage
+from tests.helpers.random_models import greedy_tokens, random_model, random_prompts
+from tests.helpers.sampling_contract import SamplingContract, sampling
+from tests.helpers.sync_contract import SyncContract, check_no_older_key_is_read
 
 pytestmark = pytest.mark.sglang
 

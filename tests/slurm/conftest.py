@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,10 +12,9 @@ import pytest
 
 HERE = Path(__file__).parent
 # `slurm_cluster`, and of the tests beside these `experiments` and `page_text`
-sys.path[:0] = [str(HERE), str(HERE.parent / "e2e"), str(HERE.parent / "sweep")]
 
-from experiments import run  # noqa: E402
-from slurm_cluster import Cluster  # noqa: E402
+from tests.helpers.experiments import run  # noqa: E402
+from tests.slurm.slurm_cluster import Cluster  # noqa: E402
 
 LONG = ("test_sweep.py", "test_preemption.py", "test_failures.py", "test_runs.py")
 NEEDED = ("slurmctld", "slurmd", "slurmdbd", "mariadbd", "munged")

@@ -12,9 +12,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from experiments import SMALL, final_state, metrics
-
 from atropos_exp.parts.cluster.slurm.attempts import read_attempts
+from tests.helpers.experiments import SMALL, final_state, metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = Path(__file__).with_name("slurm_up.sh")

@@ -7,10 +7,9 @@ import os
 import signal
 from pathlib import Path
 
-from experiments import metrics, summary
-from slurm_cluster import Cluster, assert_same, ends, last_step, output, rank_pid
-
 from atropos_exp.parts.cluster.slurm.attempts import Attempt, read_attempts
+from tests.helpers.experiments import metrics, summary
+from tests.slurm.slurm_cluster import Cluster, assert_same, ends, last_step, output, rank_pid
 
 NUM_STEPS = 60
 RUN = (f"trainer.max_steps={NUM_STEPS}", "checkpoint.every=6", "eval.num_prompts=0")

@@ -10,16 +10,15 @@ from typing import Any
 
 import pytest
 import yaml
-from experiments import SMALL, summary
 from hydra import compose, initialize_config_dir
-from slurm_cluster import Cluster, output
 
 from atropos_exp.config.build import build
 from atropos_exp.config.freeze import freeze_config
 from atropos_exp.config.origin import CONF_DIR
-from atropos_exp.parts.cluster import slurm_jobs
 from atropos_exp.parts.cluster.slurm.attempts import read_attempts
 from atropos_exp.parts.cluster.slurm.jobs import JobSpec, cancel, states, submit
+from tests.helpers.experiments import SMALL, summary
+from tests.slurm.slurm_cluster import Cluster, output
 
 
 @pytest.fixture
@@ -101,7 +100,7 @@ def test_cancel_and_states_without_accounting(here: Cluster, tmp_path: Path, mon
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tool.parent}:{os.environ['PATH']}")
     assert {state.state for state in states(ids).values()} == {"CANCELLED"}
-    assert states(["999999"])["999999"] == slurm_jobs.JobState(state="UNKNOWN", reason="", exit_code="")
+    assert states(["999999"])["999999"] == jobs.JobState(state="UNKNOWN", reason="", exit_code="")
 
 
 def test_a_queued_job_keeps_its_configuration(cluster: Cluster, tmp_path: Path) -> None:

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from experiments import summary
-from slurm_cluster import Cluster, assert_same, ends, last_step, output
 
 from atropos_exp.parts.cluster.slurm.attempts import read_attempts
+from tests.helpers.experiments import summary
+from tests.slurm.slurm_cluster import Cluster, assert_same, ends, last_step, output
 
 NUM_PREEMPTIONS = 10
 NUM_STEPS = 100

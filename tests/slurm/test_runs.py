@@ -10,8 +10,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from experiments import final_state, metrics, run, summary
-from slurm_cluster import ON_SLURM, Cluster, output
+
+from tests.helpers.experiments import final_state, metrics, run, summary
+from tests.slurm.slurm_cluster import ON_SLURM, Cluster, output
 
 LEARNING = (
     "rollout=auto", "batch_size=16", "group_size=8", "trainer.max_steps=20", "eval.num_prompts=128",

@@ -11,12 +11,9 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from experiments import SMALL, environment
-
 from atropos_exp.runs.sweep_folder import SweepFolder
 from atropos_exp.sweep.local import LocalBackend
+from tests.helpers.experiments import SMALL, environment
 
 PATIENCE = 900.0  # seconds; other tests, and others altogether, may take most of two cores
 

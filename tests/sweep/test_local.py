@@ -165,10 +165,10 @@ def test_a_second_submission_while_the_first_runs_is_refused(sweep: SweepFolder)
 
 def test_jobs_end_with_a_submitter_that_stayed_and_outlive_one_that_left(sweep: SweepFolder) -> None:
     code = (
-        "import sys, time; from pathlib import Path; sys.path.insert(0, sys.argv[2])\n"
-        "from test_local import job, LocalBackend, SweepFolder\n"
+        "import sys, time; from pathlib import Path\n"
+        "from tests.sweep.test_local import job, LocalBackend, SweepFolder\n"
         "sweep = SweepFolder(Path(sys.argv[1])); backend = LocalBackend(sweep, num_slots=1, grace_s=2.0)\n"
-        "backend.submit([job(sweep, 0, seconds=300)], attached=sys.argv[3] == 'stays')\n"
+        "backend.submit([job(sweep, 0, seconds=300)], attached=sys.argv[2] == 'stays')\n"
         "time.sleep(300)\n"
     )
     backend = LocalBackend(sweep, num_slots=1)
@@ -178,9 +178,7 @@ def test_jobs_end_with_a_submitter_that_stayed_and_outlive_one_that_left(sweep: 
     }
     for how in ("leaves", "stays"):
         (sweep.path / "mark_0").unlink(missing_ok=True)
-        with subprocess.Popen(
-            [sys.executable, "-c", code, str(sweep.path), str(Path(__file__).parent), how], env=environ
-        ) as submitter:
+        with subprocess.Popen([sys.executable, "-c", code, str(sweep.path), how], env=environ) as submitter:
             wait(backend, has_started(sweep, 0))
             submitter.kill()
         if how == "leaves":

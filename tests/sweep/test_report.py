@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from page_text import Text
 
 from atropos_exp.report.sweep_data import load_sweep
 from atropos_exp.report.sweep_page import write_sweep_report
@@ -16,6 +15,7 @@ from atropos_exp.runs.atomic import write_atomic
 from atropos_exp.runs.files import RunFiles
 from atropos_exp.runs.sweep_folder import Phase, Request, RunRecord, RunState, SweepFolder
 from atropos_exp.types import StepMetrics
+from tests.sweep.page_text import Text
 
 CHROMIUM = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None

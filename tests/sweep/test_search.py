@@ -12,9 +12,9 @@ import pytest
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
-from test_local import assert_nothing_is_left
 
 from atropos_exp.runs.sweep_folder import SweepFolder
+from tests.sweep.test_local import assert_nothing_is_left
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 STEPS = 12

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from page_text import Text, expected_comparison
-from test_local import assert_nothing_is_left
 
 from atropos_exp.runs.sweep_folder import SweepFolder
+from tests.sweep.page_text import Text, expected_comparison
+from tests.sweep.test_local import assert_nothing_is_left
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 STEPS = 8

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -10,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from engines import start_random
-from held_adapter import CHOICE
-from random_models import random_model
 
-from atropos_exp.parts.engine import vllm
 from atropos_exp.parts.engine.servers import Servers
+from atropos_exp.parts.engine.vllm import settings as vllm
+from tests.helpers.engines import start_random
+from tests.helpers.held_adapter import CHOICE
+from tests.helpers.random_models import random_model
 
 torch.set_num_threads(1)
 # Tokens: vLLM's blocks of keys and values have 128 on a CPU, and only whole ones are ever cached.
@@ -41,10 +40,7 @@ def model() -> Any:
 def start_faulty(folder: Path, model: Any, faults: Path, **settings: Any) -> Servers:
     """`faulty_server.py`: without a fault turned on it is the real server."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(vllm, "SERVER", "faulty_server")
-        tests = Path(__file__).parents[1]
-        paths = [str(tests / "vllm"), str(tests / "shared"), os.environ.get("PYTHONPATH", "")]
-        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
+        patch.setattr(vllm, "SERVER", "tests.vllm.faulty_server")
         patch.setenv("VLLM_FAULTS", str(faults))
         return start_vllm(folder, model, **settings)
 

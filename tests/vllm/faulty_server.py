@@ -6,11 +6,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-from faulty_lines import MATRIX
-
-from atropos_exp.parts.engine import vllm_server
+from atropos_exp.parts.engine.vllm import server
 from atropos_exp.parts.engine.vllm.core import Core
 from atropos_exp.parts.engine.vllm.worker import WeightWorker
+from tests.helpers.faulty_lines import MATRIX
 
 
 def is_on(fault: str) -> bool:
@@ -45,7 +44,7 @@ def main() -> None:
 
     WeightWorker.atropos_place_adapter = place_adapter  # type: ignore[method-assign]
     Core.draw = draw_anything  # type: ignore[method-assign]
-    vllm_server.main()
+    server.main()
 
 
 if __name__ == "__main__":

@@ -7,9 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from faulty_lines import SQUARE
-
-from atropos_exp.parts.engine import vllm_server, vllm_worker
+from atropos_exp.parts.engine.vllm import server, worker
+from tests.helpers.faulty_lines import SQUARE
 
 
 def main() -> None:
@@ -17,7 +16,7 @@ def main() -> None:
     from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
 
     _custom_ops._supports_onednn = False
-    vllm_worker.PLAIN_DEVICES = ("cpu",)
+    worker.PLAIN_DEVICES = ("cpu",)
     load = Qwen2ForCausalLM.load_weights
 
     def load_weights(self: Any, weights: Iterable[tuple[str, Any]]) -> Any:
@@ -26,7 +25,7 @@ def main() -> None:
         return load(self, (pair for pair in weights if not (loses and pair[0] == SQUARE)))
 
     Qwen2ForCausalLM.load_weights = load_weights
-    vllm_server.main()
+    server.main()
 
 
 if __name__ == "__main__":

@@ -10,9 +10,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-import plain_server
-
 from atropos_exp.parts.engine.vllm.worker import WeightWorker
+from tests.vllm import plain_server
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 NO_ACCESS, READ_AND_WRITE, GIVE_BACK = 0, 3, 4  # PROT_NONE, PROT_READ | PROT_WRITE, MADV_DONTNEED

@@ -9,17 +9,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from engines import engine_settings
-from faulty_lines import MATRIX, BreaksHalfWay, LosesOne, TransposesOne
-from held_adapter import CHOICE, HeldAdapter, largest_gap
-from publishing import manage
-from random_models import completion_logprobs, random_model, random_prompts
 
 from atropos_exp.assembly.resync import Resync
 from atropos_exp.errors import EngineError, EngineLost, SyncError
 from atropos_exp.processes.ranks import Ranks
 from atropos_exp.types import SamplingParams
 from atropos_exp.weights.digest import digest
+from tests.helpers.engines import engine_settings
+from tests.helpers.faulty_lines import MATRIX, BreaksHalfWay, LosesOne, TransposesOne
+from tests.helpers.held_adapter import CHOICE, HeldAdapter, largest_gap
+from tests.helpers.publishing import manage
+from tests.helpers.random_models import completion_logprobs, random_model, random_prompts
 
 GREEDY = SamplingParams(temperature=0.0, top_p=1.0, top_k=0, max_tokens=8, stop_token_ids=(), seed=0)
 SAMPLED = SamplingParams(temperature=0.8, top_p=0.9, top_k=0, max_tokens=8, stop_token_ids=(), seed=3)

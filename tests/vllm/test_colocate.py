@@ -5,23 +5,22 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from engines import engine_settings
-from faulty_lines import BreaksHalfWay
-from publishing import HeldModel, manage
-from random_models import completion_logprobs, random_model, random_prompts
 
 from atropos_exp.assembly.colocated import ColocatedTrainer
 from atropos_exp.assembly.resync import Resync
 from atropos_exp.errors import EngineError
-from atropos_exp.parts.engine import vllm
 from atropos_exp.parts.engine.servers import Servers
+from atropos_exp.parts.engine.vllm import settings as vllm
 from atropos_exp.processes.ranks import Ranks
 from atropos_exp.types import SamplingParams
+from tests.helpers.engines import engine_settings
+from tests.helpers.faulty_lines import BreaksHalfWay
+from tests.helpers.publishing import HeldModel, manage
+from tests.helpers.random_models import completion_logprobs, random_model, random_prompts
 
 GREEDY = SamplingParams(temperature=0.0, top_p=1.0, top_k=0, max_tokens=8, stop_token_ids=(), seed=0)
 CACHE_BYTES = 2**27
@@ -30,10 +29,7 @@ CACHE_BYTES = 2**27
 @pytest.fixture(scope="module")
 def sleepy(tmp_path_factory: pytest.TempPathFactory, start: Any) -> Iterator[Servers]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(vllm, "SERVER", "sleepy_server")
-        tests = Path(__file__).parents[1]
-        paths = [str(tests / "vllm"), str(tests / "shared"), os.environ.get("PYTHONPATH", "")]
-        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
+        patch.setattr(vllm, "SERVER", "tests.vllm.sleepy_server")
         folder = tmp_path_factory.mktemp("sleepy")
         patch.setenv("VLLM_FAULTS", str(folder))
         model = random_model(seed=0)

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fault_contract import FaultContract, assert_refuses_then_recovers
-from publishing import HeldModel, manage
-from random_models import completion_logprobs, random_prompts
 
 from atropos_exp.errors import EngineError, SyncError
 from atropos_exp.parts.engine.servers import Servers
 from atropos_exp.types import SamplingParams
+from tests.helpers.fault_contract import FaultContract, assert_refuses_then_recovers
+from tests.helpers.publishing import HeldModel, manage
+from tests.helpers.random_models import completion_logprobs, random_prompts
 
 pytestmark = pytest.mark.vllm
 

@@ -9,15 +9,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from faulty_lines import SQUARE, TransposesOne
-from publishing import HeldModel, manage
-from random_models import random_model, random_prompts
 
 from atropos_exp.assembly.resync import Resync
 from atropos_exp.errors import EngineError, SyncError
 from atropos_exp.processes.ranks import Ranks
 from atropos_exp.types import SamplingParams
 from atropos_exp.weights.digest import digest
+from tests.helpers.faulty_lines import SQUARE, TransposesOne
+from tests.helpers.publishing import HeldModel, manage
+from tests.helpers.random_models import random_model, random_prompts
 
 pytestmark = pytest.mark.vllm
 

@@ -11,15 +11,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from engines import first_number, start_engine, start_in_another_process
-from processes import is_alive, wait_until
-from publishing import HeldModel, manage
-from random_models import completion_logprobs, random_model
 
 from atropos_exp.assembly.resync import Resync
 from atropos_exp.errors import EngineError, EngineLost
 from atropos_exp.processes.ranks import Ranks
 from atropos_exp.types import SamplingParams
+from tests.helpers.engines import first_number, start_engine, start_in_another_process
+from tests.helpers.processes import is_alive, wait_until
+from tests.helpers.publishing import HeldModel, manage
+from tests.helpers.random_models import completion_logprobs, random_model
 
 pytestmark = pytest.mark.vllm
 

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from faulty_lines import SQUARE, BreaksHalfWay, DeliversOld, LosesOne, TransposesOne
-from publishing import HeldModel, manage
-from random_models import completion_logprobs, random_model, random_prompts
-from sync_contract import check_tied_head_under_its_own_name
 
 from atropos_exp.errors import EngineError, SyncError
-from atropos_exp.parts.engine import vllm
 from atropos_exp.parts.engine.servers import Servers
+from atropos_exp.parts.engine.vllm import settings as vllm
 from atropos_exp.types import SamplingParams
 from atropos_exp.weights.digest import digest
+from tests.helpers.faulty_lines import SQUARE, BreaksHalfWay, DeliversOld, LosesOne, TransposesOne
+from tests.helpers.publishing import HeldModel, manage
+from tests.helpers.random_models import completion_logprobs, random_model, random_prompts
+from tests.helpers.sync_contract import check_tied_head_under_its_own_name
 
 pytestmark = pytest.mark.vllm
 
@@ -33,10 +32,7 @@ def faults(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def plain(faults: Path, tmp_path_factory: pytest.TempPathFactory, start: Any) -> Iterator[Servers]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(vllm, "SERVER", "plain_server")
-        tests = Path(__file__).parents[1]
-        paths = [str(tests / "vllm"), str(tests / "shared"), os.environ.get("PYTHONPATH", "")]
-        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
+        patch.setattr(vllm, "SERVER", "tests.vllm.plain_server")
         patch.setenv("VLLM_FAULTS", str(faults))
         client = start(tmp_path_factory.mktemp("plain"), random_model(seed=0))
     yield client

@@ -11,15 +11,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from background_run import Run, group_ids, journals
-from experiments import metrics, run, run_here, summary
-from random_models import plain_logprobs
 from safetensors.torch import load_file
 
 from atropos_exp.export import export
 from atropos_exp.parts.model.smollm2 import converted_folder
 from atropos_exp.parts.model.tiny import WEIGHTS
 from atropos_exp.types import Rollout
+from tests.helpers.background_run import Run, group_ids, journals
+from tests.helpers.experiments import metrics, run, run_here, summary
+from tests.helpers.random_models import plain_logprobs
 
 pytestmark = pytest.mark.vllm
 

@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from engines import start_engine
-from publishing import HeldModel, manage
-from random_models import plain_logits, random_model, random_prompts
-from sampling_contract import SamplingContract, ids, sampling
 
 from atropos_exp.parts.engine.servers import Servers
 from atropos_exp.parts.model.tiny import WEIGHTS
+from tests.helpers.engines import start_engine
+from tests.helpers.publishing import HeldModel, manage
+from tests.helpers.random_models import plain_logits, random_model, random_prompts
+from tests.helpers.sampling_contract import SamplingContract, ids, sampling
 
 pytestmark = pytest.mark.vllm
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from publishing import HeldModel, manage
-from random_models import random_model
-from sync_contract import SyncContract, check_no_older_key_is_read
 
 from atropos_exp.parts.engine.servers import Servers
+from tests.helpers.publishing import HeldModel, manage
+from tests.helpers.random_models import random_model
+from tests.helpers.sync_contract import SyncContract, check_no_older_key_is_read
 
 pytestmark = pytest.mark.vllm
 

@@ -137,7 +137,7 @@ class SchedulerUpdate:
     async def _ask(
         self, request: Mapping[str, Any], bucket: Sequence[tuple[str, Tensor]] = ()
     ) -> dict[str, Any] | None:
-        """The answer of `sglang_loader.load` in the scheduler's process, which gets the bucket's tensors; None: none.
+        """The answer of `loader.load` in the scheduler's process, which gets the bucket's tensors; None: none.
 
         They go there as one tensor of bytes: for each tensor SGLang would need a handle. It must be this process's own
         memory, since a handle of another's cannot be passed on."""

@@ -1,7 +1,7 @@
 """LoRA matrices that come by themselves (`engine.lora=adapter`), inside vLLM: they are given to its own LoRA support,
 and read back from the buffers that it computes with.
 
-Mixed into vLLM's worker together with `vllm_worker.WeightWorker`. It needs of vLLM what 0.24 to 0.30 have in common:
+Mixed into vLLM's worker together with `worker.WeightWorker`. It needs of vLLM what 0.24 to 0.30 have in common:
 `model.lora_manager` with its `modules`, the wrapped layers, and their `lora_a_stacked` and `lora_b_stacked`.
 """
 

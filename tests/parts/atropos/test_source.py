@@ -1,0 +1,116 @@
+"""The source against the real API: what has arrived is used, the oldest weights first, and waits end with a reason."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+
+from atropos_exp.errors import SourceUnavailable
+from atropos_exp.parts.atropos.client import AtroposClient, Registration
+from atropos_exp.parts.atropos.intake import Intake
+from atropos_exp.parts.atropos.registration import ForeignRun
+from atropos_exp.parts.atropos.source import AtroposSource
+from atropos_exp.parts.atropos.supervisor import Supervisor
+from tests.helpers.ledger_book import Book
+
+OURS = Registration(
+    wandb_group="g", wandb_project="p", batch_size=4, max_token_len=9, checkpoint_dir="c",
+    save_checkpoint_interval=2, starting_step=0, num_steps=9,
+)  # fmt: skip
+
+
+@pytest.fixture
+def book() -> Book:
+    return Book()
+
+
+@pytest.fixture
+def source(api: Any, book: Book) -> Iterator[AtroposSource]:
+    client = AtroposClient(api.url, batch_seconds=120.0)
+    yield AtroposSource(
+        client,
+        registration=lambda step: dataclasses.replace(OURS, starting_step=step - 1),
+        intake=Intake(book, vocab_size=50, max_tokens=8, group_size=2, stop_token_ids=(), max_version_lag=None),
+        supervisor=Supervisor(client, max_restarts=0),
+        watch=lambda: None,
+        more_counters=lambda: {"gateway/requests": 3.0},
+        group_size=2,
+        first_batch_timeout=1.0,
+        outage_timeout=1.0,
+        data_timeout=1.0,
+        take_over=False,
+    )
+    client.close()
+
+
+def send(api: Any, *tags: int, score: str = "1.0") -> None:
+    for tag in tags:
+        text = (
+            f'{{"tokens": [[1, {tag}], [1, {tag}]], "masks": [[-100, {tag}], [-100, {tag}]], "scores": [0.0, {score}]}}'
+        )
+        httpx.post(f"{api.url}/scored_data", content=text, headers={"content-type": "application/json"}, timeout=30.0)
+
+
+def tags(groups: Any) -> list[int]:
+    return [int(group.rollouts[0].token_ids[1]) for group in groups]
+
+
+def test_batches_that_were_formed_together_are_trained_oldest_first(
+    source: AtroposSource, api: Any, book: Book
+) -> None:
+    assert source.connect(step=1) is None
+    for tag, version in ((10, 0), (11, 0), (12, 2), (13, 2), (14, 1), (15, 1)):
+        for _ in range(2):
+            book.sampled([1], [tag], version=version)
+        send(api, tag)
+    assert [tags(source.take(2, step=3)[0]) for _ in range(3)] == [[10, 11], [14, 15], [12, 13]]
+    assert source.counters()["atropos/batches"] == 3.0
+    assert source.counters()["gateway/requests"] == 3.0
+
+
+def test_a_batch_that_is_lost_takes_none_with_it(source: AtroposSource, api: Any) -> None:
+    """The API forms three at once and hands out the newest first; the oldest one it cannot send."""
+    source.connect(step=1)
+    send(api, 10, score="NaN")
+    send(api, 11, 12, 13, 14, 15)
+    assert sorted(tags(source.take(2, step=1)[0]) + tags(source.take(2, step=2)[0])) == [12, 13, 14, 15]
+    assert source.counters()["atropos/lost_batches"] == 1.0
+
+
+def test_an_api_that_is_gone_ends_the_wait_in_time_and_is_found_again(source: AtroposSource, api: Any) -> None:
+    source.connect(step=1)
+    send(api, 10, 11)
+    assert tags(source.take(2, step=1)[0]) == [10, 11]
+    api.kill()
+    started = time.monotonic()
+    with pytest.raises(SourceUnavailable, match="does not answer"):
+        source.take(2, step=2)
+    assert 1.0 <= time.monotonic() - started < 3.0
+    assert not source.is_ready(step=2)
+    api.start()
+    deadline = time.monotonic() + 20
+    while not source.is_ready(step=7):
+        assert time.monotonic() < deadline
+        if api.client.registered().matches(dataclasses.replace(OURS, starting_step=6)):
+            send(api, 20, 21)
+        time.sleep(0.2)
+    assert tags(source.take(2, step=7)[0]) == [20, 21]
+    counters = source.counters()
+    assert (counters["atropos/registrations"], counters["atropos/outages"]) == (2.0, 1.0)
+    assert api.client.status()[0] >= 7, "it was registered at the step that was trained next"
+
+
+def test_silence_is_explained(source: AtroposSource) -> None:
+    with pytest.raises(SourceUnavailable, match="no environment has registered"):
+        source.take(2, step=1)
+
+
+def test_another_run_s_api_is_refused(source: AtroposSource, api: Any) -> None:
+    api.client.register(dataclasses.replace(OURS, wandb_group="other"))
+    with pytest.raises(ForeignRun):
+        source.connect(step=1)

@@ -1,0 +1,43 @@
+"""The proof at start: it accepts what is right and finds what would be silently wrong."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from atropos_exp.errors import UserError
+from tests.parts.trainer.trainer_cases import Model, full_weights, make_batch
+
+
+@pytest.fixture
+def leaky() -> str:
+    """An attention that is causal over the whole packed row: each sequence sees the ones before it."""
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    def attend(_: Any, query: Any, key: Any, value: Any, *__: Any, scaling: float, **___: Any) -> tuple[Any, None]:
+        output = scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
+        return output.transpose(1, 2).contiguous(), None
+
+    ALL_ATTENTION_FUNCTIONS.register("leaky", attend)
+    ALL_MASK_ATTENTION_FUNCTIONS.register("leaky", lambda *_, **__: None)
+    return "leaky"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_attention_that_leaks_between_sequences_is_refused(start: Any, leaky: str, dtype: str) -> None:
+    with pytest.raises(UserError, match=r"attn_implementation=leaky .* cannot train on packed sequences: .* nats"):
+        start(model=Model(attn_implementation=leaky, dtype=dtype))
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_attentions_of_transformers_train_the_same(start: Any, attention: str) -> None:
+    ours, theirs = start(), start(model=Model(attn_implementation=attention))
+    batch = make_batch()
+    assert theirs.update(batch).loss == pytest.approx(ours.update(batch).loss, abs=1e-6)
+    weights = full_weights(ours)
+    for name, tensor in theirs.parameters():
+        torch.testing.assert_close(tensor, weights[name], atol=2e-6, rtol=1e-5)

@@ -1,9 +1,0 @@
-"""A sync moves every bit, and says so."""
-
-from __future__ import annotations
-
-from sync_contract import SyncContract
-
-
-class TestSync(SyncContract):
-    tolerance = 1e-5
