@@ -117,6 +117,6 @@ def test_a_row_draws_alike_in_any_company(monkeypatch: pytest.MonkeyPatch) -> No
     for row in range(40):
         alone, logprob = sample_tokens(logits[row : row + 1], **{k: v[row : row + 1] for k, v in params.items()})
         assert alone[0] == together[row] and logprob[0] == logprobs[row]
-    monkeypatch.setattr(sampling, "MAX_CDF_ELEMENTS", 7 * 30)  # 7 rows at a time
+    monkeypatch.setattr("atropos_exp.parts.engine.hf.sampling.MAX_CDF_ELEMENTS", 7 * 30)  # 7 rows at a time
     in_parts, _ = sample_tokens(logits, **params)
     assert in_parts.tolist() == together.tolist()
