@@ -79,6 +79,11 @@ class Scorer(Protocol):
 class PromptLoader(Protocol):
     """`conf/data`: an endless, exactly resumable stream of prompts."""
 
+    @property
+    def counts(self) -> object:
+        """What was read and what was left out, as text for the user: printed when a run starts."""
+        ...
+
     def take(self, num_prompts: int) -> list[Prompt]: ...
 
     def state(self) -> JSON: ...

@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
+from atropos_exp.assembly.check import Checked, mistakes_of, validate
+from atropos_exp.assembly.sizes import describe
 from atropos_exp.assembly.submission import launch
-from atropos_exp.config.check import Checked, validate
 from atropos_exp.config.command_line import hydra_main
 from atropos_exp.config.freeze import config_hash, save_config
-from atropos_exp.config.sizes import describe
 from atropos_exp.errors import UserError
 from atropos_exp.processes.ranks import Ranks
 from atropos_exp.processes.startup import no_collections
@@ -48,7 +48,7 @@ def run(config: DictConfig) -> int:
     if ranks.world_size > 1:
         from atropos_exp.parts.trainer.distributed import join_process_group
 
-        join_process_group(checked.device, timeout_s=checked.parts["trainer"].timeout_s)
+        join_process_group(checked.device, timeout_s=checked.parts.trainer.timeout_s)
     folder = _open_folder(checked, ranks)
     if ranks.is_zero:
         print(describe(checked.sizes), flush=True)
@@ -59,7 +59,7 @@ def run(config: DictConfig) -> int:
 
 
 def _check_preparation(checked: Checked) -> None:
-    prepare = checked.parts["data"].prepare
+    prepare = checked.parts.data.prepare
     if prepare is None:
         return
     from data_prep.prepare import preflight
@@ -85,7 +85,7 @@ class Experiment:
         try:
             with ExitStack() as stack:
                 done = self._train(stack)
-            status, code = ("finished" if done == self._checked.parts["trainer"].max_steps else "stopped"), 0
+            status, code = ("finished" if done == self._checked.parts.trainer.max_steps else "stopped"), 0
         except UserError as failure:
             error = str(failure)
             raise
@@ -154,8 +154,8 @@ class Experiment:
             num_repeated_syncs=parts.publisher.num_repeated if parts is not None else 0,
         )
         write_summary(self._folder.path, summary)
-        if parts is not None and parts.logger is not None:
-            parts.logger.close(summary)
+        if parts is not None and parts.head is not None:
+            parts.head.logger.close(summary)
         elif error:
             print(f"{status}: {error}", file=sys.stderr)
         report = self._write_report()
@@ -174,7 +174,7 @@ class Experiment:
 
 def _engine_versions(parts: Assembly | None) -> dict[str, str]:
     """The engine may live in another environment, with another torch than the trainer's."""
-    found = {} if parts is None else parts.engine_libraries
+    found = {} if parts is None or parts.head is None else parts.head.libraries
     return {f"engine: {name}": version for name, version in found.items()}
 
 
@@ -196,7 +196,7 @@ def _open_folder(checked: Checked, ranks: Ranks) -> RunFolder:
     return opened or RunFolder(path=Path(path), resumed=resumed, lock=None)
 
 
-main = hydra_main(run, start_sweep)
+main = hydra_main(run, start_sweep, mistakes_of)
 
 if __name__ == "__main__":
     main()

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from atropos_exp.config.check import Checked
+from atropos_exp.assembly.check import Checked
 from atropos_exp.errors import EngineError
 from atropos_exp.parts.atropos.client import Registration
 from atropos_exp.parts.atropos.environment import Facts
@@ -28,16 +27,9 @@ if TYPE_CHECKING:
 NO_TOKEN = "x"  # an environment's OpenAI client wants a key, whatever it is
 
 
-def max_sequence_length(checked: Checked) -> int:
-    """Tokens of a prompt and its answer; a whole conversation of an environment has at most as many."""
-    return checked.run.max_prompt_length + checked.run.max_response_length
-
-
-def wandb_place(checked: Checked, folder: RunFolder) -> tuple[str, str]:
-    """(project, group) that the run and its environments log to; also how the API knows this run again."""
-    logger = checked.parts["logger"]
-    own = "/".join(folder.path.parts[-3:])
-    return getattr(logger, "project", checked.run.name), getattr(logger, "group", None) or own
+def tracker_group(checked: Checked, folder: RunFolder) -> str:
+    """The group that the run and its environments log to; also how the Atropos API recognises this run."""
+    return checked.parts.logger.group or "/".join(folder.path.parts[-3:])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,13 +45,13 @@ def start_gateway(
 ) -> GatewayClient:
     """The gateway, held until the first weights are proven."""
     run, parts = checked.run, checked.parts
-    gateway: GatewayClient = parts["gateway"].start(
+    gateway = parts.gateway.start(
         doors=outside.doors,
         endpoints=[replica.endpoint for replica in engine.replicas],
         model_folder=model_folder,
         model_name=run.name,
-        stop_token_ids=parts["model"].stop_token_ids(model_folder),
-        max_sequence_length=max_sequence_length(checked),
+        stop_token_ids=parts.model.stop_token_ids(model_folder),
+        max_sequence_length=checked.max_sequence_length,
         # What a resumed run samples anew must not repeat what it sampled before.
         seed=derive_seed(run.seed, "gateway", sum(1 for _ in (folder.path / "rollouts").glob("*.parquet"))),
         log_folder=folder.path / "log",
@@ -72,25 +64,24 @@ def start_gateway(
 def start_outside(checked: Checked, folder: RunFolder, *, model_folder: Path, stack: ExitStack) -> Outside | None:
     """API and environments, which load in the background, and the ports that they will ask at. None without Atropos."""
     run, parts = checked.run, checked.parts
-    if not parts["rollout"].uses_atropos:
+    if not parts.rollout.uses_atropos:
         return None
-    doors: Doors = parts["gateway"].listen(parts["atropos"].extra_ports)
+    doors = parts.gateway.listen(parts.atropos.extra_ports)
     stack.callback(doors.close)
-    logger = parts["logger"]
     programs = start_programs(
-        parts["atropos"],
-        parts["env"],
+        parts.atropos,
+        parts.env,
         facts=Facts(
             api_url="",
             gateway_url=doors.address,
-            gateway_token=parts["gateway"].token or NO_TOKEN,
+            gateway_token=parts.gateway.token or NO_TOKEN,
             model_name=run.name,
             tokenizer=model_folder,
             run_config=folder.path / "config.yaml",
             run_folder=folder.path,
             group_size=run.group_size,
-            max_token_length=max_sequence_length(checked),
-            uses_wandb=getattr(logger, "project", None) is not None,
+            max_token_length=checked.max_sequence_length,
+            uses_wandb=parts.logger.project is not None,
         ),
         log_folder=folder.path / "log",
     )
@@ -111,13 +102,12 @@ def read_atropos(
 ) -> AtroposSource:
     """The source that reads them, with the border in front of it. Registers a new run at once if the API is there."""
     run, parts = checked.run, checked.parts
-    project, group = wandb_place(checked, folder)
-    longest = max_sequence_length(checked)
+    longest = checked.max_sequence_length
 
     def registration(step: int) -> Registration:
         return Registration(
-            wandb_group=group,
-            wandb_project=project,
+            wandb_group=tracker_group(checked, folder),
+            wandb_project=parts.logger.project or run.name,
             batch_size=run.batch_size * run.group_size,
             max_token_len=longest + 1,  # environments drop what is as long or longer
             checkpoint_dir=str(folder.path / "atropos"),
@@ -138,17 +128,17 @@ def read_atropos(
             return {}
 
     source = make_source(
-        parts["atropos"],
+        parts.atropos,
         outside.programs,
-        falls_back=parts["rollout"].falls_back,
+        falls_back=parts.rollout.falls_back,
         registration=registration,
         intake=Intake(
             gateway,
             vocab_size=vocab_size(model_folder),
             max_tokens=longest,
             group_size=run.group_size,
-            stop_token_ids=parts["model"].stop_token_ids(model_folder),
-            max_version_lag=parts["atropos"].max_version_lag,
+            stop_token_ids=parts.model.stop_token_ids(model_folder),
+            max_version_lag=parts.atropos.max_version_lag,
         ),
         watch=watch,
         more_counters=gateway_counters,
@@ -158,11 +148,3 @@ def read_atropos(
     if not folder.resumed:
         source.connect(step=1)
     return source
-
-
-def grouped_logger(checked: Checked, folder: RunFolder) -> Any:
-    """The logger's settings, in the group that environments are told to log to."""
-    logger = checked.parts["logger"]
-    if checked.parts["rollout"].uses_atropos and getattr(logger, "group", "") is None:
-        return dataclasses.replace(logger, group=wandb_place(checked, folder)[1])
-    return logger

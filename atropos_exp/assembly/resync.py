@@ -2,21 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
-
-from atropos_exp.types import Dropped, RolloutGroup
-
-if TYPE_CHECKING:
-    from atropos_exp.interfaces import JSON, RolloutSource
-    from atropos_exp.processes.ranks import Ranks
-
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from atropos_exp.errors import EngineError, EngineLost
-from atropos_exp.types import SyncStats
+from atropos_exp.types import Dropped, RolloutGroup, SyncStats
 
 if TYPE_CHECKING:
     from atropos_exp.interfaces import JSON, Engine, Evaluator, Publisher, RolloutSource
@@ -138,52 +129,24 @@ class Resync:
 
 
 class ResyncedSource:
-    """A `RolloutSource` that samples a step again if the engine is lost in it."""
+    """A `RolloutSource` for all ranks around the one of rank 0 (None elsewhere): every rank gets the same groups, and a
+    step is sampled again if the engine is lost in it. Collective."""
 
-    def __init__(self, inner: RolloutSource, resync: Resync) -> None:
+    def __init__(self, inner: RolloutSource | None, resync: Resync, ranks: Ranks) -> None:
         self._inner = inner
         self._resync = resync
+        self._ranks = ranks
 
     def take(self, num_groups: int, *, step: int) -> tuple[list[RolloutGroup], Dropped]:
-        state = self._inner.state()
+        state = self.state()
         return self._resync.through(
-            lambda: self._inner.take(num_groups, step=step), undo=lambda: self._inner.restore(state)
+            lambda: self._ranks.on_zero(lambda: self._of_rank_zero().take(num_groups, step=step)),
+            undo=lambda: self.restore(state),
         )
 
     def counters(self) -> Mapping[str, float]:
-        return {**self._inner.counters(), **self._resync.counters()}
-
-    def state(self) -> JSON:
-        return self._inner.state()
-
-    def restore(self, state: JSON) -> None:
-        self._inner.restore(state)
-
-
-class ResyncedEvaluator:
-    """An `Evaluator` that asks again if the engine is lost. Every rank gets rank 0's metrics."""
-
-    def __init__(self, inner: Evaluator, resync: Resync, ranks: Ranks) -> None:
-        self._inner = inner
-        self._resync = resync
-        self._ranks = ranks
-
-    def __call__(self, policy_version: int) -> dict[str, float]:
-        return self._resync.through(lambda: self._ranks.on_zero(lambda: self._inner(policy_version)))
-
-
-class RankZeroSource:
-    """A `RolloutSource` for all ranks around the one of rank 0 (None elsewhere). Collective."""
-
-    def __init__(self, inner: RolloutSource | None, ranks: Ranks) -> None:
-        self._inner = inner
-        self._ranks = ranks
-
-    def take(self, num_groups: int, *, step: int) -> tuple[list[RolloutGroup], Dropped]:
-        return self._ranks.on_zero(lambda: self._of_rank_zero().take(num_groups, step=step))
-
-    def counters(self) -> Mapping[str, float]:
-        return self._inner.counters() if self._inner is not None else {}
+        own = self._inner.counters() if self._inner is not None else {}
+        return {**own, **self._resync.counters()}
 
     def state(self) -> JSON:
         return self._inner.state() if self._inner is not None else {}
@@ -193,4 +156,20 @@ class RankZeroSource:
 
     def _of_rank_zero(self) -> RolloutSource:
         assert self._inner is not None, "rank 0 has the source"
+        return self._inner
+
+
+class ResyncedEvaluator:
+    """An `Evaluator` that asks again if the engine is lost. Every rank gets rank 0's metrics."""
+
+    def __init__(self, inner: Evaluator | None, resync: Resync, ranks: Ranks) -> None:
+        self._inner = inner
+        self._resync = resync
+        self._ranks = ranks
+
+    def __call__(self, policy_version: int) -> dict[str, float]:
+        return self._resync.through(lambda: self._ranks.on_zero(lambda: self._of_rank_zero()(policy_version)))
+
+    def _of_rank_zero(self) -> Evaluator:
+        assert self._inner is not None, "rank 0 has the evaluator"
         return self._inner

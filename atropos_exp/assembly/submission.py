@@ -7,7 +7,7 @@ import os
 from datetime import datetime
 from pathlib import Path
 
-from atropos_exp.config.check import Checked
+from atropos_exp.assembly.check import Checked
 from atropos_exp.config.command_line import job_command
 from atropos_exp.config.freeze import config_hash, freeze_config
 from atropos_exp.errors import UserError
@@ -19,21 +19,19 @@ SUBMITTED = Path("slurm") / "submitted.json"  # the run that a job is to begin i
 
 def launch(checked: Checked) -> int | None:
     """Run or submit all ranks and return the exit code; None if this process is itself the (or a) rank."""
-    cluster = checked.parts["cluster"]
-    submit = getattr(cluster, "submit_run", None)
-    if submit is None or "WORLD_SIZE" in os.environ:
-        code: int | None = cluster.launch(job_command())
-        return code
+    cluster = checked.parts.cluster
+    queue = cluster.queue
+    if queue is None or "WORLD_SIZE" in os.environ:
+        return cluster.launch(job_command())
     identity = config_hash(checked.config)
-    if cluster.dry_run:
+    if queue.dry_run:
         folder = _existing(checked, identity) or _base(checked) / f"{datetime.now():%Y-%m-%d/%H-%M-%S}"
         arguments: tuple[str, ...] = ()
     else:
         folder = (_existing(checked, identity) or new_folder(_base(checked))).absolute()
         write_atomic(folder / SUBMITTED, json.dumps({"config_hash": identity}) + "\n")
         arguments = freeze_config(checked.config, folder / "slurm" / "config.yaml", run_dir=folder)
-    submitted: int = submit(name=checked.run.name, arguments=arguments, run_folder=folder)
-    return submitted
+    return queue.submit_run(name=checked.run.name, arguments=arguments, run_folder=folder)
 
 
 def _base(checked: Checked) -> Path:

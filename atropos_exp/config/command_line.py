@@ -15,7 +15,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from atropos_exp.config.diagnose import COMPOSE_ERRORS, diagnose
+from atropos_exp.config.diagnose import COMPOSE_ERRORS, Check, diagnose
 from atropos_exp.config.freeze import FROZEN
 from atropos_exp.config.origin import CONF_DIR
 from atropos_exp.errors import UserError
@@ -24,7 +24,7 @@ Task = Callable[[DictConfig], int | None]
 Sweep = Callable[[Sequence[str], str | None], int]
 
 
-def hydra_main(task: Task, sweep: Sweep) -> Callable[[], None]:
+def hydra_main(task: Task, sweep: Sweep, check: Check) -> Callable[[], None]:
     """Make `task(config) -> exit code` a program with Hydra's command line over the shipped conf/.
 
     It works from any directory, from a checkout and from a wheel, with `-m`, `--cfg job`, `--help` and
@@ -38,7 +38,7 @@ def hydra_main(task: Task, sweep: Sweep) -> Callable[[], None]:
             sys.exit(_told(lambda: task(_frozen(sys.argv[2:])) or 0))
         arguments = get_args_parser().parse_args()
         if _is_sweep(arguments):
-            sys.exit(_told(lambda: _start(sweep, arguments)))
+            sys.exit(_told(lambda: _start(sweep, check, arguments)))
         codes = [0]
         composed = False
 
@@ -65,7 +65,7 @@ def hydra_main(task: Task, sweep: Sweep) -> Callable[[], None]:
         except (*COMPOSE_ERRORS, ValueError) as error:
             if composed:
                 raise  # of the task itself: a defect, to be seen whole
-            _complain(diagnose(error, arguments.overrides, arguments.config_dir))
+            _complain(diagnose(error, arguments.overrides, arguments.config_dir, check=check))
             codes.append(2)
         sys.exit(max(codes))
 
@@ -84,11 +84,11 @@ def _is_sweep(arguments: Namespace) -> bool:
     return not looks and bool(arguments.multirun or named)
 
 
-def _start(sweep: Sweep, arguments: Namespace) -> int:
+def _start(sweep: Sweep, check: Check, arguments: Namespace) -> int:
     try:
         return sweep(arguments.overrides, arguments.config_dir)
     except COMPOSE_ERRORS as error:
-        raise UserError(diagnose(error, arguments.overrides, arguments.config_dir)) from error
+        raise UserError(diagnose(error, arguments.overrides, arguments.config_dir, check=check)) from error
 
 
 def _frozen(arguments: Sequence[str]) -> DictConfig:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,29 +15,34 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from atropos_exp.config.check import OLD_KEYS, check, report
-from atropos_exp.config.origin import CONF_DIR, Origin
-from atropos_exp.config.root import GROUPS
+from atropos_exp.config.origin import CONF_DIR, Origin, report
+from atropos_exp.config.root import GROUPS, OLD_KEYS
 from atropos_exp.config.typed import Mistake, did_you_mean, unknown_key
 
 COMPOSE_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError)
 
 
-def diagnose(error: Exception, overrides: Sequence[str], config_dir: str | None) -> str:
-    """What to tell the user after `error` stopped the composition of `overrides`: every mistake, or `error` itself."""
+Check = Callable[[DictConfig], list[Mistake]]
+
+
+def diagnose(error: Exception, overrides: Sequence[str], config_dir: str | None, *, check: Check) -> str:
+    """The message for the user after `error` stopped the composition of `overrides`: every mistake, or `error` itself.
+
+    `check` finds the mistakes of what can be composed (`assembly.check.mistakes_of`).
+    """
     GlobalHydra.instance().clear()
     if config_dir and not Path(config_dir).is_dir():
         return _first_lines(error)
     folders = [Path(config_dir).resolve()] if config_dir else []
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(CONF_DIR)):
-            text = _diagnose(overrides, folders)
+            text = _diagnose(overrides, folders, check)
     except (*COMPOSE_ERRORS, ValueError) as other:
         return _first_lines(other)
     return text or _first_lines(error)
 
 
-def _diagnose(texts: Sequence[str], folders: list[Path]) -> str:
+def _diagnose(texts: Sequence[str], folders: list[Path], check: Check) -> str:
     search = [f"hydra.searchpath=[{folder.as_uri()}]" for folder in folders]
     mistakes: list[Mistake] = []
     parsed = []
@@ -82,7 +87,7 @@ def _diagnose(texts: Sequence[str], folders: list[Path]) -> str:
     if not mistakes:
         return ""
     config = compose("config", overrides=[*search, *groups, *kept])
-    mistakes.extend(check(config)[1])
+    mistakes.extend(check(config))
     choices = {group: option for group, option in composed.hydra.runtime.choices.items() if option}
     return report(mistakes, Origin(overrides=tuple(texts), choices=choices, folders=(*folders, CONF_DIR)))
 

@@ -18,9 +18,16 @@ NOT_HASHED = ("logger", "output_dir", "run_dir", "resume", "name", "cluster")
 FROZEN = "--frozen"  # FILE: run the configuration in it, and nothing of conf/
 
 
+def resolved(config: DictConfig) -> dict[str, Any]:
+    """The configuration as plain values, interpolations filled in."""
+    plain = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items()}
+
+
 def save_config(config: DictConfig, path: Path) -> None:
     """Write the resolved configuration as YAML, secrets redacted, so that a reader sees the whole file or none."""
-    plain = redact(OmegaConf.to_container(config, resolve=True))
+    plain = redact(resolved(config))
     write_atomic(path, OmegaConf.to_yaml(OmegaConf.create(plain)))
 
 

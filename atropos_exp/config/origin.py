@@ -11,6 +11,8 @@ import yaml
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
+from atropos_exp.config.typed import Mistake
+
 _HERE = Path(__file__).resolve().parents[1]
 # In a wheel conf/ lies inside the package, in a checkout beside it.
 CONF_DIR = next((path for path in (_HERE / "conf", _HERE.parent / "conf") if path.is_dir()), _HERE.parent / "conf")
@@ -93,3 +95,17 @@ def _shown(file: Path) -> str:
     """Short: relative to the folder that holds conf/, or to a --config-dir."""
     conf = next((folder for folder in file.parents if folder.name == "conf"), None)
     return str(file.relative_to(conf.parent)) if conf else str(file)
+
+
+def report(mistakes: list[Mistake], origin: Origin) -> str:
+    """One line per mistake: key, what is wrong, where it was set."""
+    lines = []
+    for mistake in mistakes:
+        place = origin.of(mistake.path) if mistake.path else ""
+        text = f"{mistake.path}: {mistake.message}" if mistake.path else mistake.message
+        line = f"{text} [{place}]" if place else text
+        if line not in lines:
+            lines.append(line)
+    if len(lines) == 1:
+        return f"Wrong configuration: {lines[0]}"
+    return "\n  ".join([f"Wrong configuration, {len(lines)} mistakes:", *lines])

@@ -16,6 +16,21 @@ GROUPS = (
 )
 
 
+# Keys of earlier versions and of the papers' scripts -> what to type instead.
+OLD_KEYS = {
+    "use_gpro": "advantage=grpo",
+    "use_grpo": "advantage=grpo",
+    "gpro_epsilon": "advantage.epsilon",
+    "grpo_epsilon": "advantage.epsilon",
+    "gpro_norm_by_std": "advantage.norm_by_std",
+    "grpo_norm_by_std": "advantage.norm_by_std",
+    "advantage_normalization": "advantage.normalization (none or batch)",
+    "advantage_clipping": "advantage.clip ([low, high] or null)",
+    "use_advantage_weighting": "loss=advantage_weighted_sft",
+    "model_path": "model.path",
+}
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CheckpointConfig:
     every: int  # steps; 0: only the last

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
+from atropos_exp.assembly.check import mistakes_of
 from atropos_exp.config.command_line import hydra_main
 from atropos_exp.doctor.line import counts, worst
 from atropos_exp.errors import UserError
@@ -53,7 +54,7 @@ def refuse_sweep(overrides: Sequence[str], config_dir: str | None) -> int:
 def main() -> None:
     if len(sys.argv) > 1 and Path(sys.argv[1]).is_dir() and "=" not in sys.argv[1]:
         sys.exit(after(sys.argv[1:]))
-    hydra_main(before, refuse_sweep)()
+    hydra_main(before, refuse_sweep, mistakes_of)()
 
 
 if __name__ == "__main__":

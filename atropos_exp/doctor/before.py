@@ -8,7 +8,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from atropos_exp.config.check import Checked, check
+from atropos_exp.assembly.check import Checked, check
 from atropos_exp.config.origin import Origin
 from atropos_exp.config.typed import Mistake
 from atropos_exp.doctor.line import Line, fail, ok, split_remedy, warn
@@ -85,6 +85,6 @@ def _mistakes(mistakes: list[Mistake]) -> Iterator[Line]:
 def _preparation(checked: Checked) -> list[Line]:
     from data_prep.prepare import preflight
 
-    settings = checked.parts["data"].prepare
+    settings = checked.parts.data.prepare
     problems = preflight(settings) if settings is not None else []
     return [fail("data", *split_remedy(problem)) for problem in problems]

@@ -10,7 +10,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from atropos_exp.config.check import Checked
+from atropos_exp.assembly.check import Checked
 from atropos_exp.doctor import memory
 from atropos_exp.doctor.line import Line, fail, ok, warn
 from atropos_exp.doctor.memory import human
@@ -47,7 +47,7 @@ def gpus() -> list[Gpu]:
 
 def is_elsewhere(checked: Checked) -> bool:
     """Whether the run trains on other machines than this one."""
-    return hasattr(checked.parts["cluster"], "partition")
+    return checked.parts.cluster.queue is not None
 
 
 def check_devices(checked: Checked) -> list[Line]:
@@ -111,10 +111,10 @@ def check_memory(checked: Checked, model_folder: Path) -> list[Line]:
 
 
 def _host_memory(checked: Checked, needs: memory.Estimate, told: str) -> Line:
-    servers = getattr(checked.parts["engine"], "data_parallel_size", 1)
+    servers = getattr(checked.parts.engine, "data_parallel_size", 1)
     fixed = checked.sizes.world_size * memory.TRAINER_BYTES + servers * memory.ENGINE_BYTES
-    fixed += memory.WORKER_BYTES * getattr(checked.parts["reward"], "num_workers", 0)
-    fixed += memory.ATROPOS_BYTES if checked.parts["rollout"].uses_atropos else 0
+    fixed += memory.WORKER_BYTES * checked.parts.reward.num_workers
+    fixed += memory.ATROPOS_BYTES if checked.parts.rollout.uses_atropos else 0
     total = fixed + checked.sizes.world_size * needs.trainer_total + servers * needs.engine_total
     free = available_memory()
     text = f"{told}, programs {human(fixed)}: about {human(total)} of {human(free)} that are free"
@@ -129,11 +129,11 @@ def _gpu_memory(checked: Checked, needs: memory.Estimate, told: str) -> Line:
     found = gpus()
     if not found:
         return warn("memory", f"{told}; nvidia-smi does not tell what there is", "see why nvidia-smi does not run")
-    engine = checked.parts["engine"]
+    engine = checked.parts.engine
     share = getattr(engine, "gpu_memory_utilization", None)
     shared = not getattr(engine, "gpus", None)
     beside = 0 if not shared else int(share * found[0].total) if share is not None else needs.engine_total
-    total = needs.peak(engine=beside, takes_turns=getattr(engine, "colocate", False))
+    total = needs.peak(engine=beside, takes_turns=engine.colocate)
     text = f"{told}: about {human(total)} on the fullest of {human(found[0].total)}"
     if shared and share is not None and needs.engine["weights"] > beside:
         return fail("memory", f"{text}; the engine's share does not hold its weights", "raise the engine's share")
@@ -190,7 +190,7 @@ def check_disk(checked: Checked, model_folder: Path | None) -> list[Line]:
         return [fail("disk", f"{place} cannot be written to ({error.strerror})", "output_dir=SOME/FOLDER of yours")]
     parameters = memory.count_parameters(model_folder) if model_folder is not None else 0
     checkpoints = (run.checkpoint.keep + 1) * 12 * parameters
-    steps = checked.parts["trainer"].max_steps
+    steps = checked.parts.trainer.max_steps
     journals = steps * checked.sizes.sequences * checked.sizes.tokens_per_sequence * 10
     needed, free = checkpoints + journals, shutil.disk_usage(place).free
     text = (

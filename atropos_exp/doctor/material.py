@@ -10,9 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from atropos_exp.config.check import Checked
+from atropos_exp.assembly.check import Checked
 from atropos_exp.doctor.line import Line, fail, ok, split_remedy, warn
 from atropos_exp.errors import UserError
+from atropos_exp.interfaces import PromptLoader
+from atropos_exp.parts.data.counts import DataCounts
 from atropos_exp.types import Prompt, RewardFailure
 
 _ROWS = 16  # that the reward is tried on
@@ -25,7 +27,7 @@ _FORMS = ("{}", "#### {}", "\\boxed{{{}}}", "<answer>{}</answer>", "The answer i
 
 def check_model(checked: Checked) -> tuple[list[Line], Path | None]:
     """And the folder, if the model is on this machine already; nothing is downloaded."""
-    model = checked.parts["model"]
+    model = checked.parts.model
     folder: Path | None = model.local_folder()
     if folder is None:
         path, remedy = model.path, f"once, with a network: hf download {model.path}"
@@ -46,7 +48,7 @@ def check_model(checked: Checked) -> tuple[list[Line], Path | None]:
 def check_material(checked: Checked, folder: Path) -> list[Line]:
     """Tokenizer, data, reward, in this order, as each needs the one before."""
     try:
-        tokenizer = checked.parts["model"].tokenizer(folder)
+        tokenizer = checked.parts.model.tokenizer(folder)
     except (UserError, OSError, ValueError) as error:
         return [fail("tokenizer", f"{folder} does not load: {error}", "copy the model again, tokenizer.json included")]
     lines = check_tokenizer(checked, folder, tokenizer)
@@ -64,7 +66,7 @@ def check_tokenizer(checked: Checked, folder: Path, tokenizer: Any) -> list[Line
 
     lines: list[Line] = []
     try:
-        stops = checked.parts["model"].stop_token_ids(folder)
+        stops = checked.parts.model.stop_token_ids(folder)
     except UserError as error:
         return [fail("tokenizer", str(error), "set eos_token_id in generation_config.json")]
     rows = vocab_size(folder)
@@ -75,7 +77,7 @@ def check_tokenizer(checked: Checked, folder: Path, tokenizer: Any) -> list[Line
     if beyond:
         text = f"{len(beyond)} of its tokens, such as {beyond[0]!r}, have no row among the model's {rows}"
         lines.append(fail("tokenizer", text, "use the tokenizer of this model"))
-    if checked.parts["data"].format == "chat" and getattr(tokenizer, "chat_template", None):
+    if checked.parts.data.format == "chat" and getattr(tokenizer, "chat_template", None):
         lines += _turn_end(tokenizer, stops)
     names = ", ".join(repr(tokenizer.convert_ids_to_tokens(stop)) for stop in stops)
     return lines or [ok("tokenizer", f"{len(tokenizer)} tokens; sampling stops at {names}")]
@@ -117,11 +119,11 @@ def check_bos(checked: Checked, tokenizer: Any, prompts: Sequence[Prompt]) -> li
     ]
 
 
-def _load(checked: Checked, tokenizer: Any) -> tuple[Any, list[Line]]:
+def _load(checked: Checked, tokenizer: Any) -> tuple[PromptLoader | None, list[Line]]:
     """The loader, or None; built data is kept, as the run wants it too."""
-    from atropos_exp.assembly.material import prepare
+    from atropos_exp.assembly.head import prepared_data
 
-    run, data = checked.run, checked.parts["data"]
+    run, data = checked.run, checked.parts.data
     try:
         with tempfile.TemporaryDirectory() as quarantine, contextlib.redirect_stdout(io.StringIO()):
             loader = data.loader(
@@ -130,11 +132,11 @@ def _load(checked: Checked, tokenizer: Any) -> tuple[Any, list[Line]]:
                 max_prompt_length=run.max_prompt_length,
                 max_response_length=run.max_response_length,
                 run_folder=Path(quarantine),
-                prepared_folder=prepare(data.prepare),
+                prepared_folder=prepared_data(data.prepare),
             )
     except UserError as error:
         return None, [fail("data", *split_remedy(str(error)))]
-    if not hasattr(loader.counts, "total"):  # of a source of somebody else's, which need not count rows
+    if not isinstance(loader.counts, DataCounts):  # of a user's own source, which need not count rows
         return loader, [ok("data", str(loader.counts))]
     total = loader.counts.total
     text = "; ".join(loader.counts.lines())
@@ -154,7 +156,7 @@ def check_reward(checked: Checked, prompts: Sequence[Prompt]) -> list[Line]:
     """On real rows: the reference answer, in one of its usual forms, must score more than a text without an answer."""
     from atropos_exp.parts.reward.pool import RewardPool
 
-    reward = checked.parts["reward"]
+    reward = checked.parts.reward
     name = type(reward).__name__
     items = [(form.format(prompt.ground_truth), prompt) for prompt in prompts for form in _FORMS]
     items += [(_WRONG, prompt) for prompt in prompts]

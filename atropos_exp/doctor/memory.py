@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from atropos_exp.config.check import Checked
+from atropos_exp.assembly.check import Checked
 
 MIB, GIB = 2**20, 2**30
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -93,7 +93,7 @@ def estimate(checked: Checked, shape: Shape) -> Estimate:
 
 def _trainer(checked: Checked, shape: Shape) -> dict[str, int]:
     parts, sizes = checked.parts, checked.sizes
-    model, trainer = parts["model"], parts["trainer"]
+    model, trainer = parts.model, parts.trainer
     width = BYTES[model.compute_dtype(checked.device)]
     ranks = sizes.world_size
     trained = _lora_parameters(model, shape) if model.lora.rank else shape.parameters
@@ -105,15 +105,15 @@ def _trainer(checked: Checked, shape: Shape) -> dict[str, int]:
     if width < 4 or ranks > 1:  # the layer at work, gathered in the compute dtype, and the next one
         layer = 2 * (shape.parameters - shape.vocabulary * shape.hidden) // max(1, shape.layers)
         gathered = shape.vocabulary * shape.hidden + layer
-        everything = not getattr(trainer, "reshard_after_forward", True)
+        everything = not trainer.reshard_after_forward
         state["gathered"] = width * (shape.parameters if everything else min(gathered, shape.parameters))
-    if getattr(parts["loss"], "kl_coef", 0.0) and not model.lora.rank:
+    if parts.loss.kl_coef and not model.lora.rank:
         state["reference"] = width * shape.parameters // ranks
     tokens = min(
         sizes.tokens_per_micro_batch,
         -(-sizes.sequences_per_rank // sizes.num_mini_batches) * sizes.tokens_per_sequence,
     )
-    tokens = -(-tokens // getattr(trainer, "sequence_parallel_size", 1))
+    tokens = -(-tokens // trainer.sequence_parallel_size)
     state["activations"] = tokens * width * activation_width(shape, checkpointing=model.gradient_checkpointing)
     trained_tokens = min(tokens, tokens * checked.run.max_response_length // sizes.tokens_per_sequence + 1)
     state["logits"] = 4 * 3 * min(trained_tokens * shape.vocabulary, MAX_CHUNK_LOGITS)
@@ -144,9 +144,8 @@ def _lora_parameters(model: Any, shape: Shape) -> int:
 
 def _engine(checked: Checked, shape: Shape) -> dict[str, int]:
     """Weights and the largest cache of keys and values that one step can fill."""
-    engine = checked.parts["engine"]
-    dtype = getattr(engine, "dtype", "auto")
-    width = BYTES.get(dtype) or (4 if checked.device == "cpu" else 2)
+    engine = checked.parts.engine
+    width = BYTES.get(engine.dtype) or (4 if checked.device == "cpu" else 2)
     tokens = checked.sizes.sequences * checked.sizes.tokens_per_sequence
     limit = getattr(engine, "max_batch_tokens", None)
     cache = 2 * shape.layers * shape.key_value * width * (min(tokens, limit) if limit else tokens)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from atropos_exp.assembly.atropos import max_sequence_length
-from atropos_exp.config.check import Checked
+from atropos_exp.assembly.check import Checked
 from atropos_exp.config.freeze import config_hash
 from atropos_exp.doctor.line import Line, fail, ok, split_remedy, warn
 from atropos_exp.errors import UserError
@@ -15,8 +14,8 @@ from atropos_exp.parts.atropos.client import ApiDown, AtroposClient
 
 def check_ports(checked: Checked) -> list[Line]:
     """Bind what the gateway will bind, and let go of it."""
-    gateway, extra = checked.parts["gateway"], checked.parts["atropos"].extra_ports
-    if not checked.parts["rollout"].uses_atropos:
+    gateway, extra = checked.parts.gateway, checked.parts.atropos.extra_ports
+    if not checked.parts.rollout.uses_atropos:
         return [ok("ports", "none is needed: rollout=local starts no gateway")]
     try:
         gateway.listen(extra).close()
@@ -28,8 +27,8 @@ def check_ports(checked: Checked) -> list[Line]:
 
 def check_atropos(checked: Checked) -> list[Line]:
     """Whom the API serves: nobody, this run, another one, or data that nobody registered for."""
-    settings = checked.parts["atropos"]
-    if not checked.parts["rollout"].uses_atropos:
+    settings = checked.parts.atropos
+    if not checked.parts.rollout.uses_atropos:
         return [ok("atropos", "rollout=local does not use it")]
     if settings.api_url is None:
         return [ok("atropos", "the run starts an API and its environments")]
@@ -43,11 +42,11 @@ def check_atropos(checked: Checked) -> list[Line]:
 
 
 def _down(checked: Checked, reason: str) -> Line:
-    settings = checked.parts["atropos"]
+    settings = checked.parts.atropos
     remedy = f"start it (run-api), or correct atropos.api_url={settings.api_url}"
     if settings.launch:
         return warn("atropos", f"{reason}: the run starts an API of its own instead", remedy)
-    if checked.parts["rollout"].falls_back:
+    if checked.parts.rollout.falls_back:
         return warn("atropos", f"{reason}: the run goes on with local rollouts", remedy)
     return fail("atropos", f"{reason}, and rollout=atropos has nothing else", f"{remedy}, or rollout=auto")
 
@@ -66,14 +65,14 @@ def _state(checked: Checked, client: AtroposClient) -> Line:
                 f"or do it yourself: curl {client.url}/reset_data",
             )
         return ok("atropos", f"{client.url} is free")
-    mine = (run.batch_size * run.group_size, max_sequence_length(checked) + 1)
+    mine = (run.batch_size * run.group_size, checked.max_sequence_length + 1)
     if found.group in _own_groups(checked) and (found.batch_size, found.max_token_len) == mine:
         return ok("atropos", f"{client.url} serves this very run, which will continue")
     text = (
         f"{client.url} serves another run: project {found.project!r}, group {found.group!r}, batch_size "
         f"{found.batch_size}, max_token_len {found.max_token_len}"
     )
-    if checked.parts["atropos"].take_over:
+    if checked.parts.atropos.take_over:
         return warn("atropos", f"{text}; atropos.take_over=true ends it", "leave take_over out if that run is wanted")
     return fail(
         "atropos",
@@ -84,8 +83,7 @@ def _state(checked: Checked, client: AtroposClient) -> Line:
 
 def _own_groups(checked: Checked) -> set[str]:
     """What this configuration's unfinished runs are called there, or would be."""
-    given = getattr(checked.parts["logger"], "group", None)
-    if given:
+    if given := checked.parts.logger.group:
         return {given}
     run, own = checked.run, config_hash(checked.config)
     base = Path(run.output_dir).expanduser() / run.name

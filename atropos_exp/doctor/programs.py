@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 
-from atropos_exp.config.check import Checked
+from atropos_exp.assembly.check import Checked
 from atropos_exp.doctor.line import Line, fail, ok, split_remedy
 from atropos_exp.processes.child import child_environment
 
@@ -21,7 +21,7 @@ _TRY = (
 
 def check_engine(checked: Checked) -> list[Line]:
     """What `preflight` sees has passed when the configuration was checked; the rest is said here."""
-    engine = checked.parts["engine"]
+    engine = checked.parts.engine
     problems = engine.preflight(device=checked.device) if hasattr(engine, "preflight") else []
     if problems:
         return [fail("engine", *split_remedy(problem)) for problem in problems]
@@ -30,8 +30,8 @@ def check_engine(checked: Checked) -> list[Line]:
 
 def check_environment(checked: Checked) -> list[Line]:
     """Import what an environment imports, with the interpreter that will run it."""
-    env = checked.parts["env"]
-    if not checked.parts["rollout"].uses_atropos or not checked.parts["atropos"].launch:
+    env = checked.parts.env
+    if not checked.parts.rollout.uses_atropos or not checked.parts.atropos.launch:
         return [ok("environment", "the run starts none")]
     if env.python is None and env.command[:1] == ["-m"] and str(env.command[-1]).startswith("atropos_exp."):
         return [ok("environment", f"{env.name}, of this package")]

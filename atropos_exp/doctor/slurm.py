@@ -7,7 +7,7 @@ import shutil
 import subprocess
 from typing import Any
 
-from atropos_exp.config.check import Checked
+from atropos_exp.assembly.check import Checked
 from atropos_exp.doctor.line import Line, fail, ok, warn
 
 _ASK_SECONDS = 10.0
@@ -15,7 +15,7 @@ _ASK_SECONDS = 10.0
 
 def check_slurm(checked: Checked) -> list[Line]:
     """Nothing for a cluster that is not Slurm's."""
-    cluster = checked.parts["cluster"]
+    cluster = checked.parts.cluster
     if not hasattr(cluster, "partition"):
         return []
     missing = [name for name in ("sbatch", "srun", "scontrol") if shutil.which(name) is None]

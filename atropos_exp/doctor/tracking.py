@@ -8,7 +8,7 @@ import socket
 from typing import Any
 from urllib.parse import urlparse
 
-from atropos_exp.config.check import Checked
+from atropos_exp.assembly.check import Checked
 from atropos_exp.doctor.line import Line, fail, ok, warn
 from atropos_exp.parts.logger.wandb_process import DEFAULT_HOST, has_key
 
@@ -16,7 +16,7 @@ _CONNECT_SECONDS = 3.0
 
 
 def check_tracking(checked: Checked) -> list[Line]:
-    logger = checked.parts["logger"]
+    logger = checked.parts.logger
     kind = type(logger).__name__
     if kind == "Trackio" and importlib.util.find_spec("trackio") is None:
         return [fail("tracking", "logger=trackio, but trackio is not installed", "pip install 'atropos-exp[trackio]'")]

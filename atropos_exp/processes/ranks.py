@@ -58,6 +58,17 @@ class Ranks:
             raise UserError(f"rank 0 failed: {value}")
         return value  # type: ignore[return-value]
 
+    def keep_on_zero(self, make: Callable[[], Value]) -> Value | None:
+        """Make something on rank 0 alone, which keeps it; None on the others. An error is raised on every rank."""
+        kept: Value | None = None
+
+        def work() -> None:
+            nonlocal kept
+            kept = make()
+
+        self.on_zero(work)
+        return kept
+
     def folder_on_every_node(self, find: Callable[[], Path]) -> Path:
         """`find()` of rank 0, on every rank. Where nodes share no such folder, one rank of each finds its own too."""
         folder = self.on_zero(find)

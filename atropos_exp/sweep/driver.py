@@ -10,6 +10,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from atropos_exp.assembly.options import ClusterPart
 from atropos_exp.config.build import build
 from atropos_exp.config.freeze import config_hash, freeze_config
 from atropos_exp.errors import UserError
@@ -174,11 +175,10 @@ def attend(sweep: Sweep, watch: Watcher, finish: Callable[[Sweep], None]) -> int
 
 
 def _backend(folder: SweepFolder, request: Request, settings: Any) -> Backend:
-    """The cluster's own, if its settings have a `sweep_backend(folder, settings)`; else this machine."""
-    make = getattr(build(request.cluster, "cluster"), "sweep_backend", None)
-    if make is not None:
-        backend: Backend = make(folder, settings)
-        return backend
+    """The cluster's own queue, if it has one; else this machine."""
+    cluster: ClusterPart = build(request.cluster, "cluster")
+    if cluster.queue is not None:
+        return cluster.queue.sweep_backend(folder, settings)
     timeout_minutes = None if isinstance(settings, OptunaSweep) else settings.timeout_minutes  # workers see to theirs
     return LocalBackend(
         folder, num_slots=settings.parallel, devices=settings.devices,
@@ -243,7 +243,7 @@ def _freeze(sweep: SweepFolder, plan: Plan) -> None:
         sweep.add_record(
             RunRecord(
                 number=number, point=run.point, values=dict(run.values), seed=run.seed,
-                config_hash=config_hash(config), max_steps=run.checked.parts["trainer"].max_steps,
+                config_hash=config_hash(config), max_steps=run.checked.parts.trainer.max_steps,
                 num_devices=run.checked.sizes.world_size,
             )
         )  # fmt: skip

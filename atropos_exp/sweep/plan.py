@@ -14,11 +14,11 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
+from atropos_exp.assembly.check import Checked, check, mistakes_of
 from atropos_exp.config.build import build
-from atropos_exp.config.check import Checked, check, report
 from atropos_exp.config.diagnose import COMPOSE_ERRORS, diagnose
 from atropos_exp.config.freeze import config_hash
-from atropos_exp.config.origin import CONF_DIR, Origin
+from atropos_exp.config.origin import CONF_DIR, Origin, report
 from atropos_exp.errors import UserError
 from atropos_exp.runs.sweep_folder import describe_point
 from atropos_exp.sweep.axes import (
@@ -85,7 +85,9 @@ def plan_sweep(overrides: Sequence[str], config_dir: str | None) -> Plan:
         else:
             plan = _plan_grid(settings, line, base, composer)
     if failed:
-        messages = dict.fromkeys(diagnose(UserError(""), overrides, config_dir) for overrides in failed)
+        messages = dict.fromkeys(
+            diagnose(UserError(""), overrides, config_dir, check=mistakes_of) for overrides in failed
+        )
         raise UserError("\n".join(messages))
     assert plan is not None
     return plan

@@ -11,8 +11,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from atropos_exp.config.check import Checked, check, report
-from atropos_exp.config.origin import Origin
+from atropos_exp.assembly.check import Checked, check
+from atropos_exp.config.origin import Origin, report
 from atropos_exp.config.typed import Mistake
 from atropos_exp.errors import UserError
 from atropos_exp.sweep.axes import Interval, plain_value

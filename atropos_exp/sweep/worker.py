@@ -15,8 +15,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from atropos_exp.assembly.check import validate
 from atropos_exp.config.build import build
-from atropos_exp.config.check import validate
 from atropos_exp.config.freeze import config_hash, freeze_config
 from atropos_exp.errors import UserError
 from atropos_exp.runs.atomic import write_atomic
@@ -104,7 +104,7 @@ class Worker:
         record = RunRecord(
             number=number, point=number, values={key.lstrip("+"): item for key, item in claim.values.items()},
             seed=checked.run.seed, config_hash=config_hash(checked.config),
-            max_steps=checked.parts["trainer"].max_steps, num_devices=checked.sizes.world_size,
+            max_steps=checked.parts.trainer.max_steps, num_devices=checked.sizes.world_size,
         )  # fmt: skip
         if not found:
             self._sweep.add_record(record)

@@ -10,11 +10,11 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
+from atropos_exp.assembly.sizes import check_sizes, describe
 from atropos_exp.config.build import build, find_class
 from atropos_exp.config.freeze import config_hash, save_config
 from atropos_exp.config.origin import Origin
 from atropos_exp.config.root import CheckpointConfig, RunConfig, SyncConfig
-from atropos_exp.config.sizes import check_sizes, describe
 from atropos_exp.config.typed import Mistake
 from atropos_exp.errors import UserError
 from atropos_exp.parts.cluster.local import Local
@@ -124,8 +124,10 @@ class Trainer:
 
 def sized(world_size: int, trainer: Trainer | None = None, **changes: Any) -> tuple[Any, list[str]]:
     mistakes: list[Mistake] = []
-    parts = {"trainer": trainer} if trainer else {}
-    sizes = check_sizes(run_config(**changes), parts, "cpu", {"WORLD_SIZE": str(world_size)}, mistakes)
+    sizes = check_sizes(
+        run_config(**changes), None, trainer, None,
+        device="cpu", environ={"WORLD_SIZE": str(world_size)}, mistakes=mistakes,
+    )  # fmt: skip
     return sizes, [f"{mistake.path}: {mistake.message}" for mistake in mistakes]
 
 

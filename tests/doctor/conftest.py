@@ -14,7 +14,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
-from atropos_exp.config.check import Checked, validate
+from atropos_exp.assembly.check import Checked, validate
 from atropos_exp.config.origin import CONF_DIR
 from atropos_exp.doctor.before import examine
 from atropos_exp.doctor.line import Level, Line

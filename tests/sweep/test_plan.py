@@ -116,9 +116,10 @@ def test_a_mistake_anywhere_is_found_before_anything_starts(overrides: list[str]
     try:
         message = refused(*overrides)
     except Exception as error:  # the base itself cannot be composed: the program lets Hydra's error be diagnosed
+        from atropos_exp.assembly.check import mistakes_of
         from atropos_exp.config.diagnose import diagnose
 
-        message = diagnose(error, overrides, None)
+        message = diagnose(error, overrides, None, check=mistakes_of)
     for word in words:
         assert word in message, message
 

@@ -45,6 +45,7 @@ class VerlAdvantage(ABC):
     clip: list[float] | None
 
     verl_name: ClassVar[str]
+    min_group_size: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
         if self.normalization not in ("none", "batch"):

@@ -11,6 +11,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import FrameType
+from typing import ClassVar
 
 from atropos_exp.errors import UserError
 from atropos_exp.processes.ports import HeldPort
@@ -28,6 +29,9 @@ class Local:
     """
 
     num_processes: int
+
+    target_device: ClassVar[None] = None  # it runs on this machine
+    queue: ClassVar[None] = None  # at once
 
     def __post_init__(self) -> None:
         if self.num_processes < 1:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, ClassVar
 
 from atropos_exp.errors import UserError
 from atropos_exp.parts.logger.step_line import FirstTimes, LiveFigures, TimeLeft, clock, step_line
@@ -30,8 +30,18 @@ class Console:
         if self.every < 1:
             raise UserError(f"logger.every: steps between plain lines must be at least 1; got {self.every}")
 
+    project: ClassVar[None] = None  # nothing is tracked outside the run folder
+    group: ClassVar[None] = None
+
     def start(
-        self, *, run_folder: Path, config: Mapping[str, Any], name: str, resumed: bool, total_steps: int
+        self,
+        *,
+        run_folder: Path,
+        config: Mapping[str, Any],
+        name: str,
+        resumed: bool,
+        total_steps: int,
+        group: str | None = None,
     ) -> ConsoleLogger:
         return ConsoleLogger(self, stream=sys.stdout, name=name, run_folder=run_folder, total_steps=total_steps)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from atropos_exp.types import SampleRecord, StepMetrics
 
@@ -14,8 +14,18 @@ from atropos_exp.types import SampleRecord, StepMetrics
 class NoLogger:
     """Settings of `logger=none`: there are none."""
 
+    project: ClassVar[None] = None  # nothing is tracked outside the run folder
+    group: ClassVar[None] = None
+
     def start(
-        self, *, run_folder: Path, config: Mapping[str, Any], name: str, resumed: bool, total_steps: int
+        self,
+        *,
+        run_folder: Path,
+        config: Mapping[str, Any],
+        name: str,
+        resumed: bool,
+        total_steps: int,
+        group: str | None = None,
     ) -> SilentLogger:
         return SilentLogger()
 

@@ -43,11 +43,18 @@ class Trackio:
             yield f"logger=trackio, but trackio is not installed; {INSTALL}, or logger=console"
 
     def start(
-        self, *, run_folder: Path, config: Mapping[str, Any], name: str, resumed: bool, total_steps: int
+        self,
+        *,
+        run_folder: Path,
+        config: Mapping[str, Any],
+        name: str,
+        resumed: bool,
+        total_steps: int,
+        group: str | None = None,
     ) -> WandbLogger:
         """`config` is redacted here. A resumed run continues its curves, by the name of its folder."""
         console = Console(live=self.live, every=self.every).start(
-            run_folder=run_folder, config=config, name=name, resumed=resumed, total_steps=total_steps
+            run_folder=run_folder, config=config, name=name, resumed=resumed, total_steps=total_steps, group=None
         )
         feeder = Feeder(
             # -P: the folder of the script, where this file is called trackio too, stays off the import path
@@ -62,7 +69,7 @@ class Trackio:
             {
                 "folder": str(folder),
                 "project": self.project,
-                "group": self.group,
+                "group": group if self.group is None else self.group,
                 "name": "/".join(run_folder.absolute().parts[-3:]),
                 "config": redact(config),
                 "finish_timeout": self.finish_timeout,

@@ -62,11 +62,18 @@ class Wandb:
                 raise UserError(f"logger.{key}: must be above 0; got {getattr(self, key)}")
 
     def start(
-        self, *, run_folder: Path, config: Mapping[str, Any], name: str, resumed: bool, total_steps: int
+        self,
+        *,
+        run_folder: Path,
+        config: Mapping[str, Any],
+        name: str,
+        resumed: bool,
+        total_steps: int,
+        group: str | None = None,
     ) -> ConsoleLogger | WandbLogger:
         """`config` is redacted here. A resumed run continues its W&B run, whose id lies in the run folder."""
         console = Console(live=self.live, every=self.every).start(
-            run_folder=run_folder, config=config, name=name, resumed=resumed, total_steps=total_steps
+            run_folder=run_folder, config=config, name=name, resumed=resumed, total_steps=total_steps, group=None
         )
         if self.mode is Mode.disabled:
             return console
@@ -77,7 +84,7 @@ class Wandb:
             "name": name,
             "project": self.project,
             "entity": self.entity,
-            "group": self.group,
+            "group": group if self.group is None else self.group,
             "job_type": self.job_type,
             "tags": list(self.tags),
             "config": redact(config),

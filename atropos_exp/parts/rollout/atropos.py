@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:
     from atropos_exp.interfaces import RemoteSource, RolloutSource
-    from atropos_exp.parts.rollout.local import LocalSource
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +18,6 @@ class AtroposRollout:
     uses_atropos: ClassVar[bool] = True
     falls_back: ClassVar[bool] = False
 
-    def choose(self, *, local: LocalSource, remote: RemoteSource | None) -> RolloutSource:
+    def choose(self, *, local: RolloutSource, remote: RemoteSource | None) -> RolloutSource:
         assert remote is not None
         return remote

@@ -13,7 +13,6 @@ from atropos_exp.types import Dropped, RolloutGroup
 
 if TYPE_CHECKING:
     from atropos_exp.interfaces import JSON, RemoteSource, RolloutSource
-    from atropos_exp.parts.rollout.local import LocalSource
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +26,7 @@ class AutoRollout:
     uses_atropos: ClassVar[bool] = True
     falls_back: ClassVar[bool] = True
 
-    def choose(self, *, local: LocalSource, remote: RemoteSource | None) -> RolloutSource:
+    def choose(self, *, local: RolloutSource, remote: RemoteSource | None) -> RolloutSource:
         assert remote is not None
         return AutoSource(remote, local)
 

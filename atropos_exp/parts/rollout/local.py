@@ -25,7 +25,7 @@ class LocalRollout:
     uses_atropos: ClassVar[bool] = False
     falls_back: ClassVar[bool] = False
 
-    def choose(self, *, local: LocalSource, remote: RemoteSource | None) -> RolloutSource:
+    def choose(self, *, local: RolloutSource, remote: RemoteSource | None) -> RolloutSource:
         assert remote is None
         return local
 

@@ -14,8 +14,8 @@ import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+from atropos_exp.assembly.check import check
 from atropos_exp.config.build import build
-from atropos_exp.config.check import check
 from atropos_exp.config.freeze import config_hash, freeze_config
 from atropos_exp.config.origin import CONF_DIR
 from atropos_exp.errors import UserError

@@ -16,6 +16,11 @@ if TYPE_CHECKING:
 class Slurm(SlurmSettings):
     """Submits what its settings describe."""
 
+    @property
+    def queue(self) -> Slurm:
+        """Jobs are submitted to it, rather than started."""
+        return self
+
     def submit_run(self, *, name: str, arguments: Sequence[str], run_folder: Path) -> int:
         """Submit one run (or print what would be), follow it if `wait`; the exit code.
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from atropos_exp.errors import UserError
 from atropos_exp.parts.engine.devices import gpu_problems
 from atropos_exp.parts.engine.launch import DTYPES, Launch, ServerSettings, check_settings
 from atropos_exp.parts.engine.preflight import missing_modules
 from atropos_exp.parts.engine.servers import Servers
+from atropos_exp.types import LoraSettings
 from atropos_exp.weights.choose import TRANSPORTS, is_transport, transport_problems
 
 SERVER = "atropos_exp.parts.engine.hf.server"
@@ -35,6 +37,8 @@ class HFEngine(ServerSettings):
         if self.num_threads is not None and self.num_threads < 1:
             raise UserError(f"engine.num_threads must be 1 or more, or null for all cores; got {self.num_threads}")
 
+    colocate: ClassVar[bool] = False
+
     def preflight(self, *, device: str) -> list[str]:
         """What stands in the way of `start`, one sentence each, found without starting a server."""
         problems = []
@@ -52,7 +56,15 @@ class HFEngine(ServerSettings):
         )
         return problems + transport_problems(self.transport, device=device)
 
-    def start(self, *, model_folder: Path, device: str, log_folder: Path, max_sequence_length: int) -> Servers:
+    def start(
+        self,
+        *,
+        model_folder: Path,
+        device: str,
+        log_folder: Path,
+        max_sequence_length: int,
+        lora: LoraSettings | None = None,
+    ) -> Servers:
         """Start the server on a Hugging Face folder and wait for its first token; raises EngineError.
 
         `max_sequence_length` is the most tokens that a prompt and its answer have together. The caller stops it.

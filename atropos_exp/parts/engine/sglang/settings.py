@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from atropos_exp.parts.engine.devices import gpu_problems
 from atropos_exp.parts.engine.launch import DTYPES, Launch, ServerSettings, check_settings
 from atropos_exp.parts.engine.preflight import environment_problems, has_gpu, interpreter
 from atropos_exp.parts.engine.servers import Servers
+from atropos_exp.types import LoraSettings
 from atropos_exp.weights.choose import TRANSPORTS, transport_problems
 
 SERVER = "atropos_exp.parts.engine.sglang.server"
@@ -40,6 +41,8 @@ class SGLangEngine(ServerSettings):
     def _python(self) -> str:
         return interpreter(self.python, environment=".venv-sglang")
 
+    colocate: ClassVar[bool] = False
+
     def preflight(self, *, device: str) -> list[str]:
         """What stands in the way of `start`, one sentence each, found without starting a server."""
         problems = environment_problems(
@@ -56,7 +59,15 @@ class SGLangEngine(ServerSettings):
             problems.append("engine=sglang needs an NVIDIA GPU, and this machine shows none; use another engine")
         return problems
 
-    def start(self, *, model_folder: Path, device: str, log_folder: Path, max_sequence_length: int) -> Servers:
+    def start(
+        self,
+        *,
+        model_folder: Path,
+        device: str,
+        log_folder: Path,
+        max_sequence_length: int,
+        lora: LoraSettings | None = None,
+    ) -> Servers:
         """Start the server on a Hugging Face folder and wait for its first token; raises EngineError.
 
         `max_sequence_length` is the most tokens that a prompt and its answer have together. The caller stops it.

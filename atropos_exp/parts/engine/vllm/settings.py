@@ -119,7 +119,6 @@ class VLLMEngine(ServerSettings):
         `engine.lora=adapter`. The caller stops it.
         """
         adapter = lora if self.lora == "adapter" else None
-        assert adapter is not None or self.lora == "merged", "the model's LoRA is an argument"
         launch = Launch(
             kind="vllm",
             module=SERVER,

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from atropos_exp.config.root import RunConfig
 from atropos_exp.config.typed import Mistake
+
+if TYPE_CHECKING:
+    from atropos_exp.assembly.options import AdvantagePart, ClusterPart, TrainerPart
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,17 +31,28 @@ class Sizes:
 
 
 def check_sizes(
-    run: RunConfig, parts: Mapping[str, Any], device: str, environ: Mapping[str, str], mistakes: list[Mistake]
+    run: RunConfig,
+    cluster: ClusterPart | None,
+    trainer: TrainerPart | None,
+    advantage: AdvantagePart | None,
+    *,
+    device: str,
+    environ: Mapping[str, str],
+    mistakes: list[Mistake],
 ) -> Sizes:
-    """Derived sizes; appends to `mistakes` what does not divide or fit."""
-    num_processes: int = getattr(parts.get("cluster"), "num_processes", 1)
-    world_size = int(environ.get("WORLD_SIZE", num_processes))  # set by whoever started several ranks
-    per_sequence = max(1, getattr(parts.get("trainer"), "sequence_parallel_size", 1))
+    """Derived sizes; appends to `mistakes` what does not divide or fit.
+
+    A part is None where its own settings are wrong already; what depends on it is not judged then.
+    """
+    longest = run.max_prompt_length + run.max_response_length
+    world_size = int(environ.get("WORLD_SIZE", cluster.num_processes if cluster else 1))  # torchrun, srun set it
+    per_sequence = max(1, trainer.sequence_parallel_size) if trainer else 1
+    num_mini_batches = max(1, trainer.num_mini_batches) if trainer else 1
+    budget = trainer.max_tokens_per_micro_batch if trainer else longest
     if world_size % per_sequence:
         message = f"got {per_sequence}, which does not divide the {world_size} trainer processes"
         mistakes.append(Mistake(path="trainer.sequence_parallel_size", message=message))
     data_parallel = max(1, world_size // per_sequence)
-    num_mini_batches = max(1, getattr(parts.get("trainer"), "num_mini_batches", 1))
     sequences = run.batch_size * run.group_size
     if sequences % (data_parallel * num_mini_batches):
         over = f"{data_parallel} ranks" + (
@@ -50,18 +64,14 @@ def check_sizes(
             f"do not divide over {over}; {nearest}"
         )
         mistakes.append(Mistake(path="batch_size", message=message))
-    # An estimator that needs no comparison says so.
-    min_group_size: int = getattr(parts["advantage"], "min_group_size", 2) if "advantage" in parts else 1
-    if run.group_size < min_group_size:
+    if advantage is not None and run.group_size < advantage.min_group_size:
         mistakes.append(
             Mistake(
                 path="group_size",
-                message=f"got {run.group_size}, but {type(parts['advantage']).__name__} (advantage) compares the "
-                f"rollouts of a group: expected at least {min_group_size}",
+                message=f"got {run.group_size}, but {type(advantage).__name__} (advantage) compares the "
+                f"rollouts of a group: expected at least {advantage.min_group_size}",
             )
         )
-    longest = run.max_prompt_length + run.max_response_length
-    budget = getattr(parts.get("trainer"), "max_tokens_per_micro_batch", longest)
     if longest > budget:
         mistakes.append(
             Mistake(

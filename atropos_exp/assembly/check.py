@@ -6,7 +6,7 @@ import copy
 import importlib.metadata
 import inspect
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -14,26 +14,13 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from atropos_exp.assembly.parts import Parts, lacking
+from atropos_exp.assembly.sizes import Sizes, check_sizes
 from atropos_exp.config.build import build_into
-from atropos_exp.config.origin import Origin
-from atropos_exp.config.root import GROUPS, RunConfig
-from atropos_exp.config.sizes import Sizes, check_sizes
+from atropos_exp.config.origin import Origin, report
+from atropos_exp.config.root import GROUPS, OLD_KEYS, RunConfig
 from atropos_exp.config.typed import Mistake, construct, located, unknown_key
 from atropos_exp.errors import UserError
-
-# Keys of earlier versions and of the papers' scripts -> what to type instead.
-OLD_KEYS = {
-    "use_gpro": "advantage=grpo",
-    "use_grpo": "advantage=grpo",
-    "gpro_epsilon": "advantage.epsilon",
-    "grpo_epsilon": "advantage.epsilon",
-    "gpro_norm_by_std": "advantage.norm_by_std",
-    "grpo_norm_by_std": "advantage.norm_by_std",
-    "advantage_normalization": "advantage.normalization (none or batch)",
-    "advantage_clipping": "advantage.clip ([low, high] or null)",
-    "use_advantage_weighting": "loss=advantage_weighted_sft",
-    "model_path": "model.path",
-}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,10 +28,15 @@ class Checked:
     """A configuration without mistakes."""
 
     run: RunConfig
-    parts: Mapping[str, Any]  # group -> its settings object
+    parts: Parts
     sizes: Sizes
     device: str  # cpu | cuda
     config: DictConfig  # as composed; interpolations are kept
+
+    @property
+    def max_sequence_length(self) -> int:
+        """Tokens of a prompt and its answer; a whole conversation of an environment has at most as many."""
+        return self.run.max_prompt_length + self.run.max_response_length
 
 
 def validate(config: DictConfig, origin: Origin | None = None) -> Checked:
@@ -56,18 +48,9 @@ def validate(config: DictConfig, origin: Origin | None = None) -> Checked:
     return checked
 
 
-def report(mistakes: list[Mistake], origin: Origin) -> str:
-    """One line per mistake: key, what is wrong, where it was set."""
-    lines = []
-    for mistake in mistakes:
-        place = origin.of(mistake.path) if mistake.path else ""
-        text = f"{mistake.path}: {mistake.message}" if mistake.path else mistake.message
-        line = f"{text} [{place}]" if place else text
-        if line not in lines:
-            lines.append(line)
-    if len(lines) == 1:
-        return f"Wrong configuration: {lines[0]}"
-    return "\n  ".join([f"Wrong configuration, {len(lines)} mistakes:", *lines])
+def mistakes_of(config: DictConfig) -> list[Mistake]:
+    """All that `check` finds wrong."""
+    return check(config)[1]
 
 
 def check(config: DictConfig) -> tuple[Checked | None, list[Mistake]]:
@@ -92,28 +75,35 @@ def check(config: DictConfig) -> tuple[Checked | None, list[Mistake]]:
         if not isinstance(values.get(group), dict):
             mistakes.append(Mistake(path=group, message="it needs one of its options"))
         elif (part := build_into(mistakes, values[group], group)) is not None:
-            parts[group] = part
+            if lack := lacking(group, part):
+                mistakes.append(Mistake(path=group, message=lack))
+            else:
+                parts[group] = part
     if run is None:
         return None, mistakes
 
+    cluster, rollout, atropos = parts.get("cluster"), parts.get("rollout"), parts.get("atropos")
     # Where a job is submitted says nothing of the machines that it will run on.
-    elsewhere = None if "WORLD_SIZE" in os.environ else getattr(parts.get("cluster"), "target_device", None)
+    elsewhere = None if cluster is None or "WORLD_SIZE" in os.environ else cluster.target_device
     device = _device(run.device, mistakes) if elsewhere is None else _wanted(run.device, elsewhere)
-    sizes = check_sizes(run, parts, device, os.environ, mistakes)
-    uses_atropos = bool(getattr(parts.get("rollout"), "uses_atropos", False))
+    sizes = check_sizes(
+        run, cluster, parts.get("trainer"), parts.get("advantage"),
+        device=device, environ=os.environ, mistakes=mistakes,
+    )  # fmt: skip
+    uses_atropos = rollout is not None and rollout.uses_atropos
     facts = {
-        **_facts(run),
+        **{name: getattr(run, name) for name in shared},
         "device": device,
         "world_size": sizes.world_size,
-        "lora": getattr(parts.get("model"), "lora", None),
+        "lora": parts["model"].lora if "model" in parts else None,
         "uses_atropos": uses_atropos,
-        "launches_atropos": uses_atropos and bool(getattr(parts.get("atropos"), "launch", False)),
+        "launches_atropos": uses_atropos and atropos is not None and atropos.launch,
     }
     for group, part in parts.items():
         mistakes.extend(_preflight(group, part, facts))
     if mistakes:
         return None, mistakes
-    return Checked(run=run, parts=parts, sizes=sizes, device=device, config=copy.deepcopy(config)), []
+    return Checked(run=run, parts=Parts(**parts), sizes=sizes, device=device, config=copy.deepcopy(config)), []
 
 
 def _missing(values: Any, path: str = "") -> list[str]:
@@ -123,15 +113,11 @@ def _missing(values: Any, path: str = "") -> list[str]:
     return [found for key, item in items for found in _missing(item, f"{path}.{key}" if path else str(key))]
 
 
-def _unknown_root_key(key: str, values: Mapping[str, Any], shared: set[str]) -> Mistake:
+def _unknown_root_key(key: str, values: Mapping[str, Any], shared: Iterable[str]) -> Mistake:
     if key in OLD_KEYS:
         return Mistake(path=key, message=f"it is now {OLD_KEYS[key]}")
     nested = [f"{group}.{name}" for group in (*GROUPS, "checkpoint", "sync") for name in values.get(group) or ()]
     return unknown_key(key, [*sorted(shared), *GROUPS, *(name for name in nested if not name.endswith("._target_"))])
-
-
-def _facts(run: RunConfig) -> dict[str, Any]:
-    return {field.name: getattr(run, field.name) for field in fields(run)}
 
 
 def _device(wanted: str, mistakes: list[Mistake]) -> str:
@@ -154,14 +140,13 @@ def _wanted(wanted: str, elsewhere: str) -> str:
     return wanted if wanted != "auto" else "cpu" if for_cpu else elsewhere
 
 
-def _preflight(group: str, part: Any, facts: Mapping[str, Any]) -> list[Mistake]:
-    """What the part itself finds: `preflight(...)` yields problems and names the shared facts it wants."""
-    method = getattr(part, "preflight", None)
-    if method is None:
+def _preflight(group: str, part: object, facts: Mapping[str, Any]) -> list[Mistake]:
+    """The problems that the part itself finds: `preflight(...)`, if it has one, names the facts that it wants."""
+    if not hasattr(part, "preflight"):
         return []
-    wanted = [name for name in inspect.signature(method).parameters if name in facts]
+    wanted = [name for name in inspect.signature(part.preflight).parameters if name in facts]
     try:
-        problems = list(method(**{name: facts[name] for name in wanted}) or ())
+        problems = list(part.preflight(**{name: facts[name] for name in wanted}) or ())
     except UserError as error:
         problems = [str(error)]
     return [mistake for text in problems for mistake in located(UserError(text), type(part), group)]

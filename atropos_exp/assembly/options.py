@@ -1,0 +1,259 @@
+"""What the options of a group have in common: what the rest of the program reads and calls of a settings object.
+
+`interfaces.py` says what a part does during a run; this file what its settings offer before one, above all a `start`
+that makes it. An option of one's own satisfies the Protocol of its group (docs/extending.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from atropos_exp.interfaces import (
+    AdvantageEstimator,
+    Engine,
+    Logger,
+    PolicyLoss,
+    PolicyTrainer,
+    PromptLoader,
+    RemoteSource,
+    Reward,
+    RolloutSource,
+)
+from atropos_exp.parts.data.settings import PrepareSettings
+from atropos_exp.parts.model.settings import ModelSettings
+from atropos_exp.types import LoraSettings, Prompt
+
+if TYPE_CHECKING:
+    from atropos_exp.runs.sweep_folder import SweepFolder
+    from atropos_exp.sweep.backend import Backend
+
+
+class DataPart(Protocol):
+    """`conf/data`: which prompts a run trains on and which it holds out."""
+
+    @property
+    def prepare(self) -> PrepareSettings | None:
+        """The data set that is built before the run, if any."""
+        ...
+
+    @property
+    def format(self) -> str:
+        """How a prompt becomes tokens: chat (the tokenizer's template) or plain."""
+        ...
+
+    @property
+    def has_eval(self) -> bool:
+        """Whether `eval_prompts` has something to return."""
+        ...
+
+    def loader(
+        self,
+        tokenizer: Any,
+        *,
+        seed: int,
+        max_prompt_length: int,
+        max_response_length: int,
+        run_folder: Path,
+        prepared_folder: Path | None,
+    ) -> PromptLoader:
+        """Read, check and tokenise the training prompts. Raises UserError with file, row and reason."""
+        ...
+
+    def eval_prompts(
+        self, tokenizer: Any, *, num_prompts: int, max_prompt_length: int, prepared_folder: Path | None
+    ) -> list[Prompt]:
+        """At most `num_prompts` held-out prompts, the same for every seed."""
+        ...
+
+
+class RewardPart(Reward, Protocol):
+    """`conf/reward`: how an answer is scored, and in how many processes."""
+
+    @property
+    def num_workers(self) -> int: ...
+
+    @property
+    def timeout_seconds(self) -> float:
+        """Of one answer; then its process is killed and the answer counts as not scored."""
+        ...
+
+
+class RolloutPart(Protocol):
+    """`conf/rollout`: where scored groups come from."""
+
+    @property
+    def uses_atropos(self) -> bool: ...
+
+    @property
+    def falls_back(self) -> bool:
+        """Whether local rollouts take over while Atropos gives none."""
+        ...
+
+    @property
+    def mask_truncated(self) -> bool:
+        """Whether a completion that the token limit cut counts in its group's baseline without being trained on."""
+        ...
+
+    def choose(self, *, local: RolloutSource, remote: RemoteSource | None) -> RolloutSource:
+        """The source of the run. `remote` is there exactly if `uses_atropos`."""
+        ...
+
+
+class EnginePart(Protocol):
+    """`conf/engine`: the sampler."""
+
+    @property
+    def dtype(self) -> str:
+        """Of the served weights: auto | float32 | bfloat16 | float16."""
+        ...
+
+    @property
+    def colocate(self) -> bool:
+        """Whether the engine gives its memory to the trainer during an update (`Engine.sleep`)."""
+        ...
+
+    @property
+    def max_restarts(self) -> int:
+        """How often a run replaces a server that died or hangs."""
+        ...
+
+    def start(
+        self, *, model_folder: Path, device: str, log_folder: Path, max_sequence_length: int, lora: LoraSettings
+    ) -> Engine:
+        """Start its servers on a Hugging Face folder and wait for their first token. Raises EngineError.
+
+        `max_sequence_length`: the most tokens that a prompt and its answer have together. `lora`: the adapter that the
+        model is trained with (rank 0: none), for an engine that serves it beside the base.
+        """
+        ...
+
+
+class AdvantagePart(AdvantageEstimator, Protocol):
+    """`conf/advantage`: how the rewards of a group are compared."""
+
+    @property
+    def min_group_size(self) -> int:
+        """The fewest rollouts of a prompt that it can compare."""
+        ...
+
+
+class LossPart(PolicyLoss, Protocol):
+    """`conf/loss`: what the gradient is taken of."""
+
+    @property
+    def kl_coef(self) -> float:
+        """Weight of the KL term to the reference model; with 0 no reference model is loaded."""
+        ...
+
+
+class TrainerPart(Protocol):
+    """`conf/trainer`: how the weights change."""
+
+    @property
+    def max_steps(self) -> int: ...
+
+    @property
+    def num_mini_batches(self) -> int:
+        """Optimizer steps per step of the run."""
+        ...
+
+    @property
+    def max_tokens_per_micro_batch(self) -> int:
+        """Per rank."""
+        ...
+
+    @property
+    def sequence_parallel_size(self) -> int:
+        """Ranks that share each sequence."""
+        ...
+
+    @property
+    def reshard_after_forward(self) -> bool: ...
+
+    @property
+    def timeout_s(self) -> float:
+        """Seconds after which a collective operation counts as failed."""
+        ...
+
+    def start(
+        self,
+        *,
+        model_folder: Path,
+        model: ModelSettings,
+        loss: LossPart,
+        seed: int,
+        device: str,
+        dump_folder: Path,
+    ) -> PolicyTrainer:
+        """Load the model on every rank. Collective. Batches that had to be skipped are written to `dump_folder`."""
+        ...
+
+
+class JobQueue(Protocol):
+    """A cluster that takes jobs, instead of running ranks here and now."""
+
+    @property
+    def dry_run(self) -> bool:
+        """Whether a submission only prints what it would submit."""
+        ...
+
+    def submit_run(self, *, name: str, arguments: Sequence[str], run_folder: Path) -> int:
+        """Submit one run, follow it if the settings say so, and return the exit code. `arguments` follow the
+        interpreter in the command line of one rank."""
+        ...
+
+    def sweep_backend(self, sweep: SweepFolder, settings: object) -> Backend:
+        """What executes the runs of a sweep as jobs."""
+        ...
+
+
+class ClusterPart(Protocol):
+    """`conf/cluster`: where the processes run."""
+
+    @property
+    def num_processes(self) -> int:
+        """Trainer ranks on all nodes."""
+        ...
+
+    @property
+    def target_device(self) -> str | None:
+        """The device of the machines that it runs on, cpu or cuda; None: it runs on this machine."""
+        ...
+
+    @property
+    def queue(self) -> JobQueue | None:
+        """Where jobs are submitted; None: ranks are started at once, by `launch`."""
+        ...
+
+    def launch(self, command: Sequence[str]) -> int | None:
+        """Run all ranks of `command` to their end and return the exit code; None: this process is itself the rank."""
+        ...
+
+
+class LoggerPart(Protocol):
+    """`conf/logger`: the experiment tracker."""
+
+    @property
+    def project(self) -> str | None:
+        """The tracker's project; None where nothing is tracked outside the run folder."""
+        ...
+
+    @property
+    def group(self) -> str | None:
+        """The tracker's group of runs; None: none was chosen."""
+        ...
+
+    def start(
+        self,
+        *,
+        run_folder: Path,
+        config: Mapping[str, Any],
+        name: str,
+        resumed: bool,
+        total_steps: int,
+        group: str | None,
+    ) -> Logger:
+        """`group`: that of the run's environments, for a tracker whose own `group` is null."""
+        ...
