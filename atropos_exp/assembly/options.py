@@ -15,14 +15,12 @@ from atropos_exp.interfaces import (
     Engine,
     Logger,
     PolicyLoss,
-    PolicyTrainer,
     PromptLoader,
     RemoteSource,
     Reward,
     RolloutSource,
 )
 from atropos_exp.parts.data.settings import PrepareSettings
-from atropos_exp.parts.model.settings import ModelSettings
 from atropos_exp.types import LoraSettings, Prompt
 
 if TYPE_CHECKING:
@@ -34,19 +32,11 @@ class DataPart(Protocol):
     """`conf/data`: which prompts a run trains on and which it holds out."""
 
     @property
-    def prepare(self) -> PrepareSettings | None:
-        """The data set that is built before the run, if any."""
-        ...
-
+    def prepare(self) -> PrepareSettings | None: ...  # the data set that is built before the run, if any
     @property
-    def format(self) -> str:
-        """How a prompt becomes tokens: chat (the tokenizer's template) or plain."""
-        ...
-
+    def format(self) -> str: ...  # how a prompt becomes tokens: chat (the tokenizer's template) or plain
     @property
-    def has_eval(self) -> bool:
-        """Whether `eval_prompts` has something to return."""
-        ...
+    def has_eval(self) -> bool: ...  # whether `eval_prompts` has something to return
 
     def loader(
         self,
@@ -73,11 +63,8 @@ class RewardPart(Reward, Protocol):
 
     @property
     def num_workers(self) -> int: ...
-
     @property
-    def timeout_seconds(self) -> float:
-        """Of one answer; then its process is killed and the answer counts as not scored."""
-        ...
+    def timeout_seconds(self) -> float: ...  # of one answer, which then counts as not scored
 
 
 class RolloutPart(Protocol):
@@ -85,16 +72,10 @@ class RolloutPart(Protocol):
 
     @property
     def uses_atropos(self) -> bool: ...
-
     @property
-    def falls_back(self) -> bool:
-        """Whether local rollouts take over while Atropos gives none."""
-        ...
-
+    def falls_back(self) -> bool: ...  # local rollouts take over while Atropos gives none
     @property
-    def mask_truncated(self) -> bool:
-        """Whether a completion that the token limit cut counts in its group's baseline without being trained on."""
-        ...
+    def mask_truncated(self) -> bool: ...  # a truncated completion only counts in its group's baseline
 
     def choose(self, *, local: RolloutSource, remote: RemoteSource | None) -> RolloutSource:
         """The source of the run. `remote` is there exactly if `uses_atropos`."""
@@ -105,19 +86,11 @@ class EnginePart(Protocol):
     """`conf/engine`: the sampler."""
 
     @property
-    def dtype(self) -> str:
-        """Of the served weights: auto | float32 | bfloat16 | float16."""
-        ...
-
+    def dtype(self) -> str: ...  # of the served weights: auto | float32 | bfloat16 | float16
     @property
-    def colocate(self) -> bool:
-        """Whether the engine gives its memory to the trainer during an update (`Engine.sleep`)."""
-        ...
-
+    def colocate(self) -> bool: ...  # the engine gives its memory to the trainer during an update
     @property
-    def max_restarts(self) -> int:
-        """How often a run replaces a server that died or hangs."""
-        ...
+    def max_restarts(self) -> int: ...  # how often a run replaces a server that died or hangs
 
     def start(
         self, *, model_folder: Path, device: str, log_folder: Path, max_sequence_length: int, lora: LoraSettings
@@ -134,70 +107,21 @@ class AdvantagePart(AdvantageEstimator, Protocol):
     """`conf/advantage`: how the rewards of a group are compared."""
 
     @property
-    def min_group_size(self) -> int:
-        """The fewest rollouts of a prompt that it can compare."""
-        ...
+    def min_group_size(self) -> int: ...  # the fewest rollouts of a prompt that it can compare
 
 
 class LossPart(PolicyLoss, Protocol):
     """`conf/loss`: what the gradient is taken of."""
 
     @property
-    def kl_coef(self) -> float:
-        """Weight of the KL term to the reference model; with 0 no reference model is loaded."""
-        ...
-
-
-class TrainerPart(Protocol):
-    """`conf/trainer`: how the weights change."""
-
-    @property
-    def max_steps(self) -> int: ...
-
-    @property
-    def num_mini_batches(self) -> int:
-        """Optimizer steps per step of the run."""
-        ...
-
-    @property
-    def max_tokens_per_micro_batch(self) -> int:
-        """Per rank."""
-        ...
-
-    @property
-    def sequence_parallel_size(self) -> int:
-        """Ranks that share each sequence."""
-        ...
-
-    @property
-    def reshard_after_forward(self) -> bool: ...
-
-    @property
-    def timeout_s(self) -> float:
-        """Seconds after which a collective operation counts as failed."""
-        ...
-
-    def start(
-        self,
-        *,
-        model_folder: Path,
-        model: ModelSettings,
-        loss: LossPart,
-        seed: int,
-        device: str,
-        dump_folder: Path,
-    ) -> PolicyTrainer:
-        """Load the model on every rank. Collective. Batches that had to be skipped are written to `dump_folder`."""
-        ...
+    def kl_coef(self) -> float: ...  # weight of the KL term to the reference model; with 0 no reference model is loaded
 
 
 class JobQueue(Protocol):
     """A cluster that takes jobs, instead of running ranks here and now."""
 
     @property
-    def dry_run(self) -> bool:
-        """Whether a submission only prints what it would submit."""
-        ...
+    def dry_run(self) -> bool: ...  # a submission only prints what it would submit
 
     def submit_run(self, *, name: str, arguments: Sequence[str], run_folder: Path) -> int:
         """Submit one run, follow it if the settings say so, and return the exit code. `arguments` follow the
@@ -213,19 +137,11 @@ class ClusterPart(Protocol):
     """`conf/cluster`: where the processes run."""
 
     @property
-    def num_processes(self) -> int:
-        """Trainer ranks on all nodes."""
-        ...
-
+    def num_processes(self) -> int: ...  # trainer ranks on all nodes
     @property
-    def target_device(self) -> str | None:
-        """The device of the machines that it runs on, cpu or cuda; None: it runs on this machine."""
-        ...
-
+    def target_device(self) -> str | None: ...  # cpu or cuda of the machines it runs on; None: of this one
     @property
-    def queue(self) -> JobQueue | None:
-        """Where jobs are submitted; None: ranks are started at once, by `launch`."""
-        ...
+    def queue(self) -> JobQueue | None: ...  # where jobs are submitted; None: ranks are started at once, by `launch`
 
     def launch(self, command: Sequence[str]) -> int | None:
         """Run all ranks of `command` to their end and return the exit code; None: this process is itself the rank."""
@@ -236,14 +152,9 @@ class LoggerPart(Protocol):
     """`conf/logger`: the experiment tracker."""
 
     @property
-    def project(self) -> str | None:
-        """The tracker's project; None where nothing is tracked outside the run folder."""
-        ...
-
+    def project(self) -> str | None: ...  # the tracker's project; None where nothing is tracked outside the run folder
     @property
-    def group(self) -> str | None:
-        """The tracker's group of runs; None: none was chosen."""
-        ...
+    def group(self) -> str | None: ...  # the tracker's group of runs; None: none was chosen
 
     def start(
         self,

@@ -16,13 +16,13 @@ from atropos_exp.assembly.options import (
     LossPart,
     RewardPart,
     RolloutPart,
-    TrainerPart,
 )
 from atropos_exp.parts.atropos.environment import Environment
 from atropos_exp.parts.atropos.settings import AtroposSettings
 from atropos_exp.parts.eval.held_out import HeldOut
 from atropos_exp.parts.gateway.settings import GatewaySettings
 from atropos_exp.parts.model.settings import ModelSettings
+from atropos_exp.parts.trainer.fsdp2 import VerlFSDP2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,7 +40,7 @@ class Parts:
     engine: EnginePart
     advantage: AdvantagePart
     loss: LossPart
-    trainer: TrainerPart
+    trainer: VerlFSDP2
     cluster: ClusterPart
     logger: LoggerPart
     eval: HeldOut
@@ -81,7 +81,6 @@ if TYPE_CHECKING:  # mypy compares the built-in options with the Protocol of the
     from atropos_exp.parts.rollout.atropos import AtroposRollout
     from atropos_exp.parts.rollout.auto import AutoRollout
     from atropos_exp.parts.rollout.local import LocalRollout
-    from atropos_exp.parts.trainer.fsdp2 import VerlFSDP2
 
     _advantages: tuple[type[AdvantagePart], ...] = (VerlAdvantage,)
     _clusters: tuple[type[ClusterPart], ...] = (Local, Slurm)
@@ -91,4 +90,3 @@ if TYPE_CHECKING:  # mypy compares the built-in options with the Protocol of the
     _losses: tuple[type[LossPart], ...] = (VerlPolicyLoss,)
     _rewards: tuple[type[RewardPart], ...] = (Exact, MathVerify, Numeric, ReasoningGym, RewardScore)
     _rollouts: tuple[type[RolloutPart], ...] = (AtroposRollout, AutoRollout, LocalRollout)
-    _trainers: tuple[type[TrainerPart], ...] = (VerlFSDP2,)

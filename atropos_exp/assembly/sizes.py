@@ -10,7 +10,8 @@ from atropos_exp.config.root import RunConfig
 from atropos_exp.config.typed import Mistake
 
 if TYPE_CHECKING:
-    from atropos_exp.assembly.options import AdvantagePart, ClusterPart, TrainerPart
+    from atropos_exp.assembly.options import AdvantagePart, ClusterPart
+    from atropos_exp.parts.trainer.settings import TrainerSettings
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,7 +34,7 @@ class Sizes:
 def check_sizes(
     run: RunConfig,
     cluster: ClusterPart | None,
-    trainer: TrainerPart | None,
+    trainer: TrainerSettings | None,
     advantage: AdvantagePart | None,
     *,
     device: str,
