@@ -121,7 +121,7 @@ def test_registration_has_every_field_and_no_null(story: SimpleNamespace) -> Non
 
 def test_registration_is_verified_and_a_poisoned_api_recovered(story: SimpleNamespace) -> None:
     """API that got data before any trainer:
-    its 200 is not believed: `/info` is looked at, the API reset, registered again."""
+    its 200 is not trusted: `/info` is checked, the API reset, registered again."""
     early = [one for one in story.proxy.seen if one.at < story.idle]
     paths = [one.path for one in early if one.path in ("/register", "/info", "/wandb_info", "/reset_data")]
     assert paths.count("/register") == 2
@@ -194,14 +194,14 @@ def test_each_update_trains_one_batch_once(story: SimpleNamespace) -> None:
 
 
 def test_foreign_run_is_refused(story: SimpleNamespace) -> None:
-    """API of another run: refused by name, and left alone."""
+    """API of another run: refused with its name, and left alone."""
     assert story.foreign_code == trainer.EXIT_CODE_REFUSED
     assert story.wandb_info["group"] in story.foreign.output, "the message says whose it is"
     assert story.still == (story.info, story.wandb_info), "and leaves it alone"
 
 
 def test_foreign_run_is_taken_over_when_told_to(story: SimpleNamespace) -> None:
-    """the same, when told to: reset and taken over."""
+    """the same, with permission: reset and taken over."""
     assert trainer.status(story.third.folder) == "finished"
     assert len(story.third.steps()) == 1
 

@@ -151,7 +151,7 @@ def names(pids: list[int]) -> str:
 
 
 def test_environment_that_does_not_start_is_given_up_with_its_last_words(started: Any) -> None:
-    """environment that cannot start: given up after the allowed restarts, with its last words."""
+    """environment that cannot start: given up after the allowed restarts, with the end of its log."""
     run = started.run("broken", steps=1, environment=[str(HERE / "environments/broken.py")], max_restarts=1)
     assert run.wait(START_SECONDS) != 0
     assert re.search(trainer.CAUSES["an environment that does not start"], run.output), run.output

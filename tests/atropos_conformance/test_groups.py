@@ -240,14 +240,14 @@ def test_longest_sequence_is_trained_and_a_longer_one_is_not(played: Played) -> 
 
 
 def test_unknown_overrides_are_told_and_do_no_harm(played: Played) -> None:
-    """an override nobody knows: said once; trained as without."""
+    """unknown override: logged once, then ignored."""
     played.check("longest")
     assert "surprise" in played.run.output
 
 
 @pytest.mark.parametrize("kind", [*SPOIL, "doubled"])
 def test_bad_group_is_dropped_under_a_name(played: Played, kind: str) -> None:
-    """16 kinds of bad groups: dropped, each under a name."""
+    """16 kinds of invalid groups: dropped, each with a reason."""
     assert trainer.dropped(played.run.folder)[trainer.REASONS[kind]] >= 1
 
 

@@ -122,12 +122,12 @@ def story(started: Any) -> Iterator[SimpleNamespace]:
     "cause", ["nobody has registered", "a silent environment", "a minimum allocation", "sizes that do not divide"]
 )
 def test_stall_is_explained_in_time(story: SimpleNamespace, cause: str) -> None:
-    """no batch, nobody; silence; minimum allocation; sizes: the cause is named within the deadline + 5 s."""
+    """no batch (no environment, silence, minimum allocation, sizes): the cause is named within the deadline + 5 s."""
     assert story.seconds[cause] < PATIENCE
 
 
 def test_dead_environment_with_a_minimum_blocks_until_disconnected(story: SimpleNamespace) -> None:
-    """dead, with a minimum allocation: blocks all until disconnected, then goes on."""
+    """dead environment with a minimum allocation: blocks all until disconnected, then goes on."""
     assert story.blocked == 2
 
 
