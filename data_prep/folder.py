@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import time
@@ -14,6 +13,7 @@ from typing import Any
 from atropos_exp.errors import UserError
 from atropos_exp.parts.data.fingerprint import content_hash
 from atropos_exp.parts.data.parquet import read_parquet, write_parquet
+from atropos_exp.processes.locks import try_hold
 from atropos_exp.runs import manifest
 from data_prep.assemble import assemble, check_disjoint
 from data_prep.builder import Builder, arguments_of
@@ -106,26 +106,18 @@ def _difference(found: dict[str, Any], wanted: dict[str, Any]) -> str:
 @contextmanager
 def _lock(path: Path, deadline_s: float, say: Callable[[str], None]) -> Iterator[None]:
     """Held by one process at a time; the system releases it when that process dies."""
-    with path.open("a+") as file:
-        deadline = time.monotonic() + deadline_s
-        waiting = False
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                file.seek(0)
-                holder = file.read().strip() or "unknown"
-                if time.monotonic() > deadline:
-                    raise UserError(
-                        f"waited {deadline_s:.0f} s for process {holder} to build {path.name[1:-5]} (lock {path}); "
-                        "wait for it or stop it, then try again"
-                    ) from None
-                if not waiting:
-                    say(f"waiting for process {holder}, which builds the same data set ({path})")
-                    waiting = True
-                time.sleep(_POLL_S)
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
+    deadline = time.monotonic() + deadline_s
+    waiting = False
+    while (lock := try_hold(path, holder=str(os.getpid()))) is None:
+        holder = path.read_text().strip() or "unknown"
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"waited {deadline_s:.0f} s for process {holder} to build {path.name[1:-5]} (lock {path}); "
+                "wait for it or stop it, then try again"
+            )
+        if not waiting:
+            say(f"waiting for process {holder}, which builds the same data set ({path})")
+            waiting = True
+        time.sleep(_POLL_S)
+    with lock:
         yield

@@ -9,7 +9,8 @@ from typing import Any
 
 from atropos_exp.doctor.curves import Curve, judge_curves, spans
 from atropos_exp.doctor.line import Line, fail, ok, warn
-from atropos_exp.doctor.stalled import is_locked, look_at_running
+from atropos_exp.doctor.stalled import look_at_running
+from atropos_exp.processes.locks import is_held
 from atropos_exp.report.run_data import RunData, load_run
 from atropos_exp.runs.files import Row
 
@@ -43,7 +44,7 @@ def explain(folder: Path, *, patience: float | None = None) -> list[Line]:
         return [fail("run", f"{folder} is no run folder", "give outputs/<name>/<date>/<time>")]
     rows = [row for row in data.rows if row["step"]]
     config = dict(data.config)
-    lines = look_at_running(folder, data.rows, patience=patience) if is_locked(folder) else [_end(data)]
+    lines = look_at_running(folder, data.rows, patience=patience) if is_held(folder / "lock") else [_end(data)]
     lines += judge_curves(data.rows, config)
     lines += _time(rows)
     lines += _drops(rows)

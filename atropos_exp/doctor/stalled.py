@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 import socket
@@ -49,18 +48,6 @@ class Process:
         place = f" in {self.waits_in}" if self.waits_in and self.state in "SD" else ""
         busy = f", {self.busy:.0%} of a core" if self.busy >= 0.05 else ""
         return f"{self.role} (process {self.pid}) {_STATES.get(self.state, self.state)}{place}{busy}"
-
-
-def is_locked(folder: Path) -> bool:
-    """Whether a process still writes this run. Changes nothing."""
-    try:
-        with (folder / "lock").open() as handle:
-            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except BlockingIOError:
-        return True
-    return False
 
 
 def look_at_running(folder: Path, rows: Sequence[Row], *, patience: float | None) -> list[Line]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import socket
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import IO
 
 from atropos_exp.errors import UserError
+from atropos_exp.processes.locks import is_held, try_hold
 
 IDENTITY = "run.json"  # written first: what this folder belongs to
 
@@ -40,7 +40,7 @@ def open_run_folder(*, output_dir: Path, name: str, run_dir: str | None, resume:
     base = output_dir.expanduser() / name
     if resume == "auto":
         for path in sorted(base.glob(f"*/*/{IDENTITY}"), reverse=True):
-            if is_unfinished(path.parent, config_hash) and not _is_locked(path.parent):
+            if is_unfinished(path.parent, config_hash) and not is_held(path.parent / "lock"):
                 return _claim(path.parent, resumed=True, config_hash=config_hash)
     return _claim(new_folder(base), resumed=False, config_hash=config_hash)
 
@@ -87,27 +87,11 @@ def is_unfinished(path: Path, config_hash: str) -> bool:
         return True
 
 
-def _is_locked(path: Path) -> bool:
-    with open(path / "lock", "a+") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            return True
-    return False
-
-
 def _claim(path: Path, *, resumed: bool, config_hash: str | None) -> RunFolder:
-    lock = open(path / "lock", "a+")  # noqa: SIM115 - stays open for the life of the process
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        lock.seek(0)
-        holder = lock.read().strip() or "another process"
-        lock.close()
-        raise UserError(f"{path} is in use by {holder}; wait for it, stop it, or choose another run_dir") from None
-    lock.truncate(0)
-    lock.write(f"process {os.getpid()} on {socket.gethostname()}")
-    lock.flush()
+    lock = try_hold(path / "lock", holder=f"process {os.getpid()} on {socket.gethostname()}")
+    if lock is None:
+        holder = (path / "lock").read_text().strip() or "another process"
+        raise UserError(f"{path} is in use by {holder}; wait for it, stop it, or choose another run_dir")
     if config_hash is not None:
         temporary = path / f".{IDENTITY}.tmp"
         temporary.write_text(json.dumps({"config_hash": config_hash}) + "\n")

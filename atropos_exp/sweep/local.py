@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import select
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from atropos_exp.errors import UserError
+from atropos_exp.processes.locks import is_held
 from atropos_exp.runs.atomic import write_atomic
 from atropos_exp.runs.sweep_folder import Phase, RunState, SweepFolder
 from atropos_exp.sweep.backend import Job
@@ -108,15 +108,8 @@ class LocalBackend:
 
     def supervisor(self) -> int | None:
         """Its process id while it lives: it holds the lock, so this is no other process that got the same number."""
-        try:
-            with open(self._sweep.path / LOCK, "r+") as lock:
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    return int(lock.read() or 0) or None
-        except FileNotFoundError:
-            pass
-        return None
+        path = self._sweep.path / LOCK
+        return (int(path.read_text() or 0) or None) if is_held(path) else None
 
 
 def _plain(job: dict[str, Any]) -> dict[str, Any]:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from atropos_exp.errors import UserError
+from atropos_exp.processes.locks import held, is_held, try_hold
 from atropos_exp.runs.seeds import derive_seed
 from atropos_exp.runs.sweep_folder import SweepFolder
 from atropos_exp.sweep.axes import Interval
@@ -55,10 +54,10 @@ class Search:
         import optuna
 
         state = optuna.trial.TrialState
-        with self._deciding():
+        with held(self._sweep.path / "optuna.lock"):
             trials = self.study.get_trials(deepcopy=False)
             for trial in trials:
-                if trial.state is state.RUNNING and (lock := self._try_lock(trial.number)) is not None:
+                if trial.state is state.RUNNING and (lock := try_hold(_lock_of(self._sweep, trial.number))) is not None:
                     return self._claimed(optuna.Trial(self.study, trial._trial_id), lock)
             num_failed = self._num_failed()
             num_new = num_failed - self._num_failed_before
@@ -71,22 +70,12 @@ class Search:
             seed = derive_seed(self._settings.sampler_seed, "trial", len(trials))
             self.study.sampler = _sampler(self._settings, seed)
             asked = self.study.ask()
-            new_lock = self._try_lock(asked.number)
+            new_lock = try_hold(_lock_of(self._sweep, asked.number))
             assert new_lock is not None, "nobody else knows of this trial"
             return self._claimed(asked, new_lock)
 
     def _num_failed(self) -> int:
         return sum(trial.state.name == "FAIL" for trial in self.study.get_trials(deepcopy=False))
-
-    @contextmanager
-    def _deciding(self) -> Iterator[None]:
-        """For a moment only, so waiting for it needs no deadline: the kernel frees it when its holder dies."""
-        with open(self._sweep.path / "optuna.lock", "a") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
-
-    def _try_lock(self, number: int) -> IO[str] | None:
-        return try_lock(self._sweep.path / "trials" / f"{number:03d}.lock")
 
     def _claimed(self, trial: optuna.Trial, lock: IO[str]) -> Claim:
         values = {key: _suggest(trial, key, item) for key, item in self.space.space.items()}
@@ -104,21 +93,12 @@ def prepare_study(sweep: SweepFolder, plan: SearchPlan, settings: OptunaSweep) -
 
 def trial_is_claimed(sweep: SweepFolder, number: int) -> bool:
     """Whether a living worker has this trial."""
-    lock = try_lock(sweep.path / "trials" / f"{number:03d}.lock")
-    if lock is not None:
-        lock.close()
-    return lock is None
+    return is_held(_lock_of(sweep, number))
 
 
-def try_lock(path: Path) -> IO[str] | None:
-    path.parent.mkdir(exist_ok=True)
-    lock = open(path, "a")  # noqa: SIM115 - its holder keeps it open
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.close()
-        return None
-    return lock
+def _lock_of(sweep: SweepFolder, number: int) -> Path:
+    (sweep.path / "trials").mkdir(exist_ok=True)
+    return sweep.path / "trials" / f"{number:03d}.lock"
 
 
 def _open_study(folder: Path, settings: OptunaSweep, *, seed: int) -> optuna.Study:

@@ -7,7 +7,6 @@ after a SIGKILL of this process.
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import json
 import os
 import signal
@@ -21,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from atropos_exp.processes.locks import try_hold
 from atropos_exp.runs.sweep_folder import SweepFolder, outcome
 from atropos_exp.sweep.backend import Job
 
@@ -144,22 +144,13 @@ class Supervisor:
         self._sweep.note(event=event, number=job.number, time=time.time(), **facts)
 
 
-def hold_lock(path: Path) -> IO[str]:
-    """The lock of the one supervisor of a sweep, with its process id inside. Raises BlockingIOError if it is held."""
-    lock = open(path, "a+")  # noqa: SIM115 - stays open for the life of the process
-    for patience in (0.2, 0.4, 0.8, 0.0):  # somebody who asks whether it is held, holds it for a moment
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except BlockingIOError:
-            if not patience:
-                lock.close()
-                raise
-            time.sleep(patience)
-    lock.truncate(0)
-    lock.write(str(os.getpid()))
-    lock.flush()
-    return lock
+def hold_lock(path: Path) -> IO[str] | None:
+    """The lock of the one supervisor of a sweep, with its process id inside; None if another one has it."""
+    for patience in (0.2, 0.4, 0.8):  # somebody who asks whether it is held, holds it for a moment
+        if (lock := try_hold(path, holder=str(os.getpid()))) is not None:
+            return lock
+        time.sleep(patience)
+    return try_hold(path, holder=str(os.getpid()))
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -172,9 +163,8 @@ def main(arguments: Sequence[str]) -> int:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
         if os.getppid() != spec["parent"]:
             return 1  # it died before we could ask to be told
-    try:
-        lock = hold_lock(sweep.path / LOCK)
-    except BlockingIOError:
+    lock = hold_lock(sweep.path / LOCK)
+    if lock is None:
         os.write(ready, b"busy")
         return 2
     (sweep.path / CANCEL).unlink(missing_ok=True)

@@ -9,7 +9,6 @@ that is still importing libraries does not hear it yet.
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import json
 import os
 import signal
@@ -33,6 +32,7 @@ from atropos_exp.parts.cluster.slurm.control import (
     run_scontrol,
 )
 from atropos_exp.parts.cluster.slurm.layout import Layout
+from atropos_exp.processes.locks import is_held
 from atropos_exp.processes.ports import HeldPort
 
 STOP_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
@@ -267,13 +267,10 @@ class Launcher:
         """After a node failure the old process may live on where Slurm cannot see it."""
         deadline = time.monotonic() + LOCK_SECONDS
         while not self._signals:
-            with open(self._folder / "lock", "a+") as handle:
-                try:
-                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    return True
-                except OSError:
-                    if time.monotonic() > deadline:
-                        return False
+            if not is_held(self._folder / "lock"):
+                return True
+            if time.monotonic() > deadline:
+                return False
             time.sleep(POLL_SECONDS)
         return True
 
