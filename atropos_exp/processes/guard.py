@@ -21,7 +21,7 @@ import time
 
 KILL_SECONDS = 10.0  # until killed processes are gone
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
-# A signal to the whole job is for the run, which then decides; its programs go when it says so.
+# A copy of lifeline.JOB_SIGNALS: a signal to the whole job is for the run, which decides when its programs go.
 _IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 

@@ -6,7 +6,6 @@ after a SIGKILL of this process.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import signal
@@ -20,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from atropos_exp.processes.lifeline import die_with_parent, dying_with_parent
 from atropos_exp.processes.locks import try_hold
 from atropos_exp.runs.sweep_folder import SweepFolder, outcome
 from atropos_exp.sweep.backend import Job
@@ -27,7 +27,6 @@ from atropos_exp.sweep.backend import Job
 LOCK = "local.lock"
 CANCEL = "local.cancel"
 POLL_SECONDS = 0.1
-PR_SET_PDEATHSIG = 1
 
 
 @dataclass(kw_only=True)
@@ -110,7 +109,7 @@ class Supervisor:
         with job.log.open("ab") as log:
             process = subprocess.Popen(
                 job.command, cwd=job.cwd, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                start_new_session=True, preexec_fn=_die_with_parent(),
+                start_new_session=True, preexec_fn=dying_with_parent(),
             )  # fmt: skip
         deadline = time.monotonic() + (self._timeout_s or float("inf"))
         self._running.append(Running(job=job, process=process, slot=slot, started=started, deadline=deadline))
@@ -160,7 +159,7 @@ def main(arguments: Sequence[str]) -> int:
     Path(arguments[1]).unlink()
     ready = int(arguments[2])
     if spec["parent"] is not None:
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        die_with_parent(signal.SIGTERM)
         if os.getppid() != spec["parent"]:
             return 1  # it died before we could ask to be told
     lock = hold_lock(sweep.path / LOCK)
@@ -183,15 +182,6 @@ def main(arguments: Sequence[str]) -> int:
     supervisor.run()
     lock.close()
     return 0
-
-
-def _die_with_parent() -> Any:
-    libc = ctypes.CDLL(None)
-
-    def ask_kernel() -> None:
-        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-
-    return ask_kernel
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:

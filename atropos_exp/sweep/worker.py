@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import signal
@@ -13,12 +12,12 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from atropos_exp.assembly.check import validate
 from atropos_exp.config.build import build
 from atropos_exp.config.freeze import config_hash, freeze_config
 from atropos_exp.errors import UserError
+from atropos_exp.processes.lifeline import dying_with_parent
 from atropos_exp.runs.atomic import write_atomic
 from atropos_exp.runs.files import Row, read_metrics
 from atropos_exp.runs.summary import eval_accuracy
@@ -28,7 +27,6 @@ from atropos_exp.sweep.search import Claim, Search
 from atropos_exp.sweep.settings import OptunaSweep
 
 POLL_SECONDS = 0.2
-PR_SET_PDEATHSIG = 1
 
 
 class Worker:
@@ -71,7 +69,7 @@ class Worker:
         with log.open("ab") as output:
             process = subprocess.Popen(
                 run_command(self._sweep, number), stdin=subprocess.DEVNULL, stdout=output, stderr=output,
-                start_new_session=True, preexec_fn=_die_with_parent(),
+                start_new_session=True, preexec_fn=dying_with_parent(),
             )  # fmt: skip
         try:
             pruned_at, late = self._watch(claim, process, folder, record.max_steps)
@@ -172,15 +170,6 @@ def main(arguments: Sequence[str]) -> int:
     except UserError as error:
         print(error, file=sys.stderr, flush=True)
         return 2
-
-
-def _die_with_parent() -> Any:
-    libc = ctypes.CDLL(None)
-
-    def ask_kernel() -> None:
-        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-
-    return ask_kernel
 
 
 if __name__ == "__main__":

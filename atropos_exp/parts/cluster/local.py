@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import subprocess
@@ -14,10 +13,10 @@ from types import FrameType
 from typing import ClassVar
 
 from atropos_exp.errors import UserError
+from atropos_exp.processes.lifeline import dying_with_parent
 from atropos_exp.processes.ports import HeldPort
 
 GRACE_SECONDS = 30.0  # for the other ranks to end after one has failed; they may hang in a collective with it
-PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,13 +79,8 @@ class Local:
 
 
 def _start(command: Sequence[str], environ: Mapping[str, str]) -> subprocess.Popen[bytes]:
-    libc = ctypes.CDLL(None)
-
-    def die_with_parent() -> None:  # even if that is killed and can hand nothing on
-        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-
     # A session of its own: Ctrl-C in a terminal then reaches a rank once, through us.
-    return subprocess.Popen(command, env=environ, start_new_session=True, preexec_fn=die_with_parent)
+    return subprocess.Popen(command, env=environ, start_new_session=True, preexec_fn=dying_with_parent())
 
 
 def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> int:

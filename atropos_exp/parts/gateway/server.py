@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import secrets
-import signal
 import socket
 import sys
 from pathlib import Path
@@ -26,6 +25,7 @@ from atropos_exp.parts.gateway.sampler import Sampler, Seeds
 from atropos_exp.parts.gateway.text import Text
 from atropos_exp.parts.gateway.upstream import Upstream
 from atropos_exp.parts.gateway.upstreams import Upstreams
+from atropos_exp.processes import lifeline
 from atropos_exp.processes.startup import no_collections, tokenizers_only
 from atropos_exp.types import Endpoint
 
@@ -38,9 +38,7 @@ logger = logging.getLogger(__name__)
 def main() -> None:
     options = Options.from_json(sys.argv[1])
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
-    # The trainer decides when to stop: a signal to the whole job must not take the gateway away under its last step.
-    for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(ignored, signal.SIG_IGN)
+    lifeline.ignore()
     import uvloop
 
     tokens = {name: os.environ.pop(name, None) for name in (PRIVATE_TOKEN, CLIENT_TOKEN, ENGINE_TOKENS)}

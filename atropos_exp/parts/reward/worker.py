@@ -11,7 +11,6 @@ the kernel does for a killed pool; a worker is killed by the kernel when the tem
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import gc
 import math
 import os
@@ -27,6 +26,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from atropos_exp.errors import UserError
+from atropos_exp.processes import lifeline
 
 if TYPE_CHECKING:
     from atropos_exp.interfaces import Reward
@@ -35,16 +35,12 @@ SCORE, NON_FINITE, ERROR, USER_ERROR = range(4)  # kinds of a result
 RESULT = struct.Struct("<BdH")  # kind, score, length of the text that follows
 SIZE = struct.Struct("<Q")  # before a pickled chunk
 LONGEST_PACKET = 1 << 20
-PR_SET_PDEATHSIG = 1
-# A run that is told to stop finishes its step, so a signal to the whole job must not take the workers away.
-IGNORED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 def main(control: socket.socket) -> None:
     """The template. Its commands are pickled tuples, one a packet: (reward, bytes of memory), "fork" with the
     worker's socket attached, ("kill", process id)."""
-    for number in IGNORED_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+    lifeline.ignore()
     packet = control.recv(LONGEST_PACKET)
     if not packet:
         return
@@ -105,7 +101,7 @@ def _work(reward: Reward, channel: socket.socket, memory_bytes: int, template: i
     """A worker: scores chunks until its socket closes, and never returns into the template's code."""
     try:
         os.setpgid(0, 0)
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        lifeline.die_with_parent()
         if os.getppid() != template:
             os._exit(0)
         with open("/proc/self/statm", "rb") as file:

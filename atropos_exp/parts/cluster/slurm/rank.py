@@ -8,7 +8,6 @@ that is still importing libraries does not hear it yet.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import signal
@@ -32,6 +31,7 @@ from atropos_exp.parts.cluster.slurm.control import (
     run_scontrol,
 )
 from atropos_exp.parts.cluster.slurm.layout import Layout
+from atropos_exp.processes.lifeline import dying_with_parent
 from atropos_exp.processes.locks import is_held
 from atropos_exp.processes.ports import HeldPort
 
@@ -44,7 +44,6 @@ SILENT_SECONDS = 600.0  # without a sign of life of rank 0's launcher: it is gon
 WRONG_USE = 2  # exit code of a run that its user must change: trying again would not help
 UNFINISHED = 75  # exit code of a job that has saved and does not continue by itself (EX_TEMPFAIL)
 EARLY_SECONDS = 60.0  # by which Slurm may send its signal too early
-PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,13 +211,6 @@ class Launcher:
             own |= {"GLOO_SOCKET_IFNAME": interface} if interface else {}
         log = self._folder / "log" / f"rank_{self._place.rank}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
-        libc = ctypes.CDLL(None)
-
-        def settle() -> None:
-            libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-            for number in STOP_SIGNALS:
-                signal.signal(number, signal.SIG_IGN)
-
         with log.open("ab") as output:
             rank = subprocess.Popen(
                 [sys.executable, *self._job.arguments],
@@ -226,7 +218,7 @@ class Launcher:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                preexec_fn=settle,
+                preexec_fn=dying_with_parent(ignoring=STOP_SIGNALS),
             )
         return self._watch(rank)
 

@@ -9,7 +9,6 @@ import argparse
 import contextlib
 import logging
 import os
-import signal
 import socket
 import sys
 import threading
@@ -20,6 +19,7 @@ from typing import Any
 from atropos_exp.parts.engine.process import TOKEN_VARIABLE
 from atropos_exp.parts.engine.serving.app import Service, make_app
 from atropos_exp.parts.engine.serving.backend import Backend
+from atropos_exp.processes import lifeline
 from atropos_exp.weights.group import BACKENDS, GroupSource
 from atropos_exp.weights.receiver import BucketSource, inherited
 
@@ -29,9 +29,7 @@ logger = logging.getLogger(__name__)
 def prepare(options: argparse.Namespace) -> str:
     """First thing in the process: log and signals. Returns the bearer token."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
-    # The trainer decides when to stop: a signal to the whole job must not take the engine away under its last step.
-    for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(ignored, signal.SIG_IGN)
+    lifeline.ignore()
     return os.environ.pop(TOKEN_VARIABLE)
 
 
