@@ -15,6 +15,8 @@ from threading import Thread
 from time import monotonic, sleep
 from typing import IO, Any
 
+from atropos_exp.processes.child import child_environment
+
 log = logging.getLogger(__name__)
 
 
@@ -37,7 +39,12 @@ class Feeder:
         log_path.parent.mkdir(parents=True, exist_ok=True)
         with log_path.open("ab") as log_file:
             self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log_file, start_new_session=True
+                command,
+                env=child_environment(None, with_secrets=True),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log_file,
+                start_new_session=True,
             )
         assert self._process.stdin is not None and self._process.stdout is not None
         self._writer = Thread(target=self._write, args=(self._process.stdin,), name=f"{name}-write", daemon=True)

@@ -36,7 +36,7 @@ class LiveFigures:
     def after(self, metrics: StepMetrics, left: float | None) -> str:
         """For example `reward 0.43 eval 0.61 lag 0 12.3k tok/s ETA 0:49`."""
         values = metrics.values
-        self._accuracy = first_given(eval_accuracy(dict(values)), self._accuracy)
+        self._accuracy = first_given(eval_accuracy(values), self._accuracy)
         reward = values.get("reward/mean", float("nan"))
         parts = [f"reward {reward:.2f}"] if reward == reward else []
         if self._accuracy is not None:
@@ -65,7 +65,7 @@ def _figures(metrics: StepMetrics, left: float | None) -> Iterator[str]:
     reward = values.get("reward/mean", float("nan"))
     if reward == reward:
         yield f"reward {reward:.3f} ±{values.get('reward/std', 0.0):.2f}"
-    accuracy = eval_accuracy(dict(values))
+    accuracy = eval_accuracy(values)
     if accuracy is not None:
         yield f"eval {accuracy:.3f}"
     if "length/response_mean" in values:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +10,7 @@ from typing import Any
 
 from atropos_exp.errors import UserError
 from atropos_exp.parts.logger.console import Console
-from atropos_exp.parts.logger.feeder import Feeder
-from atropos_exp.parts.logger.wandb import WandbLogger
+from atropos_exp.parts.logger.remote import RemoteLogger
 from atropos_exp.runs.redaction import redact
 
 INSTALL = "pip install 'atropos-exp[trackio]' (docs/troubleshooting.md, if pip refuses)"
@@ -51,22 +49,17 @@ class Trackio:
         resumed: bool,
         total_steps: int,
         group: str | None = None,
-    ) -> WandbLogger:
+    ) -> RemoteLogger:
         """`config` is redacted here. A resumed run continues its curves, by the name of its folder."""
         console = Console(live=self.live, every=self.every).start(
             run_folder=run_folder, config=config, name=name, resumed=resumed, total_steps=total_steps, group=None
         )
-        feeder = Feeder(
-            # -P: the folder of the script, where this file is called trackio too, stays off the import path
-            [sys.executable, "-P", str(Path(__file__).with_name("trackio_process.py"))],
-            name="trackio",
-            log_path=run_folder / "log" / "trackio.log",
-            queue_size=self.queue_size,
-            tell=console.say,
-        )
         folder = Path(self.folder).expanduser().absolute()
-        feeder.put(
-            {
+        return RemoteLogger(
+            "trackio",
+            "atropos_exp.parts.logger.trackio_process",
+            console,
+            settings={
                 "folder": str(folder),
                 "project": self.project,
                 "group": group if self.group is None else self.group,
@@ -74,6 +67,8 @@ class Trackio:
                 "config": redact(config),
                 "finish_timeout": self.finish_timeout,
                 "show": f"python -m atropos_exp.report.dashboard --local {folder}",
-            }
+            },
+            log=run_folder / "log" / "trackio.log",
+            queue_size=self.queue_size,
+            finish_timeout=self.finish_timeout,
         )
-        return WandbLogger(console, feeder, finish_timeout=self.finish_timeout)

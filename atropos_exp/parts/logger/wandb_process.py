@@ -1,50 +1,36 @@
-"""The process that talks to W&B: reads JSON lines from standard input, writes reports to standard output.
+"""The process that talks to W&B; `wandb.py` starts it.
 
-A script, started by `wandb.py`; imports nothing of this package. It forks a session per attempt (online, then offline),
-for a wandb that failed to connect cannot be started again in one process. Ends by itself when its input ends (the run
-was closed, or died), at the latest `finish_timeout` seconds later.
+It forks a session per attempt (online, then offline), for a wandb that failed to connect cannot be started again in
+one process. It ends by itself when its input ends (the run was closed, or died), at the latest `finish_timeout` seconds
+later.
 """
 
 from __future__ import annotations
 
 import glob
-import json
 import netrc
 import os
 import shlex
 import signal
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
 from typing import Any
 from urllib.parse import urlparse
+
+from atropos_exp.parts.logger.remote_process import Report, brief, connect, end_within, record
 
 DEFAULT_HOST = "https://api.wandb.ai"
 _HOSTS = ("api.wandb.ai", "api.forge.coreweave.com")  # where a key of `wandb login` may be filed under
 _NOT_STARTED = 10  # exit code of a session that has read no message yet
 
 Settings = dict[str, Any]
-Report = Callable[[str, str], None]  # (text, level)
 
 
 def main() -> None:
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)  # a cluster signals every process of a job; the run decides what ends
-    reports = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever wandb prints goes to the log file
-
-    def report(text: str, level: str = "info") -> None:
-        try:
-            print(json.dumps({"text": text, "level": level}), file=reports, flush=True)
-        except OSError:  # the run is gone
-            print(text, file=sys.stderr, flush=True)
-
-    with open(0, "rb", buffering=0, closefd=False) as unbuffered:  # the rest of the input is the session's
-        first = unbuffered.readline()
-    if not first.endswith(b"\n"):
+    connected = connect()
+    if connected is None:
         return
-    settings: Settings = json.loads(first)
+    settings, report = connected
     mode = settings["mode"]
     if mode == "auto":
         mode = os.environ.get("WANDB_MODE") or ("online" if has_key() else "offline")
@@ -60,7 +46,7 @@ def _attempt(settings: Settings, mode: str, report: Report) -> int:
         try:
             code = _session(settings, mode, report)
         except BaseException as error:
-            report(f"ended: {_brief(error)}", "warning")
+            report(f"ended: {brief(error)}", "warning")
             code = 1
         sys.stderr.flush()
         os._exit(code)  # wandb's own exit would wait for connections that failed before
@@ -83,31 +69,18 @@ def _session(settings: Settings, mode: str, report: Report) -> int:
         run = _init(wandb, settings, mode)
     except Exception as error:
         then = "the run goes on without it" if mode == "offline" else "recording offline"
-        report(f"no connection, {then}: {_brief(error)}", "warning")
+        report(f"no connection, {then}: {brief(error)}", "warning")
         return _NOT_STARTED
     # a resumed run may log a step again; with an axis of its own the later point wins, whatever W&B's counter says
     run.define_metric("step")
     run.define_metric("*", step_metric="step")
     where = f"at {run.url}" if mode == "online" else f"offline; to upload: wandb sync {run.settings.sync_dir}"
     report(f"recording {where}", "info")
-    summary: dict[str, Any] = {"status": "killed"}  # unless the run lives to say something else
-    told = False
-    for message in _messages():
-        try:
-            if message["kind"] == "metrics":
-                run.log(message["values"])
-            elif message["kind"] == "samples":
-                run.log({"samples": _table(message["rows"]), "step": message["step"]})
-            elif message["kind"] == "finish":
-                summary = message["summary"]
-                break
-        except Exception as error:
-            if not told:
-                report(f"could not take a message (told once): {_brief(error)}", "warning")
-            told = True
+    told = record(lambda step, values: run.log({"step": step} | values), wandb.Table, report)
+    summary = {"status": "killed"} if told is None else told
     sync_dir = run.settings.sync_dir
     again = f"wandb sync {'--include-online ' if mode == 'online' else ''}{shlex.quote(sync_dir)}"
-    _end_within(
+    end_within(
         settings["finish_timeout"],
         lambda: report(f"the upload did not end in time; for the rest: {again}", "warning"),
     )
@@ -154,6 +127,7 @@ def _all_attempts(sync_dir: str) -> str:
 
 
 def has_key() -> bool:
+    """Whether this user has an API key of W&B, in the environment or where `wandb login` keeps it."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     host = urlparse(os.environ.get("WANDB_BASE_URL", "")).hostname
@@ -165,38 +139,6 @@ def has_key() -> bool:
         if any(name in known for name in ((host,) if host else _HOSTS)):
             return True
     return False
-
-
-def _table(rows: list[dict[str, Any]]) -> Any:
-    import wandb
-
-    columns = list(rows[0]) if rows else ["prompt_id"]
-    return wandb.Table(columns=columns, data=[[row[column] for column in columns] for row in rows])
-
-
-def _messages() -> Iterator[dict[str, Any]]:
-    for line in sys.stdin.buffer:
-        try:
-            message = json.loads(line)
-        except ValueError:  # cut off by the death of the run
-            return
-        yield message
-
-
-def _end_within(seconds: float, say: Callable[[], None]) -> None:
-    """W&B may retry an upload for ever; this process does not."""
-
-    def end() -> None:
-        time.sleep(seconds)
-        say()
-        os._exit(3)
-
-    threading.Thread(target=end, daemon=True).start()
-
-
-def _brief(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:300] if lines else ''}"
 
 
 if __name__ == "__main__":

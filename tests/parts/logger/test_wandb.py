@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from atropos_exp.errors import UserError
-from atropos_exp.parts.logger.wandb import Mode, Wandb, WandbLogger
+from atropos_exp.parts.logger.remote import RemoteLogger
+from atropos_exp.parts.logger.wandb import Mode, Wandb
 from atropos_exp.types import SampleRecord, StepMetrics
 
 KEY = "0123456789abcdef" * 2 + "01234567"  # of the form that wandb accepts
@@ -30,11 +31,11 @@ def settings(**changed: Any) -> Wandb:
     return Wandb(**given | changed)
 
 
-def start(folder: Path, *, resumed: bool = False, config: dict[str, Any] | None = None, **changed: Any) -> WandbLogger:
+def start(folder: Path, *, resumed: bool = False, config: dict[str, Any] | None = None, **changed: Any) -> RemoteLogger:
     logger = settings(**changed).start(
         run_folder=folder, config=config or {"seed": 7}, name="trial", resumed=resumed, total_steps=3
     )
-    assert isinstance(logger, WandbLogger)
+    assert isinstance(logger, RemoteLogger)
     return logger
 
 
@@ -182,7 +183,7 @@ def test_disabled_starts_no_process(tmp_path: Path) -> None:
     logger = settings(mode=Mode.disabled).start(
         run_folder=tmp_path, config={}, name="trial", resumed=False, total_steps=3
     )
-    assert not isinstance(logger, WandbLogger)
+    assert not isinstance(logger, RemoteLogger)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from atropos_exp.parts.logger.wandb import Mode, Wandb, WandbLogger
+from atropos_exp.parts.logger.remote import RemoteLogger
+from atropos_exp.parts.logger.wandb import Mode, Wandb
 from atropos_exp.types import StepMetrics
 
 KEY = "0123456789abcdef" * 2 + "01234567"
@@ -32,7 +33,7 @@ def account(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("WANDB_API_KEY", KEY)
 
 
-def start(folder: Path, *, resumed: bool = False, **changed: Any) -> WandbLogger:
+def start(folder: Path, *, resumed: bool = False, **changed: Any) -> RemoteLogger:
     given: dict[str, Any] = {
         "live": False, "every": 1000, "mode": Mode.online, "project": "project", "entity": None, "group": "pair",
         "job_type": "train", "tags": ["a"], "init_timeout": 30.0, "finish_timeout": 30.0, "queue_size": 1000,
@@ -40,7 +41,7 @@ def start(folder: Path, *, resumed: bool = False, **changed: Any) -> WandbLogger
     logger = Wandb(**given | changed).start(
         run_folder=folder, config={"seed": 7}, name="trial", resumed=resumed, total_steps=100
     )
-    assert isinstance(logger, WandbLogger)
+    assert isinstance(logger, RemoteLogger)
     return logger
 
 
@@ -52,7 +53,7 @@ def work() -> None:
         numbers = numbers @ numbers / 64
 
 
-def steps(logger: WandbLogger, first: int, last: int) -> tuple[list[float], list[float]]:
+def steps(logger: RemoteLogger, first: int, last: int) -> tuple[list[float], list[float]]:
     """Seconds of each `log` and of each whole step."""
     logged, whole = [], []
     for number in range(first, last + 1):
