@@ -25,7 +25,7 @@ from atropos_exp.config.freeze import config_hash, save_config
 from atropos_exp.errors import UserError
 from atropos_exp.processes.ranks import Ranks
 from atropos_exp.processes.startup import no_collections
-from atropos_exp.runs.files import note_command, read_metrics, write_summary
+from atropos_exp.runs.files import last_step, note_command, read_rows, write_summary
 from atropos_exp.runs.folder import RunFolder, open_run_folder
 from atropos_exp.runs.provenance import git_commit, versions
 from atropos_exp.runs.summary import summarize_run
@@ -138,13 +138,13 @@ class Experiment:
             os.write(2, f"\n{name}: finishing this step, then saving (Ctrl-C again: stop now)\n".encode())
 
     def _conclude(self, status: str, error: str | None) -> None:
-        rows, _ = read_metrics(self._folder.path / "metrics.jsonl")
+        rows = read_rows(self._folder.path)
         parts = self._parts
         summary = summarize_run(
             rows,
             status=status,
             error=error.splitlines()[0] if error else None,
-            policy_version=max((int(row["step"] or 0) for row in rows), default=0),
+            policy_version=last_step(rows),
             resumed_from=parts.checkpoints.resumed_from if parts is not None else None,
             seed=self._checked.run.seed,
             git=git_commit(),

@@ -12,7 +12,7 @@ from atropos_exp.doctor.line import Line, fail, ok, warn
 from atropos_exp.doctor.stalled import look_at_running
 from atropos_exp.processes.locks import is_held
 from atropos_exp.report.run_data import RunData, load_run
-from atropos_exp.runs.files import Row
+from atropos_exp.runs.files import Row, last_step
 
 OVERHEAD = ("journal", "advantage", "pack", "sync", "proof", "save", "eval")  # beside rollout and update
 _SLOW_SHARE = 0.25
@@ -42,7 +42,7 @@ def explain(folder: Path, *, patience: float | None = None) -> list[Line]:
     data = load_run(folder)
     if not (data.rows or data.summary or (folder / "run.json").is_file()):
         return [fail("run", f"{folder} is no run folder", "give outputs/<name>/<date>/<time>")]
-    rows = [row for row in data.rows if row["step"]]
+    rows = [row for row in data.rows if row.step]
     config = dict(data.config)
     lines = look_at_running(folder, data.rows, patience=patience) if is_held(folder / "lock") else [_end(data)]
     lines += judge_curves(data.rows, config)
@@ -56,7 +56,7 @@ def explain(folder: Path, *, patience: float | None = None) -> list[Line]:
 
 def _end(data: RunData) -> Line:
     summary, folder = data.summary, data.folder
-    steps = max((int(row["step"] or 0) for row in data.rows), default=0)
+    steps = last_step(data.rows)
     wanted = (data.config.get("trainer") or {}).get("max_steps", "?")
     if data.status == "finished":
         return ok("run", f"finished after {steps} of {wanted} steps")
@@ -96,11 +96,11 @@ def _time(rows: Sequence[Row]) -> list[Line]:
     if slow:
         row, seconds = max(slow, key=lambda item: item[1])
         part = max(names, key=lambda name: float(row.get(name) or 0))
-        places = spans([int(one["step"] or 0) for one, _ in slow])
+        places = spans([one.step for one, _ in slow])
         lines.append(
             warn(
                 "time",
-                f"steps {places} took more than three times the usual {usual:.2f} s; the slowest, {row['step']}, "
+                f"steps {places} took more than three times the usual {usual:.2f} s; the slowest, {row.step}, "
                 f"{seconds:.2f} s, of it {float(row.get(part) or 0):.2f} s in {part[5:-2]}",
                 "look into log/ at that time: a restart, another program on the machine, one very long answer",
             )
@@ -117,7 +117,7 @@ def _drops(rows: Sequence[Row]) -> list[Line]:
             if name.startswith("rollout/dropped_") and value:
                 reason = name.removeprefix("rollout/dropped_")
                 dropped[reason] = dropped.get(reason, 0) + value
-                steps.setdefault(reason, []).append(int(row["step"] or 0))
+                steps.setdefault(reason, []).append(row.step)
     kept = sum(float(row.get("rollout/num") or 0) for row in rows)
     if not dropped:
         return [ok("drops", f"none of {kept:.0f} rollouts")] if kept else []
@@ -136,7 +136,7 @@ def _fallbacks(rows: Sequence[Row], config: dict[str, Any]) -> list[Line]:
     """Steps that rollout=auto sampled itself."""
     if "Auto" not in str((config.get("rollout") or {}).get("_target_")):
         return []
-    local = [int(row["step"] or 0) for row in rows if row.get("rollout/num_local")]
+    local = [row.step for row in rows if row.get("rollout/num_local")]
     if not local:
         return [ok("source", f"all {len(rows)} steps from Atropos")] if rows else []
     return [

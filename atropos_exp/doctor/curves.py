@@ -20,11 +20,7 @@ class Curve:
 
     def __init__(self, rows: Sequence[Row], name: str) -> None:
         self.name = name
-        self.points = [
-            (int(row["step"] or 0), float(value))
-            for row in rows
-            if (value := row.get(name)) is not None and row["step"]
-        ]
+        self.points = [(row.step, float(value)) for row in rows if (value := row.get(name)) is not None and row.step]
         size = max(3, len(self.points) // 4)
         self.first = [value for _, value in self.points[:size]]
         self.last = [value for _, value in self.points[-size:]]
@@ -221,7 +217,7 @@ def _updates(rows: Sequence[Row], reward: Curve, config: dict[str, Any]) -> list
 
 
 def _held_out(rows: Sequence[Row], reward: Curve, config: dict[str, Any]) -> list[Line]:
-    scores = [(int(row["step"] or 0), score) for row in rows if (score := eval_accuracy(row)) is not None]
+    scores = [(row.step, score) for row in rows if (score := eval_accuracy(row)) is not None]
     if len(scores) < 2:
         return []
     (first, before), (last, now) = scores[0], scores[-1]

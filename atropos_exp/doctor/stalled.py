@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import median
 
 from atropos_exp.doctor.line import Line, fail, ok
-from atropos_exp.runs.files import Row
+from atropos_exp.runs.files import Row, last_step
 
 LEAST_PATIENCE, FIRST_PATIENCE = 60.0, 300.0  # seconds; the second until the first step
 _WATCH_SECONDS = 0.5
@@ -52,8 +52,8 @@ class Process:
 
 def look_at_running(folder: Path, rows: Sequence[Row], *, patience: float | None) -> list[Line]:
     """One line if there is news; if not, the process and the wait that the run is in, and every process."""
-    done = max((int(row["step"] or 0) for row in rows), default=0)
-    seconds = [float(row["time/step_s"] or 0) for row in rows if row["step"] and row.get("time/step_s")]
+    done = last_step(rows)
+    seconds = [float(row["time/step_s"] or 0) for row in rows if row.step and row.get("time/step_s")]
     usual = median(seconds) if seconds else None
     age = time.time() - _newest(folder)
     if patience is None:

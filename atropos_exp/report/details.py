@@ -27,7 +27,7 @@ def time_shares(runs: Sequence[RunData], labels: Sequence[str], *, timing: str) 
     the figure of the stages over the steps."""
     bars, stages = [], [*STAGES, "other"]
     for run, label in zip(runs, labels, strict=True):
-        steps = [stage_seconds(row) for row in run.rows if row["step"] and row.get("time/step_s")]
+        steps = [stage_seconds(row) for row in run.rows if row.step and row.get("time/step_s")]
         if not steps:
             continue
         means = {stage: sum(step[stage] for step in steps) / len(steps) for stage in stages}

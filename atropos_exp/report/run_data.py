@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from atropos_exp.errors import UserError
-from atropos_exp.runs.files import Row, read_metrics, read_samples
+from atropos_exp.runs.files import Row, by_step, last_step, read_json_lines, read_metrics
 
 MAX_POINTS = 1500  # of a curve; longer runs are thinned to means of neighbours
 _PARTS = ("metrics.jsonl", "summary.json", "config.yaml", "run.json")
@@ -32,7 +32,7 @@ class RunData:
     def status(self) -> str:
         """finished | stopped | failed as the summary says, else unfinished."""
         status = str(self.summary.get("status") or "unfinished")
-        later = max((int(row["step"] or 0) for row in self.rows), default=0) > (self.summary.get("steps") or 0)
+        later = last_step(self.rows) > (self.summary.get("steps") or 0)
         return "unfinished" if later else status
 
     @property
@@ -73,7 +73,7 @@ def load_run(folder: Path) -> RunData:
         missing.append("samples/ is empty: there are no sample rollouts")
     return RunData(
         folder=folder,
-        rows=sorted({int(row["step"] or 0): row for row in rows}.values(), key=lambda row: row["step"] or 0),
+        rows=by_step(rows),
         summary=summary,
         config_text=config_text,
         config=config,
@@ -83,7 +83,7 @@ def load_run(folder: Path) -> RunData:
     )
 
 
-def columns(rows: Sequence[Row]) -> dict[str, list[float | None]]:
+def columns(rows: Sequence[Mapping[str, float | None]]) -> dict[str, list[float | None]]:
     """Rows as columns by name, thinned to about MAX_POINTS: neighbours are averaged, gaps stay gaps."""
     names = dict.fromkeys(name for row in rows for name in row)
     stride = -(-len(rows) // MAX_POINTS)
@@ -120,9 +120,9 @@ def _mean(values: Sequence[float | None]) -> float | None:
 def _early_and_late(folder: Path) -> list[tuple[int, list[dict[str, Any]]]]:
     """The first and the last file with records in it."""
     paths = sorted(path for path in folder.glob("step_*.jsonl") if path.stem.removeprefix("step_").isdigit())
-    read = ((int(path.stem.removeprefix("step_")), read_samples(path)) for path in paths)
+    read = ((int(path.stem.removeprefix("step_")), read_json_lines(path)[0]) for path in paths)
     early = next(((step, records) for step, records in read if records), None)
-    back = ((int(path.stem.removeprefix("step_")), read_samples(path)) for path in reversed(paths))
+    back = ((int(path.stem.removeprefix("step_")), read_json_lines(path)[0]) for path in reversed(paths))
     late = next(((step, records) for step, records in back if records), None)
     if early is None or late is None:
         return []

@@ -7,6 +7,7 @@ from typing import Any
 
 from atropos_exp.report.html import bytes_figure, card_table, escape, figure, seconds_figure, tag
 from atropos_exp.report.run_data import RunData
+from atropos_exp.runs.files import last_step
 from atropos_exp.runs.summary import eval_accuracy
 
 _GROUPS = ("model", "data", "reward", "rollout", "engine", "advantage", "loss", "trainer")
@@ -41,13 +42,13 @@ def tiles(run: RunData) -> str:
     dropped = sum(value or 0 for row in run.rows for name, value in row.items() if name.startswith("rollout/dropped_"))
     used = sum(row.get("rollout/num") or 0.0 for row in run.rows)
     gaps = [value for row in run.rows if (value := row.get("sync/canary_gap_max")) is not None]
-    last_step = int(max((row["step"] or 0 for row in run.rows), default=0))
+    reached = last_step(run.rows)
     planned = _inner(run.config, "trainer").get("max_steps")
     proven = f"{sync['verified']} of {sync['count']}" if {"verified", "count"} <= sync.keys() else figure(len(gaps))
     shown = [
         ("Held-out accuracy", _change([value for _, value in evaluated]), _interval(evaluated)),
         ("Reward", _change(rewards), "first → last step"),
-        ("Steps", figure(summary.get("steps", last_step)), f"of {planned} planned" if planned else ""),
+        ("Steps", figure(summary.get("steps", reached)), f"of {planned} planned" if planned else ""),
         ("Wall clock", seconds_figure(summary.get("wall_seconds") or seconds or None), "all attempts"),
         ("Tokens per second", figure(tokens / seconds if seconds else None, 3), "prompt and sampled"),
         ("Syncs proven", proven, f"canary gap ≤ {figure(max(gaps, default=None), 2)}"),
@@ -67,7 +68,7 @@ def comparison(runs: Sequence[RunData], labels: Sequence[str]) -> str:
             [
                 f"{swatch(at)} {escape(label)}",
                 _pill(run),
-                figure(max((row["step"] or 0 for row in run.rows), default=None)),
+                figure(max((row.step for row in run.rows), default=None)),
                 _change(accuracies),
                 _change(rewards),
                 seconds_figure(run.summary.get("wall_seconds")),
@@ -88,7 +89,7 @@ def sync_proof(runs: Sequence[RunData], labels: Sequence[str]) -> str:
             continue
         sync = _inner(run.summary, "sync")
         verified, count = sync.get("verified", len(synced)), sync.get("count", len(synced))
-        steps = [row for row in synced if row["step"]]
+        steps = [row for row in synced if row.step]
         step_seconds, proof_seconds = _total(steps, "time/step_s"), _total(steps, "time/proof_s")
         share = f"{proof_seconds / step_seconds:.1%}" if step_seconds else "–"
         tensors, digests = synced[-1].get("sync/tensors"), synced[-1].get("sync/digests_compared")

@@ -11,7 +11,7 @@ import numpy as np
 import yaml
 
 from atropos_exp.report.comparisons import Comparison, SeedMean, compare, seed_mean
-from atropos_exp.runs.files import Row, read_metrics
+from atropos_exp.runs.files import Row, by_step, read_rows
 from atropos_exp.runs.summary import eval_accuracy
 from atropos_exp.runs.sweep_folder import Phase, Request, RunRecord, RunState, SweepFolder, describe_point
 
@@ -41,7 +41,7 @@ class SweepRun:
         for row in self.rows:
             value = row.get(self.metric) if self.metric else eval_accuracy(row)
             if value is not None:
-                found[int(row["step"] or 0)] = value
+                found[row.step] = value
         return found
 
     @property
@@ -120,7 +120,7 @@ def point_series(point: Point) -> dict[str, Any]:
     by_step: dict[int, list[Row]] = {}
     for run in runs:
         for row in run.rows:
-            by_step.setdefault(int(row["step"] or 0), []).append(row)
+            by_step.setdefault(row.step, []).append(row)
     common = [step for step in sorted(by_step) if len(by_step[step]) == len(runs)]
     evaluations = [run.evaluations for run in runs]
     columns: dict[str, list[list[float]]] = {
@@ -188,8 +188,7 @@ def _not_comparable(
 def _load_run(
     folder: SweepFolder, record: RunRecord, state: RunState, events: Sequence[Mapping[str, Any]], metric: str | None
 ) -> SweepRun:
-    rows, _ = read_metrics(folder.run_folder(record.number) / "metrics.jsonl")
-    rows = sorted({int(row["step"] or 0): row for row in rows}.values(), key=lambda row: row["step"] or 0)
+    rows = by_step(read_rows(folder.run_folder(record.number)))
     sizes = {name: row[name] for row in rows for name in row if name.startswith("eval/") and name.endswith("/num")}
     smallest = min((value for value in sizes.values() if value), default=None)
     config = yaml.safe_load(folder.config_path(record.number).read_text())

@@ -10,6 +10,7 @@ from atropos_exp.report.comparisons import Comparison, SeedMean, rank_correlatio
 from atropos_exp.report.html import card_table, escape, figure, seconds_figure, signed, tag
 from atropos_exp.report.sections import swatch
 from atropos_exp.report.sweep_data import Point, SweepData, SweepRun, spread
+from atropos_exp.runs.files import last_step
 from atropos_exp.runs.sweep_folder import Phase, describe_point, shown
 
 _PILLS = {Phase.FINISHED: "finished", Phase.FAILED: "failed", Phase.KILLED: "failed", Phase.TIMEOUT: "failed"}
@@ -120,7 +121,7 @@ def cost(data: SweepData) -> str:
     """Hours, tokens and attempts of every point."""
     rows = []
     for point in data.points:
-        steps = sum(len([row for row in run.rows if row["step"]]) for run in point.runs)
+        steps = sum(len([row for row in run.rows if row.step]) for run in point.runs)
         rows.append([escape(point.label), figure(sum(run.device_hours for run in point.runs), 3),
                      figure(sum(run.tokens for run in point.runs)), figure(steps),
                      seconds_figure(sum(run.seconds for run in point.runs) / steps if steps else None)])  # fmt: skip
@@ -139,7 +140,7 @@ def runs_table(data: SweepData) -> str:
         name = run.record.folder
         there = (data.folder.run_folder(run.record.number) / "report.html").exists()
         link = tag("a", name, href=f"{name}/report.html") if there else name
-        last = max((int(row["step"] or 0) for row in run.rows), default=0)
+        last = last_step(run.rows)
         rows.append(
             [link, escape(describe_point(run.record.values)), str(run.record.seed), _state(run),
              f"{last} of {run.record.max_steps}", figure(run.reached, 3), seconds_figure(run.seconds or None)]

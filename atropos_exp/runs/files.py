@@ -9,7 +9,7 @@ import json
 import logging
 import math
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,14 @@ from atropos_exp.types import SampleRecord, StepMetrics
 
 log = logging.getLogger(__name__)
 
-Row = dict[str, float | None]  # a line of metrics.jsonl: "step" and metrics by name
+
+class Row(dict[str, float | None]):
+    """A line of metrics.jsonl: metrics by name, None for a value that was not finite, and "step"."""
+
+    @property
+    def step(self) -> int:
+        """The step that the line is about; 0 is the untrained policy."""
+        return int(self["step"] or 0)
 
 
 class RunFiles:
@@ -48,18 +55,6 @@ class RunFiles:
         lines = [json.dumps(_jsonable(asdict(record)), ensure_ascii=False, allow_nan=False) for record in records]
         write_atomic(self.folder / "samples" / f"step_{step:06d}.jsonl", "".join(line + "\n" for line in lines))
 
-    def journal_path(self, step: int) -> Path:
-        """Where the rollout journal of `step` lies; see `journal.py`."""
-        return self.folder / "rollouts" / f"step_{step:06d}.parquet"
-
-    def rows(self) -> list[Row]:
-        """Everything logged so far, earlier attempts included."""
-        return read_metrics(self._metrics_path)[0]
-
-    def close(self, summary: Mapping[str, Any]) -> None:
-        """Write summary.json (see `summary.py`). May be called again with a better summary."""
-        write_summary(self.folder, summary)
-
 
 def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
     """Write summary.json atomically, also where no step was ever recorded."""
@@ -75,43 +70,58 @@ def note_command(folder: Path, argv: Sequence[str]) -> None:
 
 def read_metrics(path: Path) -> tuple[list[Row], int]:
     """The rows of a metrics.jsonl and the number of its lines that are torn or no row. No file: no rows."""
-    rows: list[Row] = []
-    num_bad = 0
-    for line in _lines(path) if path.exists() else []:
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            num_bad += 1
-            continue
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
-            rows.append(row)
-        else:
-            num_bad += 1
-    return rows, num_bad
+    found, num_bad = read_json_lines(path)
+    rows = [Row(line) for line in found if isinstance(line.get("step"), int)]
+    return rows, num_bad + len(found) - len(rows)
 
 
-def read_samples(path: Path) -> list[dict[str, Any]]:
-    """The records of one samples file; lines that are no record are left out."""
-    records = []
-    for line in _lines(path):
+def read_rows(folder: Path) -> list[Row]:
+    """The rows of a run folder's metrics.jsonl that can be read."""
+    return read_metrics(folder / "metrics.jsonl")[0]
+
+
+def by_step(rows: Iterable[Row]) -> list[Row]:
+    """One row a step, in the order of the steps; of a step that was recorded twice, the later row."""
+    return sorted({row.step: row for row in rows}.values(), key=lambda row: row.step)
+
+
+def last_step(rows: Iterable[Row], *, default: int = 0) -> int:
+    """The newest step among `rows`."""
+    return max((row.step for row in rows), default=default)
+
+
+def run_status(folder: Path) -> tuple[str | None, str]:
+    """`status` and `error` of a run's summary.json; (None, "") if there is none, or none that can be read."""
+    try:
+        summary = json.loads((folder / "summary.json").read_text())
+        return str(summary["status"]), str(summary.get("error") or "")
+    except (OSError, ValueError, KeyError, TypeError):
+        return None, ""
+
+
+def read_json_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The objects in a file of one JSON object a line, and the number of its other lines. No file: no objects.
+
+    A writer that was killed leaves a torn last line, so a reader must expect one.
+    """
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    records: list[dict[str, Any]] = []
+    # not splitlines(), which also splits at separators that JSON strings may hold as they are
+    lines = [line for line in text.split("\n") if line.strip()]
+    for line in lines:
         try:
             record = json.loads(line)
         except json.JSONDecodeError:
             continue
         if isinstance(record, dict):
             records.append(record)
-    return records
-
-
-def _lines(path: Path) -> list[str]:
-    # not splitlines(), which also splits at separators that JSON strings may hold as they are
-    return [line for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if line.strip()]
+    return records, len(lines) - len(records)
 
 
 def _forget_steps(path: Path, first_step: int) -> None:
     """Keep only the lines of steps before `first_step`, in one atomic move."""
     rows, num_bad = read_metrics(path)
-    kept = [row for row in rows if (row["step"] or 0) < first_step]
+    kept = [row for row in rows if row.step < first_step]
     if len(kept) == len(rows) and not num_bad:
         return
     num_forgotten = len(rows) - len(kept)

@@ -12,41 +12,82 @@ from typing import IO
 
 from atropos_exp.errors import UserError
 from atropos_exp.processes.locks import is_held, try_hold
+from atropos_exp.runs.atomic import write_atomic
+from atropos_exp.runs.files import run_status
 
-IDENTITY = "run.json"  # written first: what this folder belongs to
+IDENTITY = "run.json"  # written first: the configuration whose run the folder holds
+SUBMITTED = Path("slurm") / "submitted.json"  # likewise, of a run that waits in a queue and has not begun
+LOCK = "lock"  # held while a process works on the run
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunFolder:
+    """The folder of a run, held by this process."""
+
     path: Path
     resumed: bool  # the folder existed and held this configuration's unfinished run
     lock: IO[str] | None  # rank 0: held until the process ends; the kernel frees it even after kill -9
 
 
 def open_run_folder(*, output_dir: Path, name: str, run_dir: str | None, resume: str, config_hash: str) -> RunFolder:
-    """Choose the folder, create it, lock it, write who it belongs to.
+    """Find the folder of a run or make a new one, lock it, and write whose it is. See `find_run_folder`.
 
-    `resume=auto` continues the newest unfinished run of the same configuration under `output_dir/name`;
-    `never` starts afresh; a path continues exactly that folder, whatever its configuration.
+    folder = open_run_folder(
+        output_dir=Path("outputs"), name="demo", run_dir=None, resume="auto", config_hash=config_hash(config)
+    )  # outputs/demo/2025-01-31/12-00-00, and folder.resumed says whether it holds an unfinished run
+    """
+    base = output_dir.expanduser() / name
+    path = find_run_folder(base=base, run_dir=run_dir, resume=resume, config_hash=config_hash)
+    if path is None:
+        return _claim(new_folder(base), resumed=False, config_hash=config_hash)
+    path.mkdir(parents=True, exist_ok=True)
+    is_named = resume not in ("auto", "never")  # it keeps its identity, whatever the configuration is now
+    return _claim(path, resumed=(path / IDENTITY).is_file(), config_hash=None if is_named else config_hash)
+
+
+def find_run_folder(
+    *, base: Path, run_dir: str | None, resume: str, config_hash: str, submitted: bool = False
+) -> Path | None:
+    """The folder that a command names, or that holds the unfinished run of its configuration; None for a new one.
+
+    `resume=auto` continues the newest unfinished run of the same configuration among `base`/<date>/<time>;
+    `never` starts a new one; a path continues exactly that folder, whatever its configuration.
     `run_dir` fixes the folder; with `resume=auto` it is continued if it holds this configuration.
+    Raises UserError if the folder that is named cannot be used.
+
+    `submitted`: the run is for a scheduler. Then a folder counts from its submission on, and one whose job waits or
+    runs is found too, so that the caller can say so; otherwise a run that a process is working on is passed over.
     """
     if resume not in ("auto", "never"):
         path = Path(resume).expanduser()
         if not (path / IDENTITY).is_file():
             raise UserError(f"resume: {path} is not a run folder (no {IDENTITY} in it); give one, or auto, or never")
-        return _claim(path, resumed=True, config_hash=None)
+        return path
     if run_dir is not None:
-        return _open_fixed(Path(run_dir).expanduser(), resume=resume, config_hash=config_hash)
-    base = output_dir.expanduser() / name
-    if resume == "auto":
-        for path in sorted(base.glob(f"*/*/{IDENTITY}"), reverse=True):
-            if is_unfinished(path.parent, config_hash) and not is_held(path.parent / "lock"):
-                return _claim(path.parent, resumed=True, config_hash=config_hash)
-    return _claim(new_folder(base), resumed=False, config_hash=config_hash)
+        path = Path(run_dir).expanduser()
+        found = _identity(path, submitted)
+        if found is not None and resume == "never":
+            raise UserError(f"run_dir: {path} already holds a run; choose another, or resume=auto to continue it")
+        if found is not None and found != config_hash:
+            raise UserError(
+                f"run_dir: {path} holds a run of another configuration; choose another folder, "
+                f"or resume={path} to continue that run under this configuration"
+            )
+        if found is not None and not _is_unfinished(path):
+            raise UserError(f"run_dir: the run in {path} is finished; choose another folder, or read its report")
+        return path
+    for path in sorted(base.glob("*/*"), reverse=True) if resume == "auto" else ():
+        if (
+            _identity(path, submitted) == config_hash
+            and _is_unfinished(path)
+            and (submitted or not is_held(path / LOCK))
+        ):
+            return path
+    return None
 
 
-def new_folder(base: Path) -> Path:
-    """Make base/<date>/<time>, which nobody has had before."""
+def new_folder(base: Path, *, what: str = "runs", setting: str = "run_dir") -> Path:
+    """Make `base`/<date>/<time>, which has never existed before. `what` and `setting` are for the error message."""
     now = datetime.now()
     stem = base / now.strftime("%Y-%m-%d") / now.strftime("%H-%M-%S")
     for suffix in ("", *(f"-{number}" for number in range(2, 100))):
@@ -56,44 +97,28 @@ def new_folder(base: Path) -> Path:
         except FileExistsError:
             continue
         return path
-    raise UserError(f"{stem}: 99 runs started in the same second; set run_dir")
+    raise UserError(f"{stem}: 99 {what} started in the same second; set {setting}")
 
 
-def _open_fixed(path: Path, *, resume: str, config_hash: str) -> RunFolder:
-    holds_run = (path / IDENTITY).is_file()
-    if holds_run and resume == "never":
-        raise UserError(f"run_dir: {path} already holds a run; choose another, or resume=auto to continue it")
-    if holds_run and json.loads((path / IDENTITY).read_text())["config_hash"] != config_hash:
-        raise UserError(
-            f"run_dir: {path} holds a run of another configuration; choose another folder, "
-            f"or resume={path} to continue that run under this configuration"
-        )
-    if holds_run and not is_unfinished(path, config_hash):
-        raise UserError(f"run_dir: the run in {path} is finished; choose another folder, or read its report")
-    path.mkdir(parents=True, exist_ok=True)
-    return _claim(path, resumed=holds_run, config_hash=config_hash)
+def _identity(path: Path, submitted: bool) -> str | None:
+    """The hash of the configuration whose run `path` holds or, if `submitted`, is to hold."""
+    for name in (Path(IDENTITY), SUBMITTED) if submitted else (Path(IDENTITY),):
+        try:
+            return str(json.loads((path / name).read_text())["config_hash"])
+        except (OSError, ValueError, KeyError):
+            continue  # killed before it had written whose it was: nothing to continue
+    return None
 
 
-def is_unfinished(path: Path, config_hash: str) -> bool:
-    """Whether `path` holds a run of this configuration that has not reached its last step."""
-    try:
-        if json.loads((path / IDENTITY).read_text())["config_hash"] != config_hash:
-            return False
-    except (OSError, ValueError, KeyError):
-        return False  # killed before it had written who it was: nothing to continue
-    try:
-        return bool(json.loads((path / "summary.json").read_text())["status"] != "finished")
-    except (OSError, ValueError, KeyError):
-        return True
+def _is_unfinished(path: Path) -> bool:
+    return run_status(path)[0] != "finished"
 
 
 def _claim(path: Path, *, resumed: bool, config_hash: str | None) -> RunFolder:
-    lock = try_hold(path / "lock", holder=f"process {os.getpid()} on {socket.gethostname()}")
+    lock = try_hold(path / LOCK, holder=f"process {os.getpid()} on {socket.gethostname()}")
     if lock is None:
-        holder = (path / "lock").read_text().strip() or "another process"
+        holder = (path / LOCK).read_text().strip() or "another process"
         raise UserError(f"{path} is in use by {holder}; wait for it, stop it, or choose another run_dir")
     if config_hash is not None:
-        temporary = path / f".{IDENTITY}.tmp"
-        temporary.write_text(json.dumps({"config_hash": config_hash}) + "\n")
-        os.replace(temporary, path / IDENTITY)
+        write_atomic(path / IDENTITY, json.dumps({"config_hash": config_hash}) + "\n")
     return RunFolder(path=path, resumed=resumed, lock=lock)

@@ -58,7 +58,7 @@ def summarize_run(
     summary = {
         "status": status,
         "error": error,
-        "steps": len({row["step"] for row in rows} - {0}),  # step 0 is the untrained policy
+        "steps": len({row.step for row in rows} - {0}),  # step 0 is the untrained policy
         "policy_version": policy_version,
         "reward_first": rewards[0] if rewards else None,
         "reward_last": rewards[-1] if rewards else None,
@@ -88,7 +88,7 @@ def summarize_run(
     return summary
 
 
-def eval_accuracy(row: Row) -> float | None:
+def eval_accuracy(row: Mapping[str, float | None]) -> float | None:
     """Greedy accuracy of a step, the plain mean over its held-out sets; None if it had no evaluation."""
     values = [
         value

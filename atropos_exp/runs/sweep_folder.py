@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import Any
 
 from atropos_exp.errors import UserError
 from atropos_exp.runs.atomic import write_atomic
-from atropos_exp.runs.files import read_metrics
+from atropos_exp.runs.files import last_step, read_json_lines, read_rows, run_status
 
 REQUEST = "sweep.json"
 TRIAL_END = "trial_end.json"  # of a run folder: what the search made of the run
@@ -122,7 +122,7 @@ class SweepFolder:
 
     def records(self) -> list[RunRecord]:
         """By number. A torn last line, of a writer that was killed, is left out."""
-        return [RunRecord(**line) for line in _json_lines(self.path / "manifest.jsonl")]
+        return [RunRecord(**line) for line in read_json_lines(self.path / "manifest.jsonl")[0]]
 
     def add_record(self, record: RunRecord) -> None:
         _append(self.path / "manifest.jsonl", asdict(record))
@@ -147,7 +147,7 @@ class SweepFolder:
         _append(self.path / "events.jsonl", event)
 
     def events(self) -> list[dict[str, Any]]:
-        return _json_lines(self.path / "events.jsonl")
+        return read_json_lines(self.path / "events.jsonl")[0]
 
     def states(self, backend: Mapping[int, RunState]) -> dict[int, RunState]:
         """Of every run: its own records where it finished, else what the backend says, else what it left behind."""
@@ -165,8 +165,7 @@ class SweepFolder:
 
     def last_step(self, number: int) -> int:
         """Newest step in metrics.jsonl; 0 before the first."""
-        rows, _ = read_metrics(self.run_folder(number) / "metrics.jsonl")
-        return max((int(row["step"] or 0) for row in rows), default=0)
+        return last_step(read_rows(self.run_folder(number)))
 
 
 def read_trial_end(folder: Path) -> TrialEnd | None:
@@ -175,15 +174,6 @@ def read_trial_end(folder: Path) -> TrialEnd | None:
     except (OSError, ValueError):
         return None
     return TrialEnd(phase=Phase(content["phase"]), value=content["value"], reason=content["reason"])
-
-
-def run_status(folder: Path) -> tuple[str | None, str]:
-    """`status` and `error` of a run's summary.json; (None, "") if there is none, or none that can be read."""
-    try:
-        summary = json.loads((folder / "summary.json").read_text())
-        return str(summary["status"]), str(summary["error"] or "")
-    except (OSError, ValueError, KeyError):
-        return None, ""
 
 
 def outcome(*, code: int, request: str, folder: Path, log: Path, since: float) -> tuple[Phase, str]:
@@ -250,14 +240,3 @@ def _append(path: Path, line: Mapping[str, Any]) -> None:
         os.write(handle, (json.dumps(line) + "\n").encode())
     finally:
         os.close(handle)
-
-
-def _json_lines(path: Path) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = []
-    lines: Sequence[str] = path.read_text().splitlines() if path.exists() else ()
-    for line in lines:
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            continue  # torn: its writer was killed in the middle of it
-    return found

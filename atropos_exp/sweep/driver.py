@@ -14,6 +14,7 @@ from atropos_exp.assembly.options import ClusterPart
 from atropos_exp.config.build import build
 from atropos_exp.config.freeze import config_hash, freeze_config
 from atropos_exp.errors import UserError
+from atropos_exp.runs.folder import new_folder
 from atropos_exp.runs.redaction import redact
 from atropos_exp.runs.sweep_folder import (
     Phase,
@@ -215,18 +216,8 @@ def _new_folder(plan: Plan) -> Path:
             raise UserError(f"sweep.dir: {path} is not empty, and holds no sweep over these runs; choose another")
         path.mkdir(parents=True, exist_ok=True)
         return path.absolute()
-    now = datetime.now()
-    stem = (
-        Path(plan.output_dir).expanduser() / "sweeps" / plan.name / now.strftime("%Y-%m-%d") / now.strftime("%H-%M-%S")
-    )
-    for suffix in ("", *(f"-{number}" for number in range(2, 100))):
-        path = stem.with_name(stem.name + suffix)
-        try:
-            path.mkdir(parents=True)
-        except FileExistsError:
-            continue
-        return path.absolute()
-    raise UserError(f"{stem}: 99 sweeps started in the same second; set sweep.dir")
+    base = Path(plan.output_dir).expanduser() / "sweeps" / plan.name
+    return new_folder(base, what="sweeps", setting="sweep.dir").absolute()
 
 
 def _freeze(sweep: SweepFolder, plan: Plan) -> None:

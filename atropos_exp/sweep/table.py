@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from atropos_exp.runs.files import read_metrics
+from atropos_exp.runs.files import last_step, read_metrics
 from atropos_exp.runs.summary import eval_accuracy
 from atropos_exp.runs.sweep_folder import Phase, RunRecord, RunState, SweepFolder, describe_point
 
@@ -54,7 +54,7 @@ def _progress(path: Path, modified: int, size: int) -> Progress:
     accuracies = [value for row in rows if (value := eval_accuracy(row)) is not None]
     rewards = [value for row in rows if (value := row.get("reward/mean")) is not None]
     return Progress(
-        step=max((int(row["step"] or 0) for row in rows), default=0),
+        step=last_step(rows),
         eval_first=accuracies[0] if accuracies else None,
         eval_last=accuracies[-1] if accuracies else None,
         reward_last=rewards[-1] if rewards else None,

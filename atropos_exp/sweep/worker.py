@@ -19,7 +19,7 @@ from atropos_exp.config.freeze import config_hash, freeze_config
 from atropos_exp.errors import UserError
 from atropos_exp.processes.lifeline import dying_with_parent
 from atropos_exp.runs.atomic import write_atomic
-from atropos_exp.runs.files import Row, read_metrics
+from atropos_exp.runs.files import Row, read_rows
 from atropos_exp.runs.summary import eval_accuracy
 from atropos_exp.runs.sweep_folder import TRIAL_END, Phase, RunRecord, SweepFolder, TrialEnd, outcome, read_trial_end
 from atropos_exp.sweep.backend import run_command
@@ -135,8 +135,7 @@ class Worker:
 
     def _report(self, claim: Claim, folder: Path, told: dict[int, float]) -> dict[int, float]:
         """Tell Optuna of evaluations that it does not know; all of them by step, the untrained policy's left out."""
-        rows, _ = read_metrics(folder / "metrics.jsonl")
-        found = {int(row["step"] or 0): value for row in rows if (value := self._value(row)) is not None}
+        found = {row.step: value for row in read_rows(folder) if (value := self._value(row)) is not None}
         found.pop(0, None)
         for step in sorted(found.keys() - told.keys()):
             with warnings.catch_warnings():

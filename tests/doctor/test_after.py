@@ -15,7 +15,7 @@ import pytest
 from atropos_exp.doctor.after import explain
 from atropos_exp.doctor.curves import spans
 from atropos_exp.doctor.line import Level, Line
-from atropos_exp.runs.files import RunFiles
+from atropos_exp.runs.files import RunFiles, read_rows, write_summary
 from atropos_exp.runs.summary import summarize_run
 from atropos_exp.types import StepMetrics
 
@@ -50,11 +50,12 @@ def write_run(folder: Path, changed: Values = lambda step: {}, *, status: str | 
     )
     if status is not None:
         given: dict[str, Any] = {"error": None, "num_failed_syncs": 0} | more
-        files.close(
+        write_summary(
+            folder,
             summarize_run(
-                files.rows(), status=status, policy_version=STEPS, resumed_from=None, seed=0, git=None, versions={},
-                config_hash="x", **given,
-            )
+                read_rows(folder), status=status, policy_version=STEPS, resumed_from=None, seed=0, git=None,
+                versions={}, config_hash="x", **given,
+            ),
         )  # fmt: skip
     return folder
 

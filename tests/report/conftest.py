@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from atropos_exp.parts.eval.held_out import eval_metrics
-from atropos_exp.runs.files import RunFiles, note_command
+from atropos_exp.runs.files import RunFiles, note_command, read_rows, write_summary
 from atropos_exp.runs.summary import summarize_run
 from atropos_exp.types import SampleRecord, StepMetrics
 
@@ -61,12 +61,13 @@ def _write_run(folder: Path, *, steps: int, seed: int = 0, status: str | None = 
                              advantage=0.5, lag=0, finish="stop")
             ])  # fmt: skip
     if status:
-        files.close(
+        write_summary(
+            folder,
             summarize_run(
-                files.rows(), status=status, error=f"it broke {text}" if status == "failed" else None,
+                read_rows(folder), status=status, error=f"it broke {text}" if status == "failed" else None,
                 policy_version=steps, resumed_from=None, seed=seed, git="abc1234", versions={"torch": "2.13.0"},
                 config_hash="f00d",
-            )
+            ),
         )  # fmt: skip
     return folder
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from atropos_exp.runs.files import RunFiles, note_command, read_metrics, read_samples
+from atropos_exp.runs.files import RunFiles, note_command, read_json_lines, read_metrics, read_rows, write_summary
 from atropos_exp.runs.summary import SUMMARY_KEYS, summarize_run
 from atropos_exp.types import SampleRecord, StepMetrics
 
@@ -35,7 +35,7 @@ def test_resuming_forgets_the_steps_that_run_again_and_a_torn_line(tmp_path: Pat
     for number in range(6):
         files.log(step(number))
         files.samples(number, [record])
-    journal = files.journal_path(5)
+    journal = tmp_path / "rollouts" / "step_000005.parquet"
     journal.parent.mkdir()
     journal.touch()
     with (tmp_path / "metrics.jsonl").open("a") as file:
@@ -43,13 +43,14 @@ def test_resuming_forgets_the_steps_that_run_again_and_a_torn_line(tmp_path: Pat
 
     again = RunFiles(tmp_path, first_step=4)
     again.log(step(4, lr=0.5))
-    assert [row["step"] for row in again.rows()] == [0, 1, 2, 3, 4]
-    assert again.rows()[4]["lr"] == 0.5
+    assert [row.step for row in read_rows(tmp_path)] == [0, 1, 2, 3, 4]
+    assert read_rows(tmp_path)[4]["lr"] == 0.5
     assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == [
         f"step_{number:06d}.jsonl" for number in range(4)
     ]
     assert journal.exists()  # it is what the step runs again with
-    assert RunFiles(tmp_path, first_step=0).rows() == []
+    RunFiles(tmp_path, first_step=0)
+    assert read_rows(tmp_path) == []
 
 
 def test_samples_come_back_as_written(tmp_path: Path) -> None:
@@ -59,7 +60,8 @@ def test_samples_come_back_as_written(tmp_path: Path) -> None:
     RunFiles(tmp_path, first_step=0).samples(12, [record, record])
     (path,) = (tmp_path / "samples").iterdir()
     assert path.name == "step_000012.jsonl"
-    first, second = read_samples(path)
+    (first, second), num_bad = read_json_lines(path)
+    assert num_bad == 0
     assert first == second
     assert (first["prompt"], first["completion"]) == ("größer?\n<b>", "? half a pair \u2028")
     assert (first["reward"], first["advantage"], first["lag"]) == (0.5, -1.0, 2)
@@ -116,11 +118,11 @@ def test_summary_by_hand(tmp_path: Path) -> None:
                          "rollout/num_atropos": 3.0, "rollout/dropped_timeout": 1.0, "rollout/dropped_stale": 5.0,
                          "eval/a/accuracy": 1.0, "eval/b/accuracy": 0.5}))  # fmt: skip
     summary = summarize_run(
-        files.rows(), status="failed", error="the engine died", policy_version=2, resumed_from=None, seed=7,
+        read_rows(tmp_path), status="failed", error="the engine died", policy_version=2, resumed_from=None, seed=7,
         git="abc", versions={"torch": "2"}, config_hash="f00", num_failed_syncs=1,
         num_repeated_syncs=3,
     )  # fmt: skip
-    files.close(summary)
+    write_summary(tmp_path, summary)
     read = json.loads((tmp_path / "summary.json").read_text())
     assert read == {
         "status": "failed", "error": "the engine died", "steps": 2, "policy_version": 2,

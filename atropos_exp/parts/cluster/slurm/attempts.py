@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from atropos_exp.runs.files import read_metrics
+from atropos_exp.runs.files import last_step, read_json_lines, read_rows
 
 FILE = Path("slurm") / "attempts.jsonl"
 # How an attempt may end. After the first group the run is over or waits for its user; `failed` counts as a failure.
@@ -57,8 +57,7 @@ class Attempts:
 
     def last_step(self) -> int:
         """The last step recorded in metrics.jsonl; -1 for none."""
-        rows, _ = read_metrics(self._folder / "metrics.jsonl")
-        return max((int(row["step"] or 0) for row in rows), default=-1)
+        return last_step(read_rows(self._folder), default=-1)
 
     def start(self, **facts: Any) -> None:
         self._write("start", step=self.last_step(), **facts)
@@ -98,12 +97,7 @@ class Attempts:
 def read_attempts(run_folder: Path) -> list[Attempt]:
     """In order. A torn last line is left out."""
     found: dict[str, dict[str, Any]] = {}
-    path = run_folder / FILE
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue
+    for row in read_json_lines(run_folder / FILE)[0]:
         blank = {"start": -1, "end": None, "signals": [], "how": None, "reason": "", "began": row["time"]}
         earlier = list(found.values())[-1:]
         known = found.setdefault(row["attempt"], blank)

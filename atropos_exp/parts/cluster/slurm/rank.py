@@ -8,7 +8,6 @@ that is still importing libraries does not hear it yet.
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import socket
@@ -34,6 +33,7 @@ from atropos_exp.parts.cluster.slurm.layout import Layout
 from atropos_exp.processes.lifeline import dying_with_parent
 from atropos_exp.processes.locks import is_held
 from atropos_exp.processes.ports import HeldPort
+from atropos_exp.runs.files import run_status
 
 STOP_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
 MEETING_SECONDS = 600.0  # for all tasks to start: images are pulled and file systems are slow
@@ -268,10 +268,7 @@ class Launcher:
 
     def _status(self) -> str:
         """Of the run, as it says itself; "" for nothing, as of a program that is no run."""
-        try:
-            return str(json.loads((self._folder / "summary.json").read_text())["status"])
-        except (OSError, ValueError, KeyError):
-            return ""
+        return run_status(self._folder)[0] or ""
 
     def _note_signal(self, number: int, _frame: FrameType | None) -> None:
         self._signals.append(signal.Signals(number))

@@ -12,6 +12,7 @@ from atropos_exp.parts.cluster.slurm.jobs import JobSpec, JobState, states, subm
 from atropos_exp.parts.cluster.slurm.script import script_text
 from atropos_exp.parts.cluster.slurm.settings import SlurmSettings
 from atropos_exp.runs.atomic import write_atomic
+from atropos_exp.runs.files import run_status
 
 JOB_FILE = "job.json"  # in slurm/ of the run folder: the newest job of this run
 POLL_SECONDS = 3.0
@@ -74,10 +75,7 @@ def follow(job_id: str, run_folder: Path) -> int:
 
 def conclude(job_id: str, state: JobState, run_folder: Path) -> int:
     """Say how it ended: 0 if the run is finished, 1 otherwise."""
-    try:
-        status = str(json.loads((run_folder / "summary.json").read_text())["status"])
-    except (OSError, ValueError, KeyError):
-        status = "nothing recorded"
+    status = run_status(run_folder)[0] or "nothing recorded"
     attempts = read_attempts(run_folder)
     reason = attempts[-1].reason if attempts else ""
     if status == "finished" and state.state in ("COMPLETED", "UNKNOWN"):

@@ -14,6 +14,7 @@ from atropos_exp.parts.cluster.slurm.attempts import Attempt, read_attempts
 from atropos_exp.parts.cluster.slurm.jobs import JobSpec, JobState, cancel, states, submit
 from atropos_exp.parts.cluster.slurm.rank import UNFINISHED
 from atropos_exp.parts.cluster.slurm.settings import SlurmSettings
+from atropos_exp.runs.files import read_json_lines
 from atropos_exp.runs.sweep_folder import Phase, RunState, SweepFolder
 
 ASK_SECONDS = 3.0  # the controller serves a whole cluster: it is not asked more often
@@ -91,8 +92,7 @@ class SlurmBackend:
     def _jobs(self) -> dict[int, tuple[str, Path]]:
         """number -> (newest job, run folder)."""
         found = {}
-        for line in self._path.read_text(encoding="utf-8").splitlines() if self._path.exists() else ():
-            row = json.loads(line)
+        for row in read_json_lines(self._path)[0]:
             found[int(row["number"])] = (str(row["job_id"]), Path(row["run_folder"]))
         return found
 
