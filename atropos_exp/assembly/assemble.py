@@ -52,7 +52,7 @@ def assemble(checked: Checked, folder: RunFolder, ranks: Ranks, stack: ExitStack
     resync = Resync(publisher, engine, ranks, max_restarts=parts.engine.max_restarts, gate=gate)
     source = ResyncedSource(head.source if head is not None else None, resync, ranks)
     checkpoints = Snapshots(
-        Checkpoints(folder.path / "checkpoints", keep=run.checkpoint.keep, rank=ranks.rank, broadcast=ranks.broadcast),
+        Checkpoints(folder.path / "checkpoints", keep=run.checkpoint.keep, ranks=ranks),
         trainer=trainer,
         source=source,
         model_folder=model_folder,

@@ -1,4 +1,4 @@
-"""The trainer processes of one run, and how they agree. Pure; torch.distributed only where there are several."""
+"""The trainer processes of one run, and how they agree. torch.distributed is imported only where there are several."""
 
 from __future__ import annotations
 
@@ -16,14 +16,28 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ranks:
-    """All methods are collective; with one rank they do nothing but return. The process group exists already."""
+    """This process among the trainer processes of a run.
+
+    Every method is collective: all ranks call it, in the same order, once torch's process group exists. With one rank
+    they do nothing but return.
+    """
 
     rank: int
     world_size: int
 
     @staticmethod
     def of_environment() -> Ranks:
+        """As the launcher said in RANK and WORLD_SIZE; one rank without them."""
         return Ranks(rank=int(os.environ.get("RANK", "0")), world_size=int(os.environ.get("WORLD_SIZE", "1")))
+
+    @staticmethod
+    def of_group() -> Ranks:
+        """As torch's process group has them; one rank without a group."""
+        import torch.distributed as dist
+
+        if not (dist.is_available() and dist.is_initialized()):
+            return ALONE
+        return Ranks(rank=dist.get_rank(), world_size=dist.get_world_size())
 
     @property
     def is_zero(self) -> bool:
@@ -69,6 +83,30 @@ class Ranks:
         self.on_zero(work)
         return kept
 
+    @contextlib.contextmanager
+    def same_outcome(self, what: str) -> Iterator[None]:
+        """An error in this block is raised where it happened, and as a SyncError on every other rank:
+
+        with ranks.same_outcome("the weight sync to version 3"):
+            send(...)
+        """
+        error: Exception | None = None
+        try:
+            yield
+        except Exception as raised:  # raised again below, when the other ranks know of it
+            error = raised
+        if self.world_size > 1:
+            import torch.distributed as dist
+
+            told: list[str | None] = [None] * self.world_size
+            dist.all_gather_object(told, None if error is None else f"{type(error).__name__}: {error}")
+            if error is None:
+                for rank, text in enumerate(told):
+                    if text is not None:
+                        raise SyncError(f"{what} failed on rank {rank}: {text}")
+        if error is not None:
+            raise error
+
     def folder_on_every_node(self, find: Callable[[], Path]) -> Path:
         """`find()` of rank 0, on every rank. Where nodes share no such folder, one rank of each finds its own too."""
         folder = self.on_zero(find)
@@ -101,39 +139,4 @@ class Ranks:
         return bool(flags.item())
 
 
-def num_ranks() -> int:
-    import torch.distributed as dist
-
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-@contextlib.contextmanager
-def same_outcome(what: str) -> Iterator[None]:
-    """Collective: an error of the body is raised where it happened, and as a SyncError on every other rank."""
-    error: Exception | None = None
-    try:
-        yield
-    except Exception as raised:  # raised again below, when the other ranks know of it
-        error = raised
-    if num_ranks() > 1:
-        import torch.distributed as dist
-
-        told: list[str | None] = [None] * num_ranks()
-        dist.all_gather_object(told, None if error is None else f"{type(error).__name__}: {error}")
-        if error is None:
-            for rank, text in enumerate(told):
-                if text is not None:
-                    raise SyncError(f"{what} failed on rank {rank}: {text}")
-    if error is not None:
-        raise error
-
-
-def from_rank_zero(value: Value) -> Value:
-    """Collective: rank 0's value on every rank."""
-    if num_ranks() == 1:
-        return value
-    import torch.distributed as dist
-
-    values = [value]
-    dist.broadcast_object_list(values, src=0)
-    return values[0]
+ALONE = Ranks(rank=0, world_size=1)

@@ -16,15 +16,17 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from atropos_exp.errors import UserError
+from atropos_exp.processes.ranks import ALONE, Ranks
 from atropos_exp.runs import manifest
 from atropos_exp.runs.manifest import DamagedError
 
 if TYPE_CHECKING:
     from atropos_exp.interfaces import JSON
 
+Value = TypeVar("Value")
 _NAME = re.compile(r"(old\.)?step_(\d{6,})(\.[0-9a-f]+)?")
 _logger = logging.getLogger(__name__)
 
@@ -42,72 +44,69 @@ class Checkpoint:
     state: JSON  # as given to `Checkpoints.save`
 
 
-def _alone(value: JSON) -> JSON:
-    return value
-
-
 class Checkpoints:
     """The checkpoints of one run. With several ranks every method is collective.
 
-    `broadcast` returns rank 0's JSON on every rank; rank 0 alone touches the disk, apart from what `write` does.
-    `damaged` lists, after `latest`, what was skipped and why.
+    Rank 0 alone touches the disk, apart from what `write` does. `damaged` lists, after `latest`, what was skipped and
+    why.
+
+        checkpoints = Checkpoints(run_folder / "checkpoints", keep=2)
+        checkpoints.save(10, trainer.save, {"source": source.state()})
+        newest = checkpoints.latest()  # newest.step == 10
     """
 
-    def __init__(self, folder: Path, *, keep: int, rank: int = 0, broadcast: Callable[[JSON], JSON] = _alone) -> None:
+    def __init__(self, folder: Path, *, keep: int, ranks: Ranks = ALONE) -> None:
         if keep < 1:
             raise UserError(f"the number of checkpoints to keep must be at least 1; got {keep}")
         self.folder = folder
         self.damaged: dict[Path, str] = {}
         self._keep = keep
-        self._rank = rank
-        self._broadcast = broadcast
+        self._ranks = ranks
 
-    def save(self, step: int, write: Callable[[Path], None], state: JSON, *, expected_bytes: int = 0) -> Path:
-        """Publish `step_<step>` with what `write` puts into the folder it is given, and `state`.
+    def save(self, step: int, write: Callable[[Path], None], state: JSON) -> Path:
+        """Publish `step_<step>` with what `write` puts into the folder it is given, and `state`; returns its path.
 
         `write` is called on every rank with the same folder (`PolicyTrainer.save`); it must end its collective
-        operations on all ranks before it raises. `expected_bytes` (or the size of the newest checkpoint) must be
-        free on the disk. Raises CheckpointError on every rank if rank 0 met an I/O error; any other error of
-        `write` passes through.
+        operations on all ranks before it raises. As many bytes as the newest checkpoint has must be free on the disk.
+        Raises CheckpointError on every rank if rank 0 met an I/O error; any other error of `write` passes through.
         """
-        temporary = Path(self._on_rank_0(lambda: {"folder": str(self._begin(step, expected_bytes))})["folder"])
+        temporary = self._on_rank_0(lambda: self._begin(step))
         failure: Exception | None = None
         try:
             write(temporary)
         except Exception as error:
-            if self._rank != 0:
+            if not self._ranks.is_zero:
                 raise
             failure = error  # the other ranks must hear of it before this one leaves
 
-        def publish() -> JSON:
+        def publish() -> Path:
             if failure is not None:
                 raise failure
-            return {"folder": str(self._publish(temporary, step, state))}
+            return self._publish(temporary, step, state)
 
         try:
-            return Path(self._on_rank_0(publish)["folder"])
+            return self._on_rank_0(publish)
         finally:
-            if self._rank == 0:
+            if self._ranks.is_zero:
                 shutil.rmtree(temporary, ignore_errors=True)  # gone already if it was published
 
     def latest(self) -> Checkpoint | None:
         """The newest checkpoint whose every file is intact. Damaged ones are logged and skipped, not removed."""
 
-        def search() -> JSON:
+        def search() -> Checkpoint | None:
             found, self.damaged = find_latest(self.folder)
-            return {} if found is None else {"folder": str(found.folder), "step": found.step, "state": found.state}
+            return found
 
-        found = self._on_rank_0(search)
-        return Checkpoint(folder=Path(found["folder"]), step=found["step"], state=found["state"]) if found else None
+        return self._on_rank_0(search)
 
-    def _begin(self, step: int, expected_bytes: int) -> Path:
+    def _begin(self, step: int) -> Path:
         created = not self.folder.is_dir()
         self.folder.mkdir(parents=True, exist_ok=True)
         if created:
             manifest.fsync(self.folder.parent)
         for leftover in self.folder.glob("tmp.*"):
             _remove(leftover)
-        needed = max(expected_bytes, self._size_of_newest())
+        needed = self._size_of_newest()
         free = shutil.disk_usage(self.folder).free
         if free < needed:
             raise CheckpointError(
@@ -145,21 +144,23 @@ class Checkpoints:
                 continue
         return 0
 
-    def _on_rank_0(self, work: Callable[[], JSON]) -> JSON:
+    def _on_rank_0(self, work: Callable[[], Value]) -> Value:
         """Run `work` on rank 0 and give every rank its result, or every rank its error."""
-        if self._rank != 0:
-            answer = self._broadcast({})
-            if "error" in answer:
-                raise CheckpointError(f"rank 0: {answer['error']}")
-            return answer
+
+        def checked() -> Value:
+            try:
+                return work()
+            except Exception as error:
+                if _is_io_error(error):
+                    raise CheckpointError(f"could not write a checkpoint to {self.folder}: {error}") from error
+                raise
+
         try:
-            result = work()
-        except Exception as error:
-            self._broadcast({"error": str(error)})
-            if _is_io_error(error):
-                raise CheckpointError(f"could not write a checkpoint to {self.folder}: {error}") from error
-            raise
-        return self._broadcast(result)
+            return self._ranks.on_zero(checked)
+        except UserError as error:
+            if self._ranks.is_zero:
+                raise
+            raise CheckpointError(str(error)) from error
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:

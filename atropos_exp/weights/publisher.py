@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING
 
 from atropos_exp.errors import EngineError, SyncError
-from atropos_exp.processes.ranks import from_rank_zero, same_outcome
+from atropos_exp.processes.ranks import Ranks
 from atropos_exp.types import Floats, SyncStats, TokenIds
 from atropos_exp.weights.proof import Account, check_canary, check_complete, check_digests, check_finite
 from atropos_exp.weights.tensors import is_adapter, torch_dtype
@@ -65,13 +65,14 @@ class ShardingManager:
         """Make the engine serve the trainer's weights as `version`. Raises SyncError; EngineError if it fails."""
         self.num_syncs += 1
         laps = Laps()
-        with same_outcome(f"the weight sync to version {version}"):
+        ranks = Ranks.of_group()
+        with ranks.same_outcome(f"the weight sync to version {version}"):
             account, compared = self._transfer(version, laps)
-        with same_outcome(f"the proof of the weight sync to version {version}"), self._asked_canary() as scores:
+        with ranks.same_outcome(f"the proof of the weight sync to version {version}"), self._asked_canary() as scores:
             ours = self._trainer.logprobs(self._canary, temperature=self._temperature)
             largest, mean = self._check_canary(version, ours, scores)
             laps("canary")
-        stats = from_rank_zero(
+        stats = ranks.broadcast(
             SyncStats(
                 policy_version=version,
                 num_tensors=len(account.kinds),
@@ -93,7 +94,7 @@ class ShardingManager:
         compared = 0
         with contextlib.ExitStack() as update:
             receiver: WeightReceiver | None = None
-            with same_outcome(f"the begin of the weight sync to version {version}"):
+            with Ranks.of_group().same_outcome(f"the begin of the weight sync to version {version}"):
                 if self._engine is not None:
                     receiver = update.enter_context(self._engine.updating(version))
             parameters = self._needed(receiver)
@@ -120,7 +121,8 @@ class ShardingManager:
         """What the engine asks for, which every rank has to gather: all weights with LoRA merged, or LoRA's matrices by
         themselves, with or without the base that they adapt."""
         names = [] if receiver is None else list(receiver.expected())
-        has_adapter, has_base = from_rank_zero((any(map(is_adapter, names)), not all(map(is_adapter, names))))
+        kinds = (any(map(is_adapter, names)), not all(map(is_adapter, names)))
+        has_adapter, has_base = Ranks.of_group().broadcast(kinds)
         return self._trainer.adapter(with_base=has_base) if has_adapter else self._trainer.parameters()
 
     def _buckets(

@@ -57,17 +57,3 @@ def max_over_ranks(values: torch.Tensor) -> torch.Tensor:
     if dist.get_world_size() > 1:
         dist.all_reduce(values, op=dist.ReduceOp.MAX)
     return values
-
-
-def broadcast_text(text: str | None) -> str:
-    """Rank 0's text on every rank; the others pass None."""
-    if dist.get_world_size() == 1:
-        assert text is not None
-        return text
-    content = torch.tensor(list((text or "").encode()), dtype=torch.uint8)
-    length = torch.tensor([len(content)])
-    dist.broadcast(length, src=0)
-    if dist.get_rank() != 0:
-        content = torch.empty(int(length), dtype=torch.uint8)
-    dist.broadcast(content, src=0)
-    return bytes(content.tolist()).decode()

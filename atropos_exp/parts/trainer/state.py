@@ -23,8 +23,8 @@ from torch import Tensor
 
 from atropos_exp.errors import UserError
 from atropos_exp.parts.trainer import random_state, weights
-from atropos_exp.parts.trainer.distributed import broadcast_text
 from atropos_exp.parts.trainer.tensor_files import TensorReader, TensorWriter, read_shapes
+from atropos_exp.processes.ranks import Ranks
 from atropos_exp.weights.tensors import is_adapter
 
 if TYPE_CHECKING:
@@ -68,7 +68,8 @@ def save(folder: Path, engine: PackedEngine, counters: Mapping[str, int], device
 
 def load(folder: Path, engine: PackedEngine, device: torch.device) -> dict[str, int]:
     """Restore weights, moments and random streams in place; return the counters. Collective."""
-    stored: dict[str, Any] = json.loads(broadcast_text(_describe(folder) if dist.get_rank() == 0 else None))
+    ranks = Ranks.of_group()
+    stored: dict[str, Any] = json.loads(ranks.broadcast(_describe(folder) if ranks.is_zero else ""))
     if error := stored.get("error"):
         raise UserError(error)
     if stored["lora"] != engine.lora_facts:
