@@ -16,7 +16,7 @@ SUMMARY_KEYS = (
     "reward_last",
     "eval_first",  # greedy accuracy, mean over the held-out sets
     "eval_last",
-    "wall_seconds",  # over all attempts
+    "wall_seconds",  # of the steps, over all attempts; what came before the first step is left out
     "tokens_per_second",  # prompt and sampled tokens over wall_seconds of the steps
     "rollouts",  # {atropos, local, dropped: {reason: number}}
     "sync",  # {count, verified, seconds_mean, bytes (of one sync), canary_gap_max}
@@ -42,12 +42,11 @@ def summarize_run(
     config_hash: str,
     num_failed_syncs: int = 0,
     num_repeated_syncs: int = 0,
-    wall_seconds: float | None = None,
 ) -> dict[str, Any]:
     """The summary of a run whose metrics.jsonl holds `rows`.
 
-    `wall_seconds`: None sums `time/step_s`, which leaves out what came before the first step. A sync whose proof
-    failed has no row, nor has one that was repeated for an engine started anew; the last two arguments count them.
+    A sync whose proof failed has no row, nor has one that was repeated because the engine had been restarted; the last
+    two arguments count them.
     """
     assert status in STATUSES, f"status must be one of {STATUSES}; got {status}"
     rewards = _column(rows, "reward/mean")
@@ -64,7 +63,7 @@ def summarize_run(
         "reward_last": rewards[-1] if rewards else None,
         "eval_first": accuracies[0] if accuracies else None,
         "eval_last": accuracies[-1] if accuracies else None,
-        "wall_seconds": step_seconds if wall_seconds is None else wall_seconds,
+        "wall_seconds": step_seconds,
         "tokens_per_second": sum(_column(rows, "rollout/num_tokens")) / step_seconds if step_seconds else None,
         "rollouts": {
             "atropos": int(sum(_column(rows, "rollout/num_atropos"))),

@@ -85,10 +85,6 @@ class Supervisor:
                     service.child.stop(self._stop_grace_seconds if alive and not service.is_api else 0.0)
                     self._disconnect(service)
 
-    @property
-    def owns_api(self) -> bool:
-        return any(service.is_api for service in self._services)
-
     def problem(self) -> str | None:
         """What makes it pointless to wait: the API or every environment has been given up."""
         with self._lock:

@@ -37,11 +37,6 @@ class DataCounts:
     def num_prompts(self) -> int:
         return self.total.num_prompts
 
-    def metrics(self) -> dict[str, float]:
-        """By name, for logging once."""
-        values = {f"data/{name}": float(value) for name, value in asdict(self.total).items()}
-        return {**values, "data/num_eval_rows": float(self.num_eval_rows)}
-
     def __str__(self) -> str:
         return "\n".join(self.lines())
 

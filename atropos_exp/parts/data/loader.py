@@ -87,11 +87,6 @@ class AtroposDataLoader:
             num_renamed_ids=num_renamed,
         )
 
-    @property
-    def epoch(self) -> int:
-        """Whole epochs taken so far."""
-        return self._cursor // self._mix.epoch_length
-
     def take(self, num_prompts: int) -> list[Prompt]:
         """The next `num_prompts` of the stream."""
         sources, rows = self._mix.at(self._cursor, num_prompts)

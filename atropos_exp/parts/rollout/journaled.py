@@ -14,12 +14,11 @@ if TYPE_CHECKING:
 
 
 class JournaledSource:
-    """A `RolloutSource` around another one. Counts its replays in `num_replayed`."""
+    """A `RolloutSource` around another one: what that one gives is on disk before it is trained on."""
 
     def __init__(self, inner: RolloutSource, folder: Path) -> None:
         self._inner = inner
         self._folder = folder
-        self.num_replayed = 0
 
     def take(self, num_groups: int, *, step: int) -> tuple[list[RolloutGroup], Dropped]:
         """The journalled groups of `step` if an interrupted process had written them, else new ones."""
@@ -27,7 +26,6 @@ class JournaledSource:
         journal = read_journal(path)
         if journal is not None:
             self._inner.restore(dict(journal.state))
-            self.num_replayed += 1
             return journal.groups, journal.dropped
         groups, dropped = self._inner.take(num_groups, step=step)
         write_journal(path, Journal(step=step, groups=groups, dropped=dropped, state=self._inner.state()))
