@@ -81,11 +81,7 @@ def _content(job: JobSpec, settings: SlurmSettings) -> RankJob:
         arguments=job.arguments,
         run_folder=str(job.run_folder.absolute()),
         environment=tuple(job.environment.items()),
-        layout=settings.layout,
-        time_seconds=60 * settings.time_minutes,
-        requeue=settings.requeue,
-        max_failures=settings.max_failures,
-        signal_seconds=settings.signal_seconds,
+        settings=settings,
     )
 
 

@@ -29,7 +29,7 @@ from atropos_exp.parts.cluster.slurm.control import (
     requeue,
     run_scontrol,
 )
-from atropos_exp.parts.cluster.slurm.layout import Layout
+from atropos_exp.parts.cluster.slurm.settings import SlurmSettings
 from atropos_exp.processes.lifeline import dying_with_parent
 from atropos_exp.processes.locks import is_held
 from atropos_exp.processes.ports import HeldPort
@@ -53,11 +53,7 @@ class RankJob:
     arguments: tuple[str, ...]  # of the interpreter, to run one rank
     run_folder: str
     environment: tuple[tuple[str, str], ...]  # on top of the job's
-    layout: Layout
-    time_seconds: int  # limit of one attempt
-    requeue: bool
-    max_failures: int
-    signal_seconds: int
+    settings: SlurmSettings
 
     def __call__(self) -> str:
         """Returns how the run ended; leaves by SystemExit with the exit code that Slurm is to see."""
@@ -69,6 +65,8 @@ class Launcher:
 
     def __init__(self, job: RankJob, environ: Mapping[str, str]) -> None:
         self._job = job
+        self._settings = job.settings
+        self._layout = job.settings.layout
         self._environ = environ
         self._folder = Path(job.run_folder)
         self._job_id = environ["SLURM_JOB_ID"]
@@ -76,7 +74,7 @@ class Launcher:
         name = f"{self._job_id}.{self._restarts}"
         self._board = Board(self._folder, name)
         self._attempts = Attempts(self._folder, name)
-        self._place = job.layout.place(int(environ["SLURM_NODEID"]), int(environ["SLURM_LOCALID"]))
+        self._place = self._layout.place(int(environ["SLURM_NODEID"]), int(environ["SLURM_LOCALID"]))
         self._is_head = self._place.rank == 0
         self._task = int(environ["SLURM_PROCID"])
         self._signals: list[signal.Signals] = []
@@ -124,7 +122,7 @@ class Launcher:
         nodes = (first or self._environ.get("SLURMD_NODENAME", socket.gethostname())).split()
         self._first_step = self._attempts.last_step()
         self._attempts.start(nodes=nodes, earlier_until=earlier)
-        if before >= self._job.max_failures:
+        if before >= self._settings.max_failures:
             reason = f"{before} attempts in a row were killed without a warning at step {self._attempts.last_step()}"
             return self._give_up(1, f"{reason}: out of memory, or failing nodes? Look at Slurm's own log of the job")
         if not self._lock_is_free():
@@ -136,10 +134,10 @@ class Launcher:
         if self._status() == "finished":  # by that process
             self._attempts.end("finished", code=0)
             return self._leave(0, "finished", is_over=True)
-        address = address_of(nodes[0]) if self._job.layout.nodes > 1 else "127.0.0.1"
+        address = address_of(nodes[0]) if self._layout.nodes > 1 else "127.0.0.1"
         port = HeldPort("")  # rank 0 listens on it once it has loaded its libraries
         self._board.meet(address=address, port=port.number)
-        for line in self._job.layout.describe(address=address):
+        for line in self._layout.describe(address=address):
             self._say(line)
         code = self._run_rank(address, port.number)
         others = self._board.failures()
@@ -160,12 +158,12 @@ class Launcher:
             self._attempts.end("finished", code=0)
             return self._leave(0, "finished", is_over=True)
         state = job_state(own_job(self._environ), restarts=self._restarts)
-        if state == "CANCELLED" or not self._job.requeue:
+        if state == "CANCELLED" or not self._settings.requeue:
             why = "cancelled" if state == "CANCELLED" else "cluster.requeue is false"
             self._attempts.end("stopped", code=UNFINISHED, reason=why)
             return self._leave(UNFINISHED, f"{self._how_it_stopped} ({why}); the same command continues it")
-        left = self._job.time_seconds - (time.monotonic() - self._started_at)
-        at_limit = left < self._job.signal_seconds + EARLY_SECONDS
+        left = 60 * self._settings.time_minutes - (time.monotonic() - self._started_at)
+        at_limit = left < self._settings.signal_seconds + EARLY_SECONDS
         if at_limit and self._attempts.last_step() <= self._first_step:  # as it would be again and again
             return self._fail(UNFINISHED, "the time limit came before a new step; raise time_minutes", may_retry=True)
         self._attempts.end("requeued", code=0, reason=", ".join(number.name for number in dict.fromkeys(self._signals)))
@@ -177,10 +175,10 @@ class Launcher:
 
     def _fail(self, code: int, reason: str, *, may_retry: bool) -> str:
         number = self._attempts.failures_without_progress() + 1
-        if not (may_retry and self._job.requeue and number < self._job.max_failures):
+        if not (may_retry and self._settings.requeue and number < self._settings.max_failures):
             return self._give_up(code, reason if number == 1 else f"{reason} (failure {number} at this step)")
         self._attempts.end("failed", code=code, reason=reason)
-        return self._queue_again(f"failed: {reason} (failure {number} of {self._job.max_failures} at this step)")
+        return self._queue_again(f"failed: {reason} (failure {number} of {self._settings.max_failures} at this step)")
 
     def _give_up(self, code: int, reason: str) -> str:
         self._attempts.end("gave_up", code=code, reason=reason)
@@ -205,7 +203,7 @@ class Launcher:
 
     def _run_rank(self, address: str, port: int) -> int:
         """Start the rank and wait for its end: its exit code, negative for a signal that killed it."""
-        own = self._job.layout.environment(self._place, address=address, port=port, given=self._environ)
+        own = self._layout.environment(self._place, address=address, port=port, given=self._environ)
         if address != "127.0.0.1" and "GLOO_SOCKET_IFNAME" not in self._environ:
             interface = interface_towards(address)
             own |= {"GLOO_SOCKET_IFNAME": interface} if interface else {}
@@ -242,7 +240,7 @@ class Launcher:
                 if self._signals:
                     rank.send_signal(signal.SIGTERM)
                     # What is left of the time must suffice to queue the job again.
-                    limits.append(now + 0.8 * self._job.signal_seconds)
+                    limits.append(now + 0.8 * self._settings.signal_seconds)
                 if self._board.failures():
                     limits.append(now + AFTER_FAILURE_SECONDS)
                 if self._board.verdict() is not None:
