@@ -17,14 +17,15 @@ from atropos_exp.runs.files import Row, last_step
 LEAST_PATIENCE, FIRST_PATIENCE = 60.0, 300.0  # seconds; the second until the first step
 _WATCH_SECONDS = 0.5
 _TICKS = os.sysconf("SC_CLK_TCK")  # a second, of /proc/PID/stat
-# What the run starts, by a word of its command line; the file of its log.
+# What a run starts: the module, or another word, in its command line; its role; the file of its log.
 ROLES = (
     ("atropos_exp.parts.engine.", "engine server", "engine.log"),
-    ("atropos_exp.parts.gateway", "gateway", "gateway.log"),
-    ("reward.worker", "reward worker", ""),
-    ("run_api", "Atropos API", "atropos_api.log"),
-    ("wandb", "W&B process", "wandb.log"),
-    ("trackio", "trackio process", "trackio.log"),
+    ("atropos_exp.parts.gateway.server", "gateway", "gateway.log"),
+    ("atropos_exp.parts.reward.worker", "reward worker", ""),
+    ("atroposlib.cli.run_api", "Atropos API", "atropos_api.log"),
+    ("atropos_exp.parts.logger.wandb_process", "W&B process", "wandb.log"),
+    ("wandb-core", "W&B process", "wandb.log"),  # which the one above starts
+    ("atropos_exp.parts.logger.trackio_process", "trackio process", "trackio.log"),
     (" serve ", "environment", "environment_*.log"),
 )
 SAMPLER = "engine server"

@@ -3,6 +3,7 @@ same program needed of memory, against the estimate."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import signal
@@ -19,8 +20,9 @@ import pytest
 from atropos_exp.doctor import memory
 from atropos_exp.doctor.after import explain
 from atropos_exp.doctor.line import Level
-from atropos_exp.doctor.stalled import _newest, watch
+from atropos_exp.doctor.stalled import ROLES, _newest, _stage, watch
 from atropos_exp.parts.model.tiny import WEIGHTS
+from atropos_exp.runs.checkpoints import Checkpoints
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ("rollout=local", "eval.num_prompts=8", "eval.every=0", "eval.samples_per_prompt=0", "logger=none")
@@ -98,6 +100,21 @@ def test_files_of_a_running_run_may_vanish_meanwhile(tmp_path: Path) -> None:
         done.set()
         writer.join()
     assert abs(newest - time.time()) < 60
+
+
+def test_a_slow_save_is_not_taken_for_a_wait_for_rollouts(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    seen: list[tuple[str, str]] = []
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=1)
+    checkpoints.save(1, lambda folder: seen.append(_stage(tmp_path, done=1)), {})
+    assert seen == [("a checkpoint is being written", "trainer")]
+    assert _stage(tmp_path, done=1) == ("waiting for rollouts", "engine server")
+
+
+def test_the_roles_of_processes_go_by_modules_that_exist() -> None:
+    modules = [word.rstrip(".") for word, _, _ in ROLES if word.startswith(("atropos_exp.", "atroposlib."))]
+    assert len(modules) == 6
+    assert [module for module in modules if importlib.util.find_spec(module) is None] == []
 
 
 @pytest.mark.parametrize("tokens", [8192])
