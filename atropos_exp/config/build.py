@@ -1,4 +1,4 @@
-"""TODO."""
+"""From a node of the configuration to the settings object that its `_target_` names."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -14,9 +15,10 @@ from atropos_exp.config.typed import Mistake, construct
 from atropos_exp.errors import UserError
 
 PACKAGE = "atropos_exp"
-
-
 FOLDERS = {"env": "parts.atropos", "sweep": "sweep"}  # where a group's code is, if not in a folder of its name
+# Folders of the package before they moved to parts/; runs and sweeps that were begun then name classes in them.
+MOVED = ("advantage", "atropos", "cluster", "data", "engine", "eval", "gateway", "logger", "loss", "model", "reward",
+         "rollout", "trainer")  # fmt: skip
 
 
 def build(node: Mapping[str, Any] | DictConfig, group: str = "") -> Any:
@@ -43,12 +45,32 @@ def build_into(mistakes: list[Mistake], values: Mapping[str, Any], group: str) -
     return construct(cls, {key: value for key, value in values.items() if key != "_target_"}, group, mistakes)
 
 
+def refuse_moved(nodes: Mapping[str, Any], path: Path) -> None:
+    """Raise UserError if the file `path`, with the groups `nodes` in it, names a class where it no longer is."""
+    for group, node in nodes.items():
+        target = node.get("_target_") if isinstance(node, Mapping | DictConfig) else None
+        if problem := _moved(target):
+            raise UserError(f"{path}: {group}._target_: {problem}")
+
+
+def _moved(target: object) -> str:
+    """What to say of a class of before the parts moved into `atropos_exp.parts`; "" for any other."""
+    if not isinstance(target, str) or not re.match(rf"{PACKAGE}\.({'|'.join(MOVED)})\.", target):
+        return ""
+    return (
+        f"got {target!r}: this configuration was written before the parts moved to {PACKAGE}.parts, and this version "
+        "cannot continue it. Start a new run, or continue this one with the version that wrote it"
+    )
+
+
 def find_class(target: object, group: str = "") -> type:
     """The settings class of this package that a `_target_` names. Raises UserError for anything else."""
     inside = f"{PACKAGE}.{FOLDERS.get(group, f'parts.{group}')}." if group else f"{PACKAGE}."
     if not isinstance(target, str) or not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", target):
         raise UserError(f"got {target!r}, expected {inside}<file>.<Class>")
     if not target.startswith(inside):
+        if problem := _moved(target):
+            raise UserError(problem)
         raise UserError(f"got {target!r}, expected a class inside {inside[:-1]}: others are refused")
     module_name, _, class_name = target.rpartition(".")
     try:

@@ -15,6 +15,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from atropos_exp.config.build import refuse_moved
 from atropos_exp.config.diagnose import COMPOSE_ERRORS, Check, diagnose
 from atropos_exp.config.freeze import FROZEN
 from atropos_exp.config.origin import CONF_DIR
@@ -96,6 +97,7 @@ def _frozen(arguments: Sequence[str]) -> DictConfig:
         raise UserError(f"{FROZEN}: got {' '.join(arguments) or 'nothing'}, expected one frozen configuration")
     config = OmegaConf.load(arguments[0])
     assert isinstance(config, DictConfig)
+    refuse_moved(OmegaConf.to_container(config, resolve=False), Path(arguments[0]))
     return config
 
 

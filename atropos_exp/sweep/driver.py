@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from atropos_exp.assembly.options import ClusterPart
-from atropos_exp.config.build import build
+from atropos_exp.config.build import build, refuse_moved
 from atropos_exp.config.freeze import config_hash, freeze_config
 from atropos_exp.errors import UserError
 from atropos_exp.runs.folder import new_folder
 from atropos_exp.runs.redaction import redact
 from atropos_exp.runs.sweep_folder import (
+    REQUEST,
     Phase,
     Request,
     RunRecord,
@@ -41,6 +42,7 @@ class Sweep:
     def __init__(self, folder: SweepFolder) -> None:
         self.folder = folder
         self.request = folder.request()
+        refuse_moved({"sweep": self.request.settings, "cluster": self.request.cluster}, folder.path / REQUEST)
         self.settings = build(self.request.settings, "sweep")
         self.backend = _backend(folder, self.request, self.settings)
 
