@@ -1,4 +1,4 @@
-"""From scored groups and their advantages to one packed batch. Pure."""
+"""Scored groups and their advantages, packed into one batch."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from atropos_exp.types import Floats, Rollout, RolloutGroup, TrainBatch
 
 
 def token_advantages(rollout: Rollout, advantage: float) -> Floats:
-    """[T] the rollout's scalar spread over its trained tokens, or the environment's own values, verbatim.
+    """Return [T] the advantage of each token of a rollout.
 
-    1 in a supervised rollout, 0 where `zero_advantage` is set.
+    The scalar `advantage` is spread over the trained tokens; the environment's own advantages replace it. All are 1 in
+    a supervised rollout, and 0 where `zero_advantage` is set.
     """
     values = rollout.advantages if rollout.advantages is not None else np.float32(advantage)
     if rollout.supervised:
@@ -23,7 +24,7 @@ def token_advantages(rollout: Rollout, advantage: float) -> Floats:
 
 
 def pack(groups: Sequence[RolloutGroup], advantages: Sequence[Floats], *, temperature: float) -> TrainBatch | None:
-    """Lay the sequences that carry signal end to end; None if no sequence does. `temperature` is the run's.
+    """Pack all sequences end to end, for one update; None if no sequence has a signal. `temperature` is the run's.
 
     A sequence whose advantages are all zero has no policy gradient. It stays in the batch all the same, because the
     loss denominators count its tokens (and a KL term would train on it); only a batch without any signal is dropped.

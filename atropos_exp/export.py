@@ -31,7 +31,7 @@ INDEX = "model.safetensors.index.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Exported:
-    """What was written."""
+    """The folder that was written."""
 
     step: int
     dtype: str
@@ -41,9 +41,11 @@ class Exported:
 
 
 def export(source: Path, out: Path, dtype: str | None = None) -> Exported:
-    """Write the model of `source` to the new folder `out`, in `dtype` or the one its config.json names.
+    """Write the model of `source`, a run folder or a checkpoint, to the new folder `out`.
 
-    `out` appears complete or not at all. Raises UserError.
+        export(Path("outputs/demo/2025-01-31/12-00-00"), Path("exported"), dtype="bfloat16")
+
+    `dtype`: None keeps the one that config.json names. `out` appears complete or not at all. Raises UserError.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists and is not empty; name a new folder")
@@ -72,7 +74,7 @@ def export(source: Path, out: Path, dtype: str | None = None) -> Exported:
 
 
 def choose(source: Path) -> Checkpoint:
-    """The checkpoint that `source` names or contains, verified."""
+    """Return the checkpoint that `source` names or contains, verified. Raises UserError without an intact one."""
     if not source.is_dir():
         raise UserError(
             f"{source} does not exist; name a run folder, or a checkpoint such as RUN/checkpoints/step_000010"
@@ -171,6 +173,7 @@ class _Adapters:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Run the program; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m atropos_exp.export", description=__doc__.split(":", 1)[1].strip())
     parser.add_argument("checkpoint", type=Path, help="run folder, its checkpoints folder, or one checkpoint")
     parser.add_argument("out", type=Path, help="new folder for the Hugging Face model")

@@ -1,6 +1,6 @@
-"""Every metric of a step: its name, its one sentence, and how it comes from the nouns. Pure.
+"""Every metric of a step: its name, the sentence that explains it, and how it is computed.
 
-`python -m atropos_exp.metrics` prints the table of the README. Units stand in the name where they are not obvious;
+`python -m atropos_exp.metrics` prints the table of docs/metrics.md. Units stand in the name where they are not obvious;
 a value that cannot be measured is NaN here and null in metrics.jsonl. Logprobs and entropies are in nats.
 """
 
@@ -102,19 +102,25 @@ _PATTERNS = [(_pattern(name), said) for name, said in METRICS.items() if "<" in 
 
 
 def sentence(name: str) -> str | None:
-    """What the metric called `name` says; None if there is no such metric."""
+    """Return the sentence that explains the metric `name`; None if there is no such metric."""
     if name in METRICS:
         return METRICS[name]
     return next((said for pattern, said in _PATTERNS if pattern.fullmatch(name)), None)
 
 
 def slug(text: str) -> str:
-    """`text` as one part of a metric's name: what would break the name becomes an underscore."""
+    """Return `text` as one part of a metric's name; characters that would break the name become underscores."""
     return re.sub(r"[^\w.+-]+", "_", text).strip("_") or "unnamed"
 
 
 class Clock:
-    """Seconds per stage of one step. A new clock for every step."""
+    """The seconds of one step by stage. Every step has a new clock.
+
+    clock = Clock()
+    with clock("rollout"):
+        groups, dropped = source.take(16, step=1)
+    clock.seconds  # {"rollout": 1.2, "step": 1.3}
+    """
 
     def __init__(self) -> None:
         self._stages: dict[str, float] = {}
@@ -122,7 +128,7 @@ class Clock:
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
-        """Time a stage; `stage` is the X of a `time/X_s`. Several spans of one stage add up."""
+        """Measure a stage, the X of a `time/X_s`. Several spans of one stage add up."""
         assert f"time/{stage}_s" in METRICS, f"no metric is called time/{stage}_s"
         start = perf_counter()
         try:
@@ -132,7 +138,7 @@ class Clock:
 
     @property
     def seconds(self) -> dict[str, float]:
-        """By stage so far, and `step`: everything since the clock was made."""
+        """Seconds by stage so far, and `step`: all since the clock was made."""
         return self._stages | {"step": perf_counter() - self._start}
 
 
@@ -173,7 +179,7 @@ def summarize(
 
 
 def markdown_table() -> str:
-    """Every metric with its sentence, as the README shows them."""
+    """Return every metric with its sentence, as docs/metrics.md shows them."""
     pipe = r"\|"  # a bare one would end the cell
     rows = [f"| `{name}` | {said.replace('|', pipe)} |" for name, said in METRICS.items()]
     return "\n".join(["| metric | what it says |", "| --- | --- |", *rows])

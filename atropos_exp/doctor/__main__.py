@@ -23,7 +23,7 @@ from atropos_exp.errors import UserError
 
 
 def before(config: DictConfig) -> int:
-    """Examine a configuration; the exit code."""
+    """Examine a configuration and print what was found; returns the exit code."""
     from atropos_exp.doctor.before import examine
 
     start, lines = time.monotonic(), []
@@ -35,7 +35,7 @@ def before(config: DictConfig) -> int:
 
 
 def after(arguments: list[str]) -> int:
-    """Explain a run; the exit code."""
+    """Explain a run from its folder; returns the exit code."""
     from atropos_exp.doctor.after import explain
 
     parser = argparse.ArgumentParser(prog="python -m atropos_exp.doctor", description=__doc__.splitlines()[0])
@@ -48,10 +48,12 @@ def after(arguments: list[str]) -> int:
 
 
 def refuse_sweep(overrides: Sequence[str], config_dir: str | None) -> int:
+    """Raise UserError for the overrides of a sweep: the doctor examines one run."""
     raise UserError("the doctor looks at one configuration; leave -m and +sweeps= away")
 
 
 def main() -> None:
+    """Run the program; returns the exit code."""
     if len(sys.argv) > 1 and Path(sys.argv[1]).is_dir() and "=" not in sys.argv[1]:
         sys.exit(after(sys.argv[1:]))
     hydra_main(before, refuse_sweep, mistakes_of)()

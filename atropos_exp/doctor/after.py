@@ -38,7 +38,7 @@ _TROUBLE = {
 
 
 def explain(folder: Path, *, patience: float | None = None) -> list[Line]:
-    """Everything that the folder tells. `patience`: seconds without news after which a run counts as stalled."""
+    """Return everything that the folder tells. Without news for `patience` seconds a run counts as stalled."""
     data = load_run(folder)
     if not (data.rows or data.summary or (folder / "run.json").is_file()):
         return [fail("run", f"{folder} is no run folder", "give outputs/<name>/<date>/<time>")]

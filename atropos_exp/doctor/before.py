@@ -1,4 +1,4 @@
-"""Everything that a configuration needs, looked at before it costs anything. The slow looks run side by side."""
+"""Everything that a configuration needs, examined before it costs anything. Slow examinations run side by side."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from atropos_exp.doctor.versions import check_versions
 
 
 def examine(config: DictConfig) -> Iterator[Line]:
-    """The lines, as they are found."""
+    """Yield a line for everything examined, as soon as it is known."""
     yield from _guarded("versions", check_versions)
     checked, mistakes = check(config)
     if checked is None:

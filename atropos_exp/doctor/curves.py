@@ -16,7 +16,7 @@ HIGH_REWARD = 0.9
 
 
 class Curve:
-    """One metric over the steps that have it; its first and last quarter (at least three points)."""
+    """One metric over the steps that have it, with its first and last quarter (at least three points each)."""
 
     def __init__(self, rows: Sequence[Row], name: str) -> None:
         self.name = name
@@ -30,10 +30,12 @@ class Curve:
 
     @property
     def start(self) -> float:
+        """Mean of the first quarter."""
         return fmean(self.first)
 
     @property
     def end(self) -> float:
+        """Mean of the last quarter."""
         return fmean(self.last)
 
     @property
@@ -42,7 +44,7 @@ class Curve:
         return math.sqrt(pvariance(self.first) / len(self.first) + pvariance(self.last) / len(self.last))
 
     def told(self, digits: int = 3) -> str:
-        """Such as "reward/mean 0.31 (steps 1-5) -> 0.32 (steps 16-20)"."""
+        """Return the curve in words: "reward/mean 0.31 (steps 1-5) -> 0.32 (steps 16-20)"."""
         steps = [step for step, _ in self.points]
         size = len(self.first)
         return (
@@ -51,11 +53,12 @@ class Curve:
         )
 
     def above(self, bound: float) -> list[int]:
+        """Return the steps at which the metric is above `bound`."""
         return [step for step, value in self.points if value > bound]
 
 
 def judge_curves(rows: Sequence[Row], config: dict[str, Any]) -> list[Line]:
-    """Of all steps; too few say so."""
+    """Return a line for every finding in the curves; with fewer than `MIN_STEPS` steps, a line that says so."""
     reward = Curve(rows, "reward/mean")
     if not reward:
         return [ok("curves", f"{len(reward.points)} steps are too few to judge a curve (from {MIN_STEPS} on)")]
@@ -230,7 +233,7 @@ def _held_out(rows: Sequence[Row], reward: Curve, config: dict[str, Any]) -> lis
 
 
 def spans(steps: Sequence[int]) -> str:
-    """Such as "3-5, 9"; at most six of them."""
+    """Return steps as text, such as "3-5, 9"; at most six spans."""
     parts: list[list[int]] = []
     for step in sorted(steps):
         if parts and step == parts[-1][1] + 1:

@@ -22,13 +22,15 @@ _CPU_SHARE, _GPU_SHARE = 0.9, 0.92  # of what is free, above which an estimate i
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Gpu:
+    """An NVIDIA device, as nvidia-smi reports it."""
+
     name: str
     total: int  # bytes
     used: int
 
 
 def gpus() -> list[Gpu]:
-    """The visible NVIDIA devices; empty if there is none or nobody can tell."""
+    """Return the visible NVIDIA devices; empty if there is none or if that cannot be told."""
     try:
         told = subprocess.run(
             ["nvidia-smi", "--query-gpu=index,name,memory.total,memory.used", "--format=csv,noheader,nounits"],
@@ -51,6 +53,7 @@ def is_elsewhere(checked: Checked) -> bool:
 
 
 def check_devices(checked: Checked) -> list[Line]:
+    """Compare the devices that the run asks for with those of this machine."""
     if is_elsewhere(checked):
         return [ok("devices", "are those of the cluster's nodes, which cannot be looked at from here")]
     cores, found = len(os.sched_getaffinity(0)), gpus()
@@ -96,7 +99,7 @@ def check_devices(checked: Checked) -> list[Line]:
 
 
 def check_memory(checked: Checked, model_folder: Path) -> list[Line]:
-    """The estimate against what is there."""
+    """Compare the estimate of what the run needs with the memory that is free."""
     shape = memory.Shape.of(model_folder)
     needs = memory.estimate(checked, shape)
     told = (
@@ -145,7 +148,7 @@ def _gpu_memory(checked: Checked, needs: memory.Estimate, told: str) -> Line:
 
 
 def available_memory() -> int:
-    """Bytes that processes can still get: of the machine, or less where a control group says so."""
+    """Return the bytes that processes can still get: of the machine, or fewer where a control group limits them."""
     free = next(
         int(line.split()[1]) * 1024
         for line in Path("/proc/meminfo").read_text().splitlines()
@@ -180,7 +183,7 @@ def _shrink(needs: memory.Estimate) -> str:
 
 
 def check_disk(checked: Checked, model_folder: Path | None) -> list[Line]:
-    """Room for checkpoints and journals, and the right to write there."""
+    """Examine whether there is room for checkpoints and journals, and permission to write them."""
     run = checked.run
     place = _existing(Path(run.run_dir or run.output_dir).expanduser())
     try:

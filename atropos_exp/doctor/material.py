@@ -26,7 +26,7 @@ _FORMS = ("{}", "#### {}", "\\boxed{{{}}}", "<answer>{}</answer>", "The answer i
 
 
 def check_model(checked: Checked) -> tuple[list[Line], Path | None]:
-    """And the folder, if the model is on this machine already; nothing is downloaded."""
+    """Examine the model's settings, and its folder if it is on this machine already; nothing is downloaded."""
     model = checked.parts.model
     folder: Path | None = model.local_folder()
     if folder is None:
@@ -46,7 +46,7 @@ def check_model(checked: Checked) -> tuple[list[Line], Path | None]:
 
 
 def check_material(checked: Checked, folder: Path) -> list[Line]:
-    """Tokenizer, data, reward, in this order, as each needs the one before."""
+    """Examine tokenizer, data and reward, in this order, as each needs the one before."""
     try:
         tokenizer = checked.parts.model.tokenizer(folder)
     except (UserError, OSError, ValueError) as error:
@@ -61,7 +61,9 @@ def check_material(checked: Checked, folder: Path) -> list[Line]:
 
 
 def check_tokenizer(checked: Checked, folder: Path, tokenizer: Any) -> list[Line]:
-    """Does a turn end with a token that sampling stops at, and do all tokens have a row in the model?"""
+    """Examine whether a turn ends with a token at which sampling stops, and whether the model has a row for each
+    token.
+    """
     from atropos_exp.parts.model.hf_folder import vocab_size
 
     lines: list[Line] = []
@@ -105,7 +107,7 @@ def _turn_end(tokenizer: Any, stops: Sequence[int]) -> list[Line]:
 
 
 def check_bos(checked: Checked, tokenizer: Any, prompts: Sequence[Prompt]) -> list[Line]:
-    """Template and tokenizer may each put a beginning-of-sequence token."""
+    """Examine whether both the template and the tokenizer add a beginning-of-sequence token."""
     bos = tokenizer.bos_token_id
     twice = [prompt for prompt in prompts if bos is not None and list(prompt.token_ids[:2]) == [bos, bos]]
     if not twice:
@@ -153,7 +155,7 @@ def _load(checked: Checked, tokenizer: Any) -> tuple[PromptLoader | None, list[L
 
 
 def check_reward(checked: Checked, prompts: Sequence[Prompt]) -> list[Line]:
-    """On real rows: the reference answer, in one of its usual forms, must score more than a text without an answer."""
+    """Score real rows: the reference answer, in one of its usual forms, must beat a text without an answer."""
     from atropos_exp.parts.reward.pool import RewardPool
 
     reward = checked.parts.reward

@@ -23,7 +23,7 @@ ATROPOS_BYTES = 700 * MIB  # API, gateway and one environment together
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shape:
-    """Of a causal language model with gated feed-forward layers."""
+    """The sizes of a causal language model with gated feed-forward layers."""
 
     parameters: int
     layers: int
@@ -35,7 +35,7 @@ class Shape:
 
     @classmethod
     def of(cls, folder: Path) -> Shape:
-        """Of a Hugging Face folder; the number of parameters is read from the headers of its weight files."""
+        """Read the sizes from a Hugging Face folder; the parameters are counted in the headers of its weight files."""
         config = json.loads((folder / "config.json").read_text())
         text = config.get("text_config") or config
         heads = int(text["num_attention_heads"])
@@ -52,7 +52,7 @@ class Shape:
 
 
 def count_parameters(folder: Path) -> int:
-    """From the headers of all safetensors files of `folder`."""
+    """Count the parameters in the headers of all safetensors files of `folder`."""
     total = 0
     for path in folder.glob("*.safetensors"):
         with path.open("rb") as file:
@@ -64,22 +64,27 @@ def count_parameters(folder: Path) -> int:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Estimate:
-    """Bytes by what they are for: of one trainer rank, and of the engine."""
+    """Bytes by purpose, for one trainer rank and for the engine."""
 
     trainer: Mapping[str, int]
     engine: Mapping[str, int]
 
     @property
     def trainer_total(self) -> int:
+        """Bytes of one trainer rank."""
         return sum(self.trainer.values())
 
     @property
     def engine_total(self) -> int:
+        """Bytes of the engine."""
         return sum(self.engine.values())
 
     def peak(self, *, engine: int, takes_turns: bool) -> int:
-        """Of a GPU with one rank and an engine of so many bytes. If they take turns (`engine.colocate`) the engine has
-        none of it during an update, and the trainer keeps its state while the engine samples or is synced."""
+        """Return the largest need of a GPU with one rank and an engine of so many bytes.
+
+        With `engine.colocate` the two take turns: the engine has none of it during an update, and the trainer keeps its
+        state while the engine samples or receives weights.
+        """
         if not takes_turns:
             return self.trainer_total + engine
         kept = sum(self.trainer[name] for name in ("weights", "optimizer", "sync bucket"))
@@ -87,7 +92,7 @@ class Estimate:
 
 
 def estimate(checked: Checked, shape: Shape) -> Estimate:
-    """Of this configuration on its device; processes without a model are not in it."""
+    """Estimate what a configuration needs on its device; processes without a model are left out."""
     return Estimate(trainer=_trainer(checked, shape), engine=_engine(checked, shape))
 
 
@@ -122,11 +127,7 @@ def _trainer(checked: Checked, shape: Shape) -> dict[str, int]:
 
 
 def activation_width(shape: Shape, *, checkpointing: bool) -> int:
-    """Numbers kept per token for the backward pass.
-
-    A layer keeps: the inputs of both norms, normalised and scaled (6 hidden); queries, keys and values before and
-    after they are laid out for attention, and its result; gate, its activation, up and their product.
-    """
+    """Return how many numbers are kept per token for the backward pass."""
     layer = 6 * shape.hidden + 3 * shape.query + 4 * shape.key_value + 4 * shape.intermediate
     if checkpointing:  # the input of each layer, and all of one
         return shape.layers * shape.hidden + layer
@@ -155,5 +156,5 @@ def _engine(checked: Checked, shape: Shape) -> dict[str, int]:
 
 
 def human(num_bytes: float) -> str:
-    """Such as "1.4 GiB" or "320 MiB"."""
+    """Format bytes, such as "1.4 GiB" or "320 MiB"."""
     return f"{num_bytes / GIB:.1f} GiB" if num_bytes >= GIB else f"{num_bytes / MIB:.0f} MiB"

@@ -1,4 +1,4 @@
-"""Ports that the run will listen on, and the Atropos API that it will train from."""
+"""The ports that the run will listen on, and the Atropos API that it will train from."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from atropos_exp.parts.atropos.client import ApiDown, AtroposClient
 
 
 def check_ports(checked: Checked) -> list[Line]:
-    """Bind what the gateway will bind, and let go of it."""
+    """Bind the ports that the gateway will bind, and release them."""
     gateway, extra = checked.parts.gateway, checked.parts.atropos.extra_ports
     if not checked.parts.rollout.uses_atropos:
         return [ok("ports", "none is needed: rollout=local starts no gateway")]
@@ -26,7 +26,7 @@ def check_ports(checked: Checked) -> list[Line]:
 
 
 def check_atropos(checked: Checked) -> list[Line]:
-    """Whom the API serves: nobody, this run, another one, or data that nobody registered for."""
+    """Examine whom the API serves: nobody, this run, another one, or data that no trainer registered for."""
     settings = checked.parts.atropos
     if not checked.parts.rollout.uses_atropos:
         return [ok("atropos", "rollout=local does not use it")]

@@ -20,7 +20,7 @@ _TRY = (
 
 
 def check_engine(checked: Checked) -> list[Line]:
-    """What `preflight` sees has passed when the configuration was checked; the rest is said here."""
+    """Examine the interpreter of the engine, beyond what the part's own `preflight` has examined already."""
     engine = checked.parts.engine
     problems = engine.preflight(device=checked.device) if hasattr(engine, "preflight") else []
     if problems:

@@ -1,4 +1,4 @@
-"""What Slurm allows against what `cluster=slurm` asks for."""
+"""What Slurm's limits allow, compared with what `cluster=slurm` asks for."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _ASK_SECONDS = 10.0
 
 
 def check_slurm(checked: Checked) -> list[Line]:
-    """Nothing for a cluster that is not Slurm's."""
+    """Compare the job with the limits of its partition; nothing for a cluster that is not Slurm's."""
     cluster = checked.parts.cluster
     if not hasattr(cluster, "partition"):
         return []
@@ -66,7 +66,7 @@ def _limits(cluster: Any, partition: dict[str, str]) -> list[Line]:
 
 
 def minutes(text: str) -> int | None:
-    """Of Slurm's D-HH:MM:SS; None for no limit."""
+    """Parse Slurm's D-HH:MM:SS into minutes; None for no limit."""
     match = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d+):(\d+)", text)
     if match is None:
         return None

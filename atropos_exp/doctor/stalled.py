@@ -1,4 +1,4 @@
-"""A run that is going on: is there news, and if not, which of its processes waits for what?"""
+"""A run that is still going on: is there progress, and if not, which of its processes is it waiting for?"""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _STATES = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Process:
-    """A process of the run as the kernel shows it."""
+    """A process of the run, as the kernel shows it."""
 
     pid: int
     role: str
@@ -52,7 +52,10 @@ class Process:
 
 
 def look_at_running(folder: Path, rows: Sequence[Row], *, patience: float | None) -> list[Line]:
-    """One line if there is news; if not, the process and the wait that the run is in, and every process."""
+    """Return one line if there is progress; if not, the process that the run waits for, and every other process.
+
+    `patience`: seconds without progress after which a run counts as stalled; None derives them from its steps so far.
+    """
     done = last_step(rows)
     seconds = [float(row["time/step_s"] or 0) for row in rows if row.step and row.get("time/step_s")]
     usual = median(seconds) if seconds else None
@@ -84,7 +87,7 @@ def look_at_running(folder: Path, rows: Sequence[Row], *, patience: float | None
 
 
 def watch(pid: int) -> list[Process]:
-    """The process and everything below it, looked at over a moment."""
+    """Look at the process `pid` and everything below it, over half a second."""
     tree = _tree(pid)
     before = {one: _ticks(one) for one in tree}
     time.sleep(_WATCH_SECONDS)

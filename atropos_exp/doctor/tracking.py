@@ -1,4 +1,4 @@
-"""Where the run is tracked: W&B's key and server, or none."""
+"""Where the run is tracked: W&B's key and server, or nowhere."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ _CONNECT_SECONDS = 3.0
 
 
 def check_tracking(checked: Checked) -> list[Line]:
+    """Examine whether the logger's service can be reached, and with which account."""
     logger = checked.parts.logger
     kind = type(logger).__name__
     if kind == "Trackio" and importlib.util.find_spec("trackio") is None:

@@ -1,4 +1,4 @@
-"""Are the installed libraries those that this package was written for?"""
+"""The installed libraries, compared with those that this package was written for."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ NAME = "atropos-exp"
 
 
 def check_versions() -> list[Line]:
-    """Python and every requirement against its range; what decides the numbers against the tested set."""
+    """Compare Python and every requirement with its range, and what decides the numbers with the tested versions."""
     lines = [_python()]
     wrong = [text for requirement in requirements() if (text := _problem(requirement))]
     lines += [
@@ -36,7 +36,7 @@ def check_versions() -> list[Line]:
 
 
 def requirements() -> list[str]:
-    """Of this package, extras left out; from its metadata, or from pyproject.toml of a checkout."""
+    """Return this package's requirements without extras: of its metadata, or of a checkout's pyproject.toml."""
     import tomllib
 
     project = _ROOT / "pyproject.toml"

@@ -1,4 +1,4 @@
-"""A program that the run started and that never outlives it (`guard.py` sees to that): how it is, its log, its end."""
+"""A program that a run starts, with its log and its exit code. It never outlives the run: `guard.py` sees to that."""
 
 from __future__ import annotations
 
@@ -29,7 +29,13 @@ _GUARD = Path(__file__).with_name("guard.py")
 
 
 class Child:
-    """Runs `argv` with exactly `environment`; its output is appended to `log`. Thread-safe."""
+    """A running program whose output is appended to a log. Thread-safe.
+
+    child = Child([sys.executable, "-m", "my.server"], log=folder / "log" / "server.log", environment=environment)
+    if child.wait(5.0) is not None:
+        raise UserError(f"the server ended: {child.state()}")
+    child.stop(grace_seconds=2.0)
+    """
 
     def __init__(
         self,
@@ -74,7 +80,7 @@ class Child:
         self.pid = int(first["pid"])
 
     def poll(self) -> int | None:
-        """The exit code (negative: killed by that signal), or None while it runs."""
+        """Return the exit code (negative: killed by that signal), or None while the program runs."""
         with self._lock:
             if self._code is None:
                 try:
@@ -89,14 +95,17 @@ class Child:
             return self._code
 
     def wait(self, seconds: float) -> int | None:
-        """Wait for the end at most so long; what `poll` says then."""
+        """Wait up to `seconds` for the end, and return what `poll` returns then."""
         deadline = time.monotonic() + seconds
         while (code := self.poll()) is None and time.monotonic() < deadline:
             time.sleep(0.01)
         return code
 
     def stop(self, grace_seconds: float = 0.0) -> None:
-        """End the program with everything it started: SIGTERM and `grace_seconds` before, if any. Idempotent."""
+        """End the program with everything that it has started. May be called twice.
+
+        `grace_seconds`: how long the program has to end by itself after a SIGTERM; with 0 it is killed at once.
+        """
         if self.poll() is None and grace_seconds > 0:
             with contextlib.suppress(OSError):
                 self._control.send(b"T")
@@ -109,7 +118,7 @@ class Child:
                 self._guard.wait(STOP_SECONDS)
 
     def state(self) -> str:
-        """For an error message: how the program is, and the end of its log."""
+        """Describe how the program is, with the end of its log, for an error message."""
         code = self.poll()
         if code is None:
             how = f"its process {self.pid} is still there"
@@ -120,6 +129,7 @@ class Child:
         return f"{how}. Last lines of {self.log}:\n{self.log_tail()}"
 
     def log_tail(self, num_lines: int = TAIL_LINES) -> str:
+        """Return the last `num_lines` lines of the log, indented."""
         try:
             with self.log.open("rb") as log:
                 log.seek(max(0, log.seek(0, os.SEEK_END) - TAIL_BYTES))
@@ -141,7 +151,11 @@ class Child:
 
 
 def child_environment(python: str | None, *, with_secrets: bool = False) -> dict[str, str]:
-    """This process's environment for a program that `python` (None: our own interpreter) runs."""
+    """Return the environment variables for a program that this process starts.
+
+    `python` is its interpreter, None this process's own. What a launcher has set for the trainer's ranks is left out,
+    and so are secrets unless `with_secrets`. A checkout of this package is made importable.
+    """
     unwanted = RANK_VARIABLES if with_secrets else (*RANK_VARIABLES, *SECRETS)
     environment = {
         name: value

@@ -26,6 +26,7 @@ _IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal
 
 
 def main() -> int:
+    """Run the program of the command line to its end, or to that of the run, whichever comes first."""
     control = socket.socket(fileno=int(sys.argv[1]))
     control.set_inheritable(False)
     libc = ctypes.CDLL(None, use_errno=True)

@@ -27,12 +27,12 @@ class Ranks:
 
     @staticmethod
     def of_environment() -> Ranks:
-        """As the launcher said in RANK and WORLD_SIZE; one rank without them."""
+        """Return the rank that the launcher gave in RANK and WORLD_SIZE; the only one without them."""
         return Ranks(rank=int(os.environ.get("RANK", "0")), world_size=int(os.environ.get("WORLD_SIZE", "1")))
 
     @staticmethod
     def of_group() -> Ranks:
-        """As torch's process group has them; one rank without a group."""
+        """Return the rank in torch's process group; the only one without a group."""
         import torch.distributed as dist
 
         if not (dist.is_available() and dist.is_initialized()):
@@ -41,10 +41,11 @@ class Ranks:
 
     @property
     def is_zero(self) -> bool:
+        """Whether this is rank 0, which writes the run folder and talks to other programs."""
         return self.rank == 0
 
     def broadcast(self, value: Value) -> Value:
-        """Rank 0's value, on every rank."""
+        """Return rank 0's value on every rank."""
         if self.world_size == 1:
             return value
         import torch.distributed as dist
@@ -108,7 +109,11 @@ class Ranks:
             raise error
 
     def folder_on_every_node(self, find: Callable[[], Path]) -> Path:
-        """`find()` of rank 0, on every rank. Where nodes share no such folder, one rank of each finds its own too."""
+        """Return rank 0's `find()` on every rank; where nodes share no such folder, one rank of each node calls `find`
+        too.
+
+        Raises UserError on every rank if `find` fails on one.
+        """
         folder = self.on_zero(find)
         if self.world_size == 1:
             return folder

@@ -29,7 +29,7 @@ HEARTBEAT = b"\xc0"
 
 
 def pack(message: dict[str, Any]) -> bytes:
-    """One message as bytes. Values: None, bool, int, float, str, bytes, lists and dicts of these, NumPy arrays."""
+    """Encode a message as bytes. Values: None, bool, int, float, str, bytes, lists and dicts of these, NumPy arrays."""
     import msgpack  # type: ignore[import-untyped]
 
     packed: bytes = msgpack.packb(message, default=_pack_array, use_bin_type=True)
@@ -37,7 +37,7 @@ def pack(message: dict[str, Any]) -> bytes:
 
 
 def unpack(raw: bytes) -> dict[str, Any]:
-    """The inverse of `pack`. Arrays are read-only views. Anything malformed raises WireError."""
+    """Decode what `pack` has encoded. Arrays are read-only views. Raises WireError for anything malformed."""
     import msgpack
 
     if len(raw) > MAX_MESSAGE_BYTES:
@@ -54,14 +54,14 @@ def unpack(raw: bytes) -> dict[str, Any]:
 
 
 def flatten(rows: Sequence[NDArray[Scalar]], dtype: type[Scalar]) -> tuple[NDArray[Scalar], NDArray[np.int64]]:
-    """Rows of different lengths as one array [sum] and their lengths [N]."""
+    """Concatenate rows of different lengths: one array [sum of the lengths], and the lengths [N]."""
     lengths = np.array([len(row) for row in rows], dtype=np.int64)
     flat = np.concatenate([np.asarray(row, dtype=dtype) for row in rows]) if rows else np.zeros(0, dtype=dtype)
     return flat, lengths
 
 
 def split(flat: NDArray[Scalar], lengths: NDArray[np.int64]) -> list[NDArray[Scalar]]:
-    """The inverse of `flatten`. Lengths that do not add up raise WireError."""
+    """Undo `flatten`. Raises WireError if the lengths do not add up to the array's."""
     if flat.ndim != 1 or lengths.ndim != 1 or (lengths < 0).any() or int(lengths.sum()) != len(flat):
         raise WireError(f"{len(flat)} entries do not split into rows of lengths {lengths.tolist()[:8]}")
     ends = np.cumsum(lengths).tolist()

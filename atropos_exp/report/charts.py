@@ -1,4 +1,4 @@
-"""Which curves a report shows, by metric name. What no run has is left out."""
+"""Which curves a report shows, by metric name. Charts of metrics that no run has are left out."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def line(
     floor: float | None = None,
     ceiling: float | None = None,
 ) -> dict[str, Any]:
-    """A chart of curves. `floor` and `ceiling`: values that the axis shows even if no curve reaches them."""
+    """Return a chart of curves. The axis shows `floor` and `ceiling` even if no curve reaches them."""
     return {"kind": "line", "title": title, "about": about, "unit": unit, "scale": scale, "floor": floor,
             "ceiling": ceiling, "series": list(series)}  # fmt: skip
 
@@ -26,13 +26,16 @@ def line(
 def curve(
     name: str, label: str, *, band: Sequence[str] = (), std: str = "", sparse: bool = False, exact: bool = False
 ) -> dict[str, Any]:
-    """`band`: metrics of the lower and upper end; `std`: metric of a deviation to either side; `sparse`: seldom
-    measured, so the points are shown and joined over gaps; `exact`: no noise in it, never smoothed."""
+    """Return one curve of a chart.
+
+    `band`: metrics of the lower and upper end of a band around it; `std`: metric of a deviation to either side;
+    `sparse`: seldom measured, so its points are shown and joined over gaps; `exact`: free of noise, so never smoothed.
+    """
     return {"name": name, "label": label, "band": list(band), "std": std, "sparse": sparse, "exact": exact or sparse}
 
 
 def chart_specs(names: Iterable[str]) -> list[dict[str, Any]]:
-    """The charts for runs that have these metrics."""
+    """Return the charts for runs that have these metrics."""
     known = set(names)
     charts = [*_outcome(known), *_training(), *_policy(), *_system()]
     for chart in charts:

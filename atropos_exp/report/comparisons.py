@@ -1,4 +1,4 @@
-"""What a few seeds can tell: means with intervals, paired comparisons with a baseline, shares of variance. Pure.
+"""What a few seeds can tell: means with intervals, paired comparisons with a baseline, shares of variance.
 
 A seed is the unit: two runs of one seed share data order and held-out prompts, so their difference has less noise
 than either of them. The prompts of one evaluation are not independent runs and never count as such.
@@ -19,7 +19,7 @@ ALPHA = 0.05  # share of reports without any real difference that may claim one
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SeedMean:
-    """Mean of one value per seed. `interval` is None with a single seed: it says nothing about others."""
+    """The mean of one value per seed. `interval` is None with a single seed, which says nothing about others."""
 
     mean: float
     num: int
@@ -46,7 +46,7 @@ class Comparison:
 
     @property
     def verdict(self) -> str:
-        """One plain sentence."""
+        """The verdict as a sentence."""
         if not self.seeds:
             return "Not comparable: no seed finished in both."
         if self.p is None:
@@ -59,7 +59,11 @@ class Comparison:
 
 
 def seed_mean(values: Sequence[float], *, confidence: float = 0.95, bounds: Interval | None = None) -> SeedMean:
-    """Mean of one value per seed with Student's interval, cut at `bounds` where values outside are impossible."""
+    """Return the mean of one value per seed with Student's interval, cut at `bounds`.
+
+    seed_mean([0.8, 0.9])  # mean 0.85, interval (0.21, 1.49)
+    seed_mean([0.8, 0.9], bounds=(0.0, 1.0))  # an accuracy: interval (0.21, 1.0)
+    """
     if not len(values):
         raise ValueError("seed_mean: there is no value")
     mean, num = float(np.mean(values)), len(values)
@@ -73,7 +77,8 @@ def seed_mean(values: Sequence[float], *, confidence: float = 0.95, bounds: Inte
 def compare(
     baseline: Mapping[int, float], others: Sequence[Mapping[int, float]], *, resolution: float = 0.0
 ) -> list[Comparison]:
-    """Each of `others` (seed -> value) against `baseline`, paired by seed; p-values corrected together (Holm, 1979).
+    """Compare each of `others` (seed -> value) with `baseline`, paired by seed; p-values corrected together (Holm,
+    1979).
 
     `resolution`: the smallest step between two values, 1 / prompts for an accuracy. Differences that happen to be
     equal on every seed do not prove that there is no noise, so their deviation counts as at least that of rounding
@@ -89,7 +94,7 @@ def compare(
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
-    """Holm's step-down adjusted p-values; None stays None and is no member of the family."""
+    """Return Holm's step-down adjusted p-values; None stays None and does not count as a test."""
     order = sorted((p, at) for at, p in enumerate(p_values) if p is not None)
     adjusted: list[float | None] = [None] * len(p_values)
     largest = 0.0
@@ -100,7 +105,7 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
 
 
 def variance_shares(levels: Mapping[str, Sequence[object]], values: Sequence[float]) -> dict[str, float]:
-    """Share of the variance of `values` that the means of each key's levels account for (its main effect).
+    """Return the share of the variance of `values` that each key's levels account for (its main effect).
 
     `levels[key][i]` is the setting of run i. In a complete grid the shares of all keys and of what is left
     (interactions and seeds) add up to 1; with runs missing they overlap and do not. {} if there is no variance.
@@ -120,7 +125,7 @@ def variance_shares(levels: Mapping[str, Sequence[object]], values: Sequence[flo
 
 
 def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float | None:
-    """Spearman's rank correlation of two equally long sequences; None if either does not vary."""
+    """Return Spearman's rank correlation of two equally long sequences; None if either does not vary."""
     from scipy.stats import spearmanr  # a second to import, and only reports of sweeps need it
 
     if min(float(np.ptp(values)) if len(values) else 0.0 for values in (x, y)) == 0.0:

@@ -17,14 +17,16 @@ _PLACES = ("run_dir", "output_dir", "resume")  # differ between runs without mea
 
 
 def stage_seconds(row: Row) -> dict[str, float]:
-    """Seconds of a step by stage; `other` is what no stage accounts for."""
+    """Return the seconds of a step by stage; `other` is what no stage accounts for."""
     seconds = {stage: row.get(f"time/{stage}_s") or 0.0 for stage in STAGES}
     return seconds | {"other": max(0.0, (row.get("time/step_s") or 0.0) - sum(seconds.values()))}
 
 
 def time_shares(runs: Sequence[RunData], labels: Sequence[str], *, timing: str) -> str:
-    """A bar per run: the mean step, divided among its stages; step 0 trains nothing and is left out. Then `timing`,
-    the figure of the stages over the steps."""
+    """Return a bar per run, its mean step divided among its stages, and below it `timing`, the chart of the stages.
+
+    Step 0 trains nothing and is left out.
+    """
     bars, stages = [], [*STAGES, "other"]
     for run, label in zip(runs, labels, strict=True):
         steps = [stage_seconds(row) for row in run.rows if row.step and row.get("time/step_s")]
@@ -54,7 +56,7 @@ def time_shares(runs: Sequence[RunData], labels: Sequence[str], *, timing: str) 
 
 
 def samples(runs: Sequence[RunData], labels: Sequence[str]) -> str:
-    """Early and late rollouts side by side."""
+    """Return early and late sample rollouts side by side."""
     blocks = []
     for run, label in zip(runs, labels, strict=True):
         if not run.samples:
@@ -83,7 +85,7 @@ def samples(runs: Sequence[RunData], labels: Sequence[str]) -> str:
 
 
 def all_metrics(runs: Sequence[RunData]) -> str:
-    """Every metric of a single run with its sentence, first, last, smallest and largest value."""
+    """Return every metric of a single run with its sentence, and its first, last, smallest and largest value."""
     if len(runs) != 1 or not runs[0].rows:
         return ""
     rows = []
@@ -96,7 +98,7 @@ def all_metrics(runs: Sequence[RunData]) -> str:
 
 
 def configurations(runs: Sequence[RunData], labels: Sequence[str]) -> str:
-    """The resolved configuration, folded; of several runs, first what differs."""
+    """Return the resolved configurations, folded; for several runs, first the settings in which they differ."""
     blocks = [tag("h2", "Configuration")]
     differing = differences([run.config for run in runs])
     if len(runs) > 1:
@@ -113,7 +115,7 @@ def configurations(runs: Sequence[RunData], labels: Sequence[str]) -> str:
 
 
 def differences(configs: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
-    """The settings in which configurations differ: key -> value in each, None where it is absent."""
+    """Return the settings in which configurations differ: key -> value in each, None where it is absent."""
     flat = [flatten(config) for config in configs]
     keys = dict.fromkeys(key for config in flat for key in config)
     values = {key: [config.get(key) for config in flat] for key in keys}
@@ -121,7 +123,7 @@ def differences(configs: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
 
 
 def run_labels(runs: Sequence[RunData]) -> list[str]:
-    """Short names that tell the runs apart: what differs in their configuration, else their folders."""
+    """Return short names that tell the runs apart: what differs in their configuration, else their folders."""
     if len(runs) == 1:
         return [runs[0].name]
     differing = {

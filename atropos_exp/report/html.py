@@ -11,13 +11,13 @@ __all__ = ["bytes_figure", "card_table", "escape", "figure", "seconds_figure", "
 
 
 def tag(name: str, *children: str, **attributes: Any) -> str:
-    """An element around children that are HTML already. `class_` is class, `data_x` is data-x."""
+    """Return an element around children that are HTML already. `class_` is class, `data_x` is data-x."""
     shown = "".join(f' {key.rstrip("_").replace("_", "-")}="{escape(str(value))}"' for key, value in attributes.items())
     return f"<{name}{shown}>{''.join(children)}</{name}>"
 
 
 def figure(value: Any, digits: int = 4) -> str:
-    """A number for people: 0.5, 12,346, 3.1e−6; a dash if there is none."""
+    """Format a number for people: 0.5, 12,346, 3.1e−6; a dash for None."""
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
         return "–"
     if value == 0:
@@ -34,13 +34,13 @@ def figure(value: Any, digits: int = 4) -> str:
 
 
 def signed(value: Any) -> str:
-    """A number with its sign, for advantages and differences."""
+    """Format a number with its sign, for advantages and differences."""
     shown = figure(value, 3)
     return f"+{shown}" if isinstance(value, (int, float)) and value > 0 else shown.replace("-", "−", 1)
 
 
 def seconds_figure(value: Any) -> str:
-    """0.045 -> 45 ms, 75.0 -> 1 min 15 s."""
+    """Format seconds: 0.045 is 45 ms, 75.0 is 1 min 15 s."""
     if not isinstance(value, (int, float)) or not math.isfinite(value):
         return "–"
     if value < 1:
@@ -53,7 +53,7 @@ def seconds_figure(value: Any) -> str:
 
 
 def bytes_figure(value: Any) -> str:
-    """6710272 -> 6.71 MB."""
+    """Format bytes: 6710272 is 6.71 MB."""
     if not isinstance(value, (int, float)) or not math.isfinite(value):
         return "–"
     for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
@@ -63,7 +63,7 @@ def bytes_figure(value: Any) -> str:
 
 
 def card_table(heads: Sequence[str], rows: Iterable[Sequence[str]], *, numeric_from: int = 1) -> str:
-    """A table in a card. Cells are HTML already; columns from `numeric_from` on hold numbers."""
+    """Return a table in a card. Cells are HTML already; the columns from `numeric_from` on hold numbers."""
     kind = ["n" if at >= numeric_from else "name" for at in range(len(heads))]
     head = tag("tr", *(tag("th", escape(text), class_=kind[at]) for at, text in enumerate(heads)))
     body = "".join(tag("tr", *(tag("td", cell, class_=kind[at]) for at, cell in enumerate(row))) for row in rows)

@@ -29,7 +29,7 @@ def write_report(paths: Sequence[Path], out: Path | None = None) -> Path:
 
 
 def render(runs: Sequence[RunData]) -> str:
-    """The HTML of a report."""
+    """Return the HTML of a report."""
     labels = run_labels(runs)
     series = [_series(run, label) for run, label in zip(runs, labels, strict=True)]
     charts, zeros = _telling(chart_specs(name for run in series for name in run["values"]), series)

@@ -1,4 +1,4 @@
-"""What a run folder holds, read with patience: a run may be unfinished, failed, one step long, or half missing."""
+"""What a run folder holds. The run may be unfinished, failed, one step long, or half missing."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _PARTS = ("metrics.jsonl", "summary.json", "config.yaml", "run.json")
 
 @dataclass(frozen=True, kw_only=True)
 class RunData:
-    """One run, as far as its folder tells. `missing` says in words what it does not."""
+    """One run, as far as its folder tells. `missing` has a sentence for everything that is absent or damaged."""
 
     folder: Path
     rows: list[Row]  # by step
@@ -30,18 +30,22 @@ class RunData:
 
     @property
     def status(self) -> str:
-        """finished | stopped | failed as the summary says, else unfinished."""
+        """finished, stopped or failed as the summary says; unfinished without one, or if the run went on after it."""
         status = str(self.summary.get("status") or "unfinished")
         later = last_step(self.rows) > (self.summary.get("steps") or 0)
         return "unfinished" if later else status
 
     @property
     def name(self) -> str:
+        """The run's name in its configuration, else that of its folder."""
         return str(self.config.get("name") or self.folder.name)
 
 
 def find_runs(paths: Sequence[Path]) -> list[Path]:
-    """The run folders among `paths`; a folder of runs, such as a sweep, stands for all of them."""
+    """Return the run folders among `paths`; a folder of runs, such as a sweep, stands for all of them.
+
+    Raises UserError for a path without any.
+    """
     found: list[Path] = []
     for path in paths:
         if not path.is_dir():
@@ -56,7 +60,7 @@ def find_runs(paths: Sequence[Path]) -> list[Path]:
 
 
 def load_run(folder: Path) -> RunData:
-    """Read one run folder. Never raises for what is missing or damaged; says so in `missing`."""
+    """Read one run folder. Never raises for what is missing or damaged, but says so in `missing`."""
     missing: list[str] = []
     rows, num_bad = read_metrics(folder / "metrics.jsonl")
     if not rows:
@@ -84,7 +88,7 @@ def load_run(folder: Path) -> RunData:
 
 
 def columns(rows: Sequence[Mapping[str, float | None]]) -> dict[str, list[float | None]]:
-    """Rows as columns by name, thinned to about MAX_POINTS: neighbours are averaged, gaps stay gaps."""
+    """Return rows as columns by name, thinned to about MAX_POINTS: neighbours are averaged, gaps stay gaps."""
     names = dict.fromkeys(name for row in rows for name in row)
     stride = -(-len(rows) // MAX_POINTS)
     if stride <= 1:
@@ -94,7 +98,7 @@ def columns(rows: Sequence[Mapping[str, float | None]]) -> dict[str, list[float 
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    """Join the keys of nested mappings: {"a": {"b": 1}} becomes {"a.b": 1}."""
     flat: dict[str, Any] = {}
     for key, value in config.items():
         if isinstance(value, Mapping) and value:

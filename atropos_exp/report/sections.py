@@ -14,7 +14,7 @@ _GROUPS = ("model", "data", "reward", "rollout", "engine", "advantage", "loss", 
 
 
 def header(runs: Sequence[RunData], labels: Sequence[str]) -> str:
-    """Title, status, facts, command and what is missing; of several runs, the title only."""
+    """Return title, status, facts, command and what is missing; of several runs, the title only."""
     button = tag("button", "Theme", id="theme", type="button")
     if len(runs) > 1:
         states = [run.status for run in runs]
@@ -33,7 +33,7 @@ def header(runs: Sequence[RunData], labels: Sequence[str]) -> str:
 
 
 def tiles(run: RunData) -> str:
-    """The key figures of one run."""
+    """Return the key figures of one run."""
     summary, sync, rollouts = run.summary, _inner(run.summary, "sync"), _inner(run.summary, "rollouts")
     rewards = [value for row in run.rows if (value := row.get("reward/mean")) is not None]
     evaluated = [(row, value) for row in run.rows if (value := eval_accuracy(row)) is not None]
@@ -58,7 +58,7 @@ def tiles(run: RunData) -> str:
 
 
 def comparison(runs: Sequence[RunData], labels: Sequence[str]) -> str:
-    """One line of key figures per run."""
+    """Return a table with the key figures of every run."""
     rows = []
     for at, (run, label) in enumerate(zip(runs, labels, strict=True)):
         accuracies = [value for row in run.rows if (value := eval_accuracy(row)) is not None]
@@ -81,7 +81,7 @@ def comparison(runs: Sequence[RunData], labels: Sequence[str]) -> str:
 
 
 def sync_proof(runs: Sequence[RunData], labels: Sequence[str]) -> str:
-    """What every weight sync cost and showed, a line per run."""
+    """Return a table with what the weight syncs of every run cost and showed."""
     rows = []
     for run, label in zip(runs, labels, strict=True):
         synced = [row for row in run.rows if row.get("sync/bytes") is not None]
@@ -119,7 +119,7 @@ def sync_proof(runs: Sequence[RunData], labels: Sequence[str]) -> str:
 
 
 def swatch(at: int) -> str:
-    """The colour of run number `at`."""
+    """Return the colour of run number `at`."""
     return tag("i", class_="swatch", style=f"--c:var(--c{at % 8})")
 
 

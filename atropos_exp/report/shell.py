@@ -1,4 +1,4 @@
-"""What every report is made in: one HTML file with its styles, scripts and numbers inside, and its charts."""
+"""The frame of every report: one HTML file that contains its styles, scripts and numbers."""
 
 from __future__ import annotations
 
@@ -19,8 +19,11 @@ _HERE = Path(__file__).parent
 def document(
     title: str, body: Sequence[str], *, series: Sequence[dict[str, Any]], charts: Sequence[dict[str, Any]], source: str
 ) -> str:
-    """The page. `series` and `charts` are what charts.js draws into the figures of `chart_figure`; `source` names the
-    files that the numbers are from."""
+    """Return the page.
+
+    `series` and `charts` are what charts.js draws into the figures of `chart_figure`; `source` names the files that the
+    numbers are from.
+    """
     script = (_HERE / "charts.js").read_text() + (_HERE / "page.js").read_text()
     # only this script may run and nothing may be fetched, whatever a model wrote into a sample
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -43,6 +46,7 @@ def document(
 
 
 def curves(charts: Sequence[dict[str, Any]], zeros: Sequence[str], labels: Sequence[str]) -> str:
+    """Return the section of charts, with a legend of the runs."""
     if not charts:
         return tag("h2", "Curves") + tag("p", "There are no steps to draw yet.", class_="muted")
     axis = "".join(
@@ -65,6 +69,7 @@ def curves(charts: Sequence[dict[str, Any]], zeros: Sequence[str], labels: Seque
 
 
 def chart_figure(at: int, chart: dict[str, Any]) -> str:
+    """Return the empty figure that charts.js draws chart number `at` into."""
     unit = tag("span", f" {chart['unit']}", class_="unit") if chart["unit"] else ""
     caption = tag(
         "figcaption",

@@ -1,4 +1,4 @@
-"""A sweep as its report needs it: points with their evaluations by seed, comparisons, curves, cost."""
+"""What the report of a sweep shows: points with their evaluations by seed, comparisons, curves, cost."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ACCURACY = (0.0, 1.0)  # where it can lie
 
 @dataclass(frozen=True, kw_only=True)
 class SweepRun:
-    """One run, as far as it got."""
+    """One run of a sweep, as far as it got."""
 
     record: RunRecord
     state: RunState
@@ -36,7 +36,7 @@ class SweepRun:
 
     @property
     def evaluations(self) -> dict[int, float]:
-        """Step -> value, the untrained policy's (step 0) among them."""
+        """Step -> value of the metric, including the untrained policy's (step 0)."""
         found = {}
         for row in self.rows:
             value = row.get(self.metric) if self.metric else eval_accuracy(row)
@@ -46,27 +46,29 @@ class SweepRun:
 
     @property
     def final(self) -> float | None:
-        """After the last step; None unless the run finished."""
+        """The value after the last step; None unless the run finished."""
         trained = {step: value for step, value in self.evaluations.items() if step}
         return trained[max(trained)] if trained and self.state.phase is Phase.FINISHED else None
 
     @property
     def best(self) -> float | None:
-        """Of all evaluations after a step; None unless the run finished."""
+        """The largest value after any step; None unless the run finished."""
         trained = [value for step, value in self.evaluations.items() if step]
         return max(trained) if trained and self.state.phase is Phase.FINISHED else None
 
     @property
     def reached(self) -> float | None:
-        """The newest value, finished or not."""
+        """The newest value, whether the run finished or not."""
         return self.evaluations[max(self.evaluations)] if self.evaluations else None
 
     @property
     def tokens(self) -> float:
+        """Tokens of all rollouts, prompts included."""
         return sum(row.get("rollout/num_tokens") or 0.0 for row in self.rows)
 
     @property
     def device_hours(self) -> float:
+        """Hours of devices that the run kept busy."""
         return self.seconds * self.record.num_devices / 3600
 
 
@@ -84,11 +86,14 @@ class Point:
 
     @property
     def label(self) -> str:
+        """The values in one line."""
         return describe_point(self.values)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SweepData:
+    """A sweep with all its points and runs."""
+
     folder: SweepFolder
     request: Request
     points: list[Point]
@@ -96,11 +101,12 @@ class SweepData:
 
     @property
     def baseline(self) -> Point | None:
+        """The point that the others are compared with; None in a search."""
         return next((point for point in self.points if point.number == self.request.baseline), None)
 
 
 def load_sweep(folder: SweepFolder, states: Mapping[int, RunState]) -> SweepData:
-    """Read all of a sweep. `states`: how its runs stand."""
+    """Read all of a sweep. `states`: the state of each run by number."""
     request = folder.request()
     events = folder.events()
     metric = request.settings.get("metric")
@@ -221,7 +227,7 @@ def _get(config: Any, key: str) -> Any:
 
 
 def spread(values: Sequence[float]) -> tuple[float, float]:
-    """An axis around values, with room at both ends."""
+    """Return the ends of an axis around values, with room on both sides."""
     low, high = float(np.min(values)), float(np.max(values))
     room = (high - low or 0.1) * 0.08
     return low - room, high + room

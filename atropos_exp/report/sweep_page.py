@@ -30,7 +30,7 @@ def write_sweep_report(folder: SweepFolder, states: Mapping[int, RunState], out:
 
 
 def render_sweep(data: SweepData) -> str:
-    """The HTML."""
+    """Return the HTML."""
     series = [point_series(point) for point in data.points]
     seeds = [point.runs for point in data.points]
     known = {name for one in series for name in one["values"]}

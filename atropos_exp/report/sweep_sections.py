@@ -1,4 +1,4 @@
-"""The parts of a sweep's page: what was found, points, settings that mattered, cost, runs and failures."""
+"""The sections of a sweep's page: findings, points, settings that mattered, cost, runs and failures."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _PILLS = {Phase.FINISHED: "finished", Phase.FAILED: "failed", Phase.KILLED: "fai
 
 
 def sweep_header(data: SweepData) -> str:
-    """Title, how many runs stand how, the command."""
+    """Return title, number of runs in each phase, and the command."""
     found = Counter(run.state.phase for run in data.runs)
     pills = [tag("span", f"{found[phase]} {phase}", class_=f"pill {_pill(phase)}") for phase in Phase if found[phase]]
     button = tag("button", "Theme", id="theme", type="button")
@@ -36,7 +36,7 @@ def sweep_header(data: SweepData) -> str:
 
 
 def findings(data: SweepData) -> str:
-    """What the runs support, in sentences, before any number."""
+    """Return what the runs support, in sentences."""
     said: list[str] = []
     if data.request.kind == "optuna":
         said = _search_findings(data)
@@ -66,7 +66,7 @@ def findings(data: SweepData) -> str:
 
 
 def points_table(data: SweepData) -> str:
-    """Final and best evaluation of every point, and its comparison with the baseline."""
+    """Return the final and best evaluation of every point, and its comparison with the baseline."""
     ends = [value for point in data.points if point.final is not None for value in (
         *(point.final.interval or ()), point.final.mean)]  # fmt: skip
     axis = spread([*ends]) if ends else (0.0, 1.0)
@@ -105,7 +105,7 @@ def points_table(data: SweepData) -> str:
 
 
 def importance(data: SweepData) -> str:
-    """The settings of every point with its result, and which of them go with the result."""
+    """Return the settings of every point with its result, and which of them go with the result."""
     varied = [axis for axis in data.request.axes if len({repr(point.values.get(axis)) for point in data.points}) > 1]
     if not varied:
         return ""
@@ -118,7 +118,7 @@ def importance(data: SweepData) -> str:
 
 
 def cost(data: SweepData) -> str:
-    """Hours, tokens and attempts of every point."""
+    """Return hours, tokens and attempts of every point."""
     rows = []
     for point in data.points:
         steps = sum(len([row for row in run.rows if row.step]) for run in point.runs)
@@ -134,7 +134,7 @@ def cost(data: SweepData) -> str:
 
 
 def runs_table(data: SweepData) -> str:
-    """Every run, with a link to its own report."""
+    """Return every run, with a link to its own report."""
     rows = []
     for run in data.runs:
         name = run.record.folder
@@ -150,7 +150,7 @@ def runs_table(data: SweepData) -> str:
 
 
 def failures(data: SweepData) -> str:
-    """Runs that did not get to their end, with the reason. Nothing is left out of a report silently."""
+    """Return the runs that did not reach their end, with the reason."""
     lost = [run for run in data.runs if not run.state.phase.is_done and not run.state.phase.is_open]
     if not lost:
         return ""

@@ -1,4 +1,4 @@
-"""Files that are either whole or absent, whenever the process or the machine dies. Pure."""
+"""Files that are either whole or absent, whenever the process or the machine dies."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from pathlib import Path
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` to write to; on success its bytes reach the disk and it becomes `path`.
+    """Give a temporary path to write to; on success its bytes reach the disk and it becomes `path`.
+
+        with replacing(folder / "table.parquet") as draft:
+            write_table(draft)
 
     An exception leaves `path` as it was. Temporary files start with a dot; those of dead processes may be deleted.
     """
@@ -26,7 +29,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_atomic(path: Path, content: str | bytes, *, mode: int | None = None) -> None:
-    """Replace `path` by `content` (text as UTF-8). `mode`: its permissions, from the first byte on."""
+    """Replace the file `path` by `content` (text as UTF-8), with the permissions `mode` from the first byte on."""
     with replacing(path) as draft:
         if mode is not None:
             draft.touch(mode=mode)

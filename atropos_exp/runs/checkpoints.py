@@ -32,12 +32,12 @@ _logger = logging.getLogger(__name__)
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint could not be written. The ones before it are untouched."""
+    """A checkpoint could not be written. The earlier ones are untouched."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A verified checkpoint."""
+    """A checkpoint whose every file has been verified."""
 
     folder: Path
     step: int  # finished steps
@@ -91,7 +91,7 @@ class Checkpoints:
                 shutil.rmtree(temporary, ignore_errors=True)  # gone already if it was published
 
     def latest(self) -> Checkpoint | None:
-        """The newest checkpoint whose every file is intact. Damaged ones are logged and skipped, not removed."""
+        """Return the newest checkpoint whose every file is intact; damaged ones are logged and skipped, not removed."""
 
         def search() -> Checkpoint | None:
             found, self.damaged = find_latest(self.folder)
@@ -164,13 +164,15 @@ class Checkpoints:
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
-    """The checkpoint in `folder`. Raises DamagedError naming the file that is missing or changed."""
+    """Verify and return the checkpoint in `folder`. Raises DamagedError with the file that is missing or changed."""
     about = manifest.verify(folder)
     return Checkpoint(folder=folder, step=about["step"], state=about["state"])
 
 
 def find_latest(folder: Path) -> tuple[Checkpoint | None, dict[Path, str]]:
-    """The newest intact checkpoint under `folder` (reads only), and the damaged ones met before it with the reason."""
+    """Return the newest intact checkpoint under `folder`, and the damaged ones that are newer, with the reason. Only
+    reads.
+    """
     damaged: dict[Path, str] = {}
     for _, _, candidate in _list(folder):
         try:

@@ -1,4 +1,4 @@
-"""The run folder's own records: metrics.jsonl (the truth about a run), samples/, summary.json. Pure.
+"""The run folder's own records: metrics.jsonl (the truth about a run), samples/, summary.json.
 
 Always written, whatever `logger` is. JSON has no NaN, so a value that is not finite is null.
 """
@@ -31,7 +31,10 @@ class Row(dict[str, float | None]):
 
 
 class RunFiles:
-    """A `Logger` of one run folder. Rank 0 only. A full disk stops the run: there is no truth without it."""
+    """The records of one run folder: metrics.jsonl and samples/. Only rank 0 writes them.
+
+    A full disk stops the run, for without these files nobody can know what it did.
+    """
 
     def __init__(self, folder: Path, *, first_step: int) -> None:
         """`first_step`: the step that comes next, 0 for a new run. What an interrupted process recorded of it and of
@@ -51,7 +54,7 @@ class RunFiles:
             file.write(json.dumps(row, allow_nan=False) + "\n")
 
     def samples(self, step: int, records: Sequence[SampleRecord]) -> None:
-        """Write samples/step_000012.jsonl."""
+        """Write the sample rollouts of a step to samples/step_000012.jsonl."""
         lines = [json.dumps(_jsonable(asdict(record)), ensure_ascii=False, allow_nan=False) for record in records]
         write_atomic(self.folder / "samples" / f"step_{step:06d}.jsonl", "".join(line + "\n" for line in lines))
 
@@ -69,29 +72,29 @@ def note_command(folder: Path, argv: Sequence[str]) -> None:
 
 
 def read_metrics(path: Path) -> tuple[list[Row], int]:
-    """The rows of a metrics.jsonl and the number of its lines that are torn or no row. No file: no rows."""
+    """Return the rows of a metrics.jsonl and the number of its other lines, such as torn ones. No file: no rows."""
     found, num_bad = read_json_lines(path)
     rows = [Row(line) for line in found if isinstance(line.get("step"), int)]
     return rows, num_bad + len(found) - len(rows)
 
 
 def read_rows(folder: Path) -> list[Row]:
-    """The rows of a run folder's metrics.jsonl that can be read."""
+    """Return the rows of a run folder's metrics.jsonl, torn lines left out."""
     return read_metrics(folder / "metrics.jsonl")[0]
 
 
 def by_step(rows: Iterable[Row]) -> list[Row]:
-    """One row a step, in the order of the steps; of a step that was recorded twice, the later row."""
+    """Return one row a step, in the order of the steps; of a step that was recorded twice, the later row."""
     return sorted({row.step: row for row in rows}.values(), key=lambda row: row.step)
 
 
 def last_step(rows: Iterable[Row], *, default: int = 0) -> int:
-    """The newest step among `rows`."""
+    """Return the newest step among `rows`, or `default` if there is none."""
     return max((row.step for row in rows), default=default)
 
 
 def run_status(folder: Path) -> tuple[str | None, str]:
-    """`status` and `error` of a run's summary.json; (None, "") if there is none, or none that can be read."""
+    """Return `status` and `error` of a run's summary.json; (None, "") if there is none, or none that can be read."""
     try:
         summary = json.loads((folder / "summary.json").read_text())
         return str(summary["status"]), str(summary.get("error") or "")
@@ -100,7 +103,7 @@ def run_status(folder: Path) -> tuple[str | None, str]:
 
 
 def read_json_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The objects in a file of one JSON object a line, and the number of its other lines. No file: no objects.
+    """Return the objects in a file of one JSON object a line, and the number of its other lines. No file: no objects.
 
     A writer that was killed leaves a torn last line, so a reader must expect one.
     """

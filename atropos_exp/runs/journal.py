@@ -1,7 +1,10 @@
-"""The rollout journal: the groups of one step, on disk before the update that uses them. Pure but for pyarrow.
+"""The rollout journal: the groups of one step, on disk before the update that uses them. Imports pyarrow when needed.
+
+    write_journal(path, Journal(step=12, groups=groups, dropped=dropped, state=source.state()))
+    journal = read_journal(path)  # equal to what was written, bit for bit; None if there is no intact file
 
 A parquet row is a rollout (open it with pandas); the groups, the drop counts and the source's state after the step
-travel in the file's metadata, with a digest over everything. What comes back equals what went in, bit for bit.
+travel in the file's metadata, with a digest over everything.
 """
 
 from __future__ import annotations
@@ -38,7 +41,7 @@ _SCALARS = ("reward", "finish", "policy_version", "zero_advantage", "temperature
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Journal:
-    """What one step was trained on."""
+    """What one step was trained on, and where the rollout source stood after it."""
 
     step: int
     groups: list[RolloutGroup]
@@ -47,7 +50,7 @@ class Journal:
 
 
 def write_journal(path: Path, journal: Journal) -> None:
-    """Write `path` atomically; it is on the disk when this returns."""
+    """Write the journal to `path` atomically; it is on the disk on return."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -80,7 +83,7 @@ def write_journal(path: Path, journal: Journal) -> None:
 
 
 def read_journal(path: Path) -> Journal | None:
-    """The journal at `path`; None if there is none, or (with a warning that names it) if the file is damaged."""
+    """Return the journal at `path`; None if there is none or if it is damaged, which a warning then names."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

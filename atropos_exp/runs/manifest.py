@@ -1,7 +1,10 @@
-"""A folder that can prove it is whole: `manifest.json` lists every file with its size and hash. Pure.
+"""A folder that can prove it is whole: `manifest.json` lists every file with its size and hash.
 
-A folder is sealed while it still has a temporary name, then renamed: whoever finds it under its final name
-finds all of it or can tell what is missing, also after a power failure.
+    seal(draft, {"step": 10})  # then rename `draft` to its final name
+    verify(folder)  # {"step": 10}, or DamagedError with the file that is missing or changed
+
+A folder is sealed while it still has a temporary name, then renamed: under its final name it is either complete, or
+one can tell what is missing, also after a power failure.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ _NUM_THREADS = 4  # hashing and fsync release the GIL
 
 
 class DamagedError(RuntimeError):
-    """A folder is not what its manifest says: names the file and what is wrong with it."""
+    """A folder is not what its manifest says. The message names the file and what is wrong with it."""
 
 
 def seal(folder: Path, about: JSON) -> None:
@@ -41,9 +44,9 @@ def seal(folder: Path, about: JSON) -> None:
 
 
 def verify(folder: Path) -> JSON:
-    """The `about` that `folder` was sealed with. Raises DamagedError unless every listed file is intact.
+    """Return the `about` that `folder` was sealed with. Raises DamagedError unless every listed file is intact.
 
-    Files that the manifest does not list are nobody's promise and are not looked at.
+    Files that the manifest does not list are not looked at.
     """
     body = read(folder)
     with ThreadPoolExecutor(_NUM_THREADS) as pool:
@@ -53,7 +56,7 @@ def verify(folder: Path) -> JSON:
 
 
 def read(folder: Path) -> JSON:
-    """The manifest alone, itself checked, without reading the files it lists."""
+    """Return the manifest, itself verified, without reading the files that it lists."""
     path = folder / MANIFEST
     try:
         text = path.read_bytes()
@@ -73,12 +76,12 @@ def read(folder: Path) -> JSON:
 
 
 def num_bytes(folder: Path) -> int:
-    """What the listed files occupy together."""
+    """Return how many bytes the listed files have together."""
     return sum(entry["bytes"] for entry in read(folder)["files"].values())
 
 
 def fsync(path: Path) -> None:
-    """Make a file's content, or a directory's names, survive a power failure."""
+    """Make the content of a file, or the names in a directory, survive a power failure."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

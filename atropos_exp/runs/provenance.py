@@ -1,4 +1,4 @@
-"""Where a run's numbers come from: commit and versions. Pure."""
+"""Where a run's numbers come from: the commit, and the versions of libraries."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PACKAGES = ("torch", "verl", "transformers", "hydra-core", "omegaconf", "vllm", 
 
 
 def versions() -> dict[str, str]:
-    """Of Python, this package and the libraries that decide the numbers, as far as they are installed."""
+    """Return the versions of Python, this package and the installed libraries that decide the numbers."""
     found = {"python": platform.python_version(), "atropos_exp": __version__}
     for package in PACKAGES:
         try:
@@ -24,7 +24,9 @@ def versions() -> dict[str, str]:
 
 
 def git_commit() -> str | None:
-    """The commit of the checkout that this package runs from, with "+changes" if it was edited; None outside one."""
+    """Return the commit of the checkout that this package runs from, with "+changes" if it was edited; None outside
+    one.
+    """
     try:
         commit = _git("rev-parse", "HEAD")
         return commit + ("+changes" if _git("status", "--porcelain", "--untracked-files=no") else "")

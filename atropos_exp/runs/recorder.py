@@ -1,4 +1,4 @@
-"""What a run writes down at each step: metrics, a few sample rollouts, and a line for whoever watches."""
+"""What a run records at each step: metrics, a few sample rollouts, and a line for the console."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class RunRecorder:
-    """The `Recorder` of rank 0. `files` holds the truth (metrics.jsonl); `logger` is who is told besides."""
+    """The `Recorder` of rank 0: writes metrics.jsonl and samples/ of the run folder, then tells the `logger`."""
 
     def __init__(self, *, folder: Path, logger: Logger, tokenizer: Any, num_samples: int, sample_every: int) -> None:
         self._folder = folder
@@ -32,7 +32,7 @@ class RunRecorder:
         return self._files
 
     def resume(self, step: int) -> None:
-        """Continue after `step` finished steps; a run without any starts with its line of step 0."""
+        """Continue after `step` finished steps; a new run (0) begins with the row of step 0."""
         self._files = RunFiles(self._folder, first_step=step + 1 if step else 0)
 
     def record(
@@ -48,6 +48,7 @@ class RunRecorder:
         update: UpdateStats | None = None,
         counters: Mapping[str, float] | None = None,
     ) -> None:
+        """Record a step; samples only every `sample_every` steps, and at the first."""
         metrics = summarize(
             step=step,
             groups=groups,
@@ -89,7 +90,7 @@ class RunRecorder:
 
 
 class SilentRecorder:
-    """The `Recorder` of the other ranks."""
+    """The `Recorder` of the other ranks, which records nothing."""
 
     def resume(self, step: int) -> None: ...
 

@@ -1,4 +1,4 @@
-"""Keeps secrets out of what leaves the machine or the process: config.yaml, W&B, logs. Pure.
+"""Keeps secrets out of what leaves the machine or the process: config.yaml, W&B, logs.
 
 By the name of a key, by the value (whatever a secret-looking environment variable holds, and the forms of well-known
 tokens), and from URLs that carry a password.
@@ -30,12 +30,17 @@ _SHORTEST_VALUE = 8  # a shorter one would blot out ordinary words
 
 
 def redact(value: Any, *, environ: Mapping[str, str] | None = None) -> Any:
-    """A copy of a tree of mappings, lists and scalars without its secrets. `environ`: None takes this process's."""
+    """Return a copy of a tree of mappings, lists and scalars in which secrets read `<redacted>`.
+
+        redact({"api_key": "abc", "max_tokens": 5})  # {"api_key": "<redacted>", "max_tokens": 5}
+
+    `environ`: the variables whose secret values are looked for; None takes this process's.
+    """
     return _redact(value, _known_secrets(os.environ if environ is None else environ))
 
 
 def is_secret_name(name: str) -> bool:
-    """Whether a key or variable of this name holds a secret: `api_key`, `hfToken`, not `max_tokens` or `pad_token`."""
+    """Whether a key or variable of this name holds a secret: `api_key` and `hfToken` do, `max_tokens` does not."""
     words = re.findall(r"[A-Z]?[a-z0-9]+|[A-Z]+(?![a-z])", name)
     lower = [word.lower() for word in words]
     if _SECRET_WORDS & set(lower) or _SECRET_KEYS & set(pairwise(lower)):

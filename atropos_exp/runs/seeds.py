@@ -1,4 +1,4 @@
-"""Independent random streams from one seed. Pure."""
+"""Independent random streams from one seed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import hashlib
 
 
 def derive_seed(seed: int, *purpose: str | int) -> int:
-    """A 63-bit seed for one purpose, e.g. `derive_seed(seed, "rollout", step)`: equal inputs, equal seed, on any
-    machine; different inputs share nothing."""
+    """Return a 63-bit seed for one purpose: `derive_seed(seed, "rollout", step)`.
+
+    Equal arguments give the same seed on any machine; seeds for different arguments are independent.
+    """
     text = "/".join(str(part) for part in (seed, *purpose))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1

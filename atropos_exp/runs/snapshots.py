@@ -1,4 +1,4 @@
-"""The whole run, saved and restored: what the trainer owns and where the rollout source stands."""
+"""A run's checkpoints as a whole: the state of the trainer and of the rollout source."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class Snapshots:
-    """A `Checkpointer` over `Checkpoints`."""
+    """The `Checkpointer` of a run, over `Checkpoints`."""
 
     def __init__(
         self,
@@ -36,6 +36,7 @@ class Snapshots:
         self._saved_step: int | None = None
 
     def restore(self) -> int:
+        """Load the newest intact checkpoint; returns the number of finished steps, 0 for a new run."""
         newest = self._checkpoints.latest()
         if newest is None:
             return 0
@@ -46,6 +47,7 @@ class Snapshots:
         return newest.step
 
     def save(self, step: int) -> None:
+        """Save trainer and source after `step` finished steps, unless that is done already."""
         if step == self._saved_step:
             return
         self._checkpoints.save(step, self._write, {"source": self._source.state()})

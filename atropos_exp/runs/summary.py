@@ -1,4 +1,4 @@
-"""summary.json: what a run came to, read from its metrics.jsonl, so that the two cannot disagree. Pure."""
+"""summary.json: what a run came to, read from its metrics.jsonl, so that the two cannot disagree."""
 
 from __future__ import annotations
 

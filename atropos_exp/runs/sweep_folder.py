@@ -1,11 +1,14 @@
-"""The folder of one sweep: what it was asked to do, its runs, and how each of them stands. Pure.
+"""The folder of one sweep: what was asked for, its runs, and their state.
 
 sweep.json          the request: axes, baseline, settings, how it was started
 manifest.jsonl      one line per run: its point, seed and overrides; written before it starts
-configs/003.yaml    the frozen configuration of run 3; nothing that is edited later changes it
+configs/003.yaml    the frozen configuration of run 3; later edits of conf/ do not change it
 003/                the run folder
 events.jsonl        when runs were queued, started and ended, and why
 log/003.log         what the run printed
+
+sweep = SweepFolder.open(Path("outputs/sweeps/demo/2025-01-31/12-00-00"))
+unfinished = [record for record in sweep.records() if run_status(sweep.run_folder(record.number))[0] != "finished"]
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ TRIAL_END = "trial_end.json"  # of a run folder: what the search made of the run
 
 
 class Phase(StrEnum):
-    """Where a run of a sweep stands."""
+    """The state of a run of a sweep."""
 
     PENDING = "pending"  # not started, or queued
     RUNNING = "running"
@@ -41,18 +44,18 @@ class Phase(StrEnum):
 
     @property
     def is_open(self) -> bool:
-        """It will still change by itself."""
+        """Whether the run waits or runs, so that its state will still change by itself."""
         return self in (Phase.PENDING, Phase.RUNNING)
 
     @property
     def is_done(self) -> bool:
-        """Doing the sweep again leaves this run as it is."""
+        """Whether nothing is left to do, so that resuming the sweep leaves this run alone."""
         return self in (Phase.FINISHED, Phase.PRUNED)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Request:
-    """A sweep as it was asked for."""
+    """What a sweep was asked to do."""
 
     kind: str  # grid | optuna
     identity: str  # of the frozen configurations: the same command finds the same sweep
@@ -68,7 +71,7 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunRecord:
-    """One run of a sweep."""
+    """One run of a sweep, as manifest.jsonl lists it."""
 
     number: int
     point: int  # runs of one point differ by their seed only
@@ -80,12 +83,13 @@ class RunRecord:
 
     @property
     def folder(self) -> str:
+        """The name of the run's folder within the sweep's."""
         return f"{self.number:03d}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunState:
-    """How a run stands, with the reason in words if it did not finish."""
+    """The phase of a run, with the reason if it did not finish."""
 
     phase: Phase
     reason: str = ""
@@ -105,40 +109,48 @@ class TrialEnd:
 
 @dataclass(frozen=True, slots=True)
 class SweepFolder:
+    """The files of one sweep."""
+
     path: Path
 
     @classmethod
     def open(cls, path: Path) -> SweepFolder:
-        """Raises UserError if there is no sweep."""
+        """Return the sweep in `path`. Raises UserError if there is none."""
         if not (path / REQUEST).is_file():
             raise UserError(f"{path} is not the folder of a sweep: it has no {REQUEST}")
         return cls(path.absolute())
 
     def request(self) -> Request:
+        """Read sweep.json."""
         return Request(**json.loads((self.path / REQUEST).read_text()))
 
     def write_request(self, request: Request) -> None:
+        """Write sweep.json."""
         write_atomic(self.path / REQUEST, json.dumps(asdict(request), indent=2) + "\n")
 
     def records(self) -> list[RunRecord]:
-        """By number. A torn last line, of a writer that was killed, is left out."""
+        """Return the runs by number, as far as they have been added to manifest.jsonl."""
         return [RunRecord(**line) for line in read_json_lines(self.path / "manifest.jsonl")[0]]
 
     def add_record(self, record: RunRecord) -> None:
+        """Append a run to manifest.jsonl."""
         _append(self.path / "manifest.jsonl", asdict(record))
 
     def config_path(self, number: int) -> Path:
+        """Return where the frozen configuration of run `number` lies."""
         return self.path / "configs" / f"{number:03d}.yaml"
 
     def run_folder(self, number: int) -> Path:
+        """Return the run folder of run `number`."""
         return self.path / f"{number:03d}"
 
     def log_path(self, name: str) -> Path:
+        """Return the log called `name`; its folder exists then."""
         (self.path / "log").mkdir(exist_ok=True)
         return self.path / "log" / f"{name}.log"
 
     def log_of(self, record: RunRecord) -> Path:
-        """What the run printed, within the folder: a cluster's launcher keeps it with the run."""
+        """Return what the run printed, relative to the sweep; a cluster's launcher keeps it in the run folder."""
         own = Path("log") / f"{record.folder}.log"
         return own if (self.path / own).exists() else Path(record.folder) / "log" / "rank_0.log"
 
@@ -147,10 +159,15 @@ class SweepFolder:
         _append(self.path / "events.jsonl", event)
 
     def events(self) -> list[dict[str, Any]]:
+        """Return the lines of events.jsonl, in order."""
         return read_json_lines(self.path / "events.jsonl")[0]
 
     def states(self, backend: Mapping[int, RunState]) -> dict[int, RunState]:
-        """Of every run: its own records where it finished, else what the backend says, else what it left behind."""
+        """Return the state of every run by number.
+
+        A run's own summary says whether it finished; otherwise `backend`, which executes the runs, says how it stands,
+        and for runs that it does not know, their summaries do.
+        """
         return {record.number: self._state(record, backend.get(record.number)) for record in self.records()}
 
     def _state(self, record: RunRecord, told: RunState | None) -> RunState:
@@ -164,11 +181,12 @@ class SweepFolder:
         return RunState(phase=Phase.STOPPED if status == "stopped" else Phase.PENDING)
 
     def last_step(self, number: int) -> int:
-        """Newest step in metrics.jsonl; 0 before the first."""
+        """Return the newest step in the run's metrics.jsonl; 0 before the first."""
         return last_step(read_rows(self.run_folder(number)))
 
 
 def read_trial_end(folder: Path) -> TrialEnd | None:
+    """Return how the search ended the trial in `folder`; None while it has not."""
     try:
         content = json.loads((folder / TRIAL_END).read_text())
     except (OSError, ValueError):
@@ -177,7 +195,7 @@ def read_trial_end(folder: Path) -> TrialEnd | None:
 
 
 def outcome(*, code: int, request: str, folder: Path, log: Path, since: float) -> tuple[Phase, str]:
-    """How a run that has just ended stands, and why.
+    """Return the phase of a run that has just ended, with the reason.
 
     `code`: of its process, negative for a signal. `request`: why it was asked to stop, "timeout ...", "cancelled ..."
     or "". `since`: when the attempt started, in seconds since the epoch; an older summary.json is not its own.
@@ -201,7 +219,7 @@ def outcome(*, code: int, request: str, folder: Path, log: Path, since: float) -
 
 
 def last_line(log: Path) -> str:
-    """The last line that says something; for reasons in one line."""
+    """Return the last line of `log` that is not blank, cut to 300 characters; "" if there is none."""
     try:
         with log.open("rb") as file:
             file.seek(max(0, log.stat().st_size - 8192))
@@ -212,13 +230,17 @@ def last_line(log: Path) -> str:
 
 
 def describe_point(values: Mapping[str, Any]) -> str:
-    """Such as "advantage=grpo, learning_rate=0.001"; the last name of a key is enough unless two share it."""
+    """Return the values of a point in one line, such as "advantage=grpo, learning_rate=0.001".
+
+    The last name of a key is enough unless two keys share it.
+    """
     last = [key.rsplit(".", 1)[-1] for key in values]
     names = [name if last.count(name) == 1 else key for name, key in zip(last, values, strict=True)]
     return ", ".join(f"{name}={shown(value)}" for name, value in zip(names, values.values(), strict=True)) or "(as is)"
 
 
 def shown(value: Any) -> str:
+    """Return one value of a point as text, floats with four digits."""
     if isinstance(value, bool) or value is None:
         return json.dumps(value)
     return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,4 +1,4 @@
-"""`python -m atropos_exp.sweep status|wait|resume|cancel|report DIR`: what becomes of a sweep after its start."""
+"""`python -m atropos_exp.sweep status|wait|resume|cancel|report DIR`: look at, continue or end a sweep."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a sweep varies: Hydra's words on the command line and in YAML, as lists of override texts or as intervals."""
+"""What a sweep varies: Hydra's override grammar as lists of override texts or as intervals."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Interval:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CommandLine:
-    """The arguments of `-m`, sorted out."""
+    """The overrides of `-m`: those of every run, and those that vary."""
 
     fixed: tuple[str, ...]  # overrides of every run
     swept: Mapping[str, tuple[str, ...] | Interval]  # key -> values as override texts
@@ -44,7 +44,10 @@ class Axis:
 
 
 def parse_command_line(overrides: Sequence[str], loader: Any) -> CommandLine:
-    """`loader`: Hydra's config loader, for `glob(*)`. Raises HydraException for what cannot be read."""
+    """Separate the overrides that vary from those of every run.
+
+    `loader` is Hydra's config loader, which `glob(*)` needs. Raises HydraException for what cannot be parsed.
+    """
     fixed: list[str] = []
     swept: dict[str, tuple[str, ...] | Interval] = {}
     for text, override in zip(overrides, OverridesParser.create(loader).parse_overrides(list(overrides)), strict=True):
@@ -56,7 +59,13 @@ def parse_command_line(overrides: Sequence[str], loader: Any) -> CommandLine:
 
 
 def parse_space(key: str, value: Any) -> tuple[str, ...] | Interval:
-    """A value of `sweep.space` or `hydra.sweeper.params`: a list, or Hydra's words such as `interval(0, 1)`."""
+    """Parse a value of `sweep.space` or `hydra.sweeper.params`: a list, or a text such as `interval(0, 1)`.
+
+        parse_space("loss", ["grpo", "dr_grpo"])  # ("grpo", "dr_grpo")
+        parse_space("trainer.learning_rate", "tag(log, interval(1e-5, 1e-3))")  # Interval(low=1e-5, high=1e-3, ...)
+
+    Raises UserError for anything else.
+    """
     if isinstance(value, list):
         if not value:
             raise UserError(f"{key}: got an empty list, expected values to choose from")
@@ -71,13 +80,13 @@ def parse_space(key: str, value: Any) -> tuple[str, ...] | Interval:
 
 
 def combinations(axes: Sequence[Axis]) -> Iterator[dict[str, str]]:
-    """Every combination of the axes' settings, the last axis fastest; one empty one without axes."""
+    """Yield every combination of the axes' settings, the last axis fastest; without axes a single empty one."""
     for choice in itertools.product(*(axis.settings for axis in axes)):
         yield {key: text for setting in choice for key, text in setting.items()}
 
 
 def override_text(value: Any) -> str:
-    """A YAML value as Hydra's override grammar writes it."""
+    """Write a YAML value in Hydra's override grammar."""
     if value is None or isinstance(value, bool):
         return json.dumps(value)
     if isinstance(value, (int, float)):
@@ -93,7 +102,7 @@ def override_text(value: Any) -> str:
 
 
 def plain_value(text: str) -> Any:
-    """What an override text means: 1e-4 the number, grpo the word."""
+    """Return the value of an override text: a number for `1e-4`, a string for `grpo`."""
     return OverridesParser.create().parse_override(f"key={text}").value()
 
 

@@ -34,16 +34,19 @@ class Backend(Protocol):
     """Executes jobs that outlive the process which submits them. Numbers are those of `Job.number`."""
 
     def submit(self, jobs: Sequence[Job], *, attached: bool) -> None:
-        """Queue jobs and return. `attached`: the submitter stays and waits; where it dies, its jobs are stopped, if
-        the backend can. Raises UserError if they cannot be taken, such as while earlier ones still run."""
+        """Queue jobs and return at once.
+
+        `attached`: the submitter stays and waits; if it dies, its jobs are stopped, where the backend can do that.
+        Raises UserError if the jobs cannot be taken, for instance while earlier ones still run.
+        """
         ...
 
     def states(self) -> Mapping[int, RunState]:
-        """Of every job ever submitted for this sweep, the last attempt."""
+        """Return the state of every job that was ever submitted for this sweep, by number; of its last attempt."""
         ...
 
     def cancel(self, numbers: Sequence[int] | None = None) -> None:
-        """Ask jobs (None: all) to finish their step, save and end; return at once. Ended ones are left alone."""
+        """Ask jobs (None: all) to finish their step, save and end. Returns at once; ended ones are left alone."""
         ...
 
     def kill(self) -> None:
@@ -52,10 +55,10 @@ class Backend(Protocol):
 
 
 def run_command(sweep: SweepFolder, number: int) -> list[str]:
-    """Starts, or continues, one run from its frozen configuration."""
+    """Return the command that starts, or continues, one run from its frozen configuration."""
     return [sys.executable, "-m", "atropos_exp.run", FROZEN, str(sweep.config_path(number))]
 
 
 def worker_command(sweep: SweepFolder, number: int) -> list[str]:
-    """Starts a worker of a search."""
+    """Return the command that starts a worker of a search."""
     return [sys.executable, "-m", "atropos_exp.sweep.worker", str(sweep.path), str(number)]

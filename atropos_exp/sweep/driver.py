@@ -1,4 +1,4 @@
-"""A sweep from its plan to its last run: make or find the folder, submit what is left, watch, stop."""
+"""A sweep from its plan to its last run: make or find its folder, submit what is left, watch, stop."""
 
 from __future__ import annotations
 
@@ -37,7 +37,12 @@ Watcher = Callable[["Sweep"], None]  # shows how the sweep stands; called until 
 
 
 class Sweep:
-    """A sweep that exists on disk, and the backend that executes it."""
+    """A sweep that exists on disk, with the backend that executes it.
+
+    sweep = Sweep(SweepFolder.open(path))
+    sweep.submit(attached=True)
+    sweep.wait(watch)
+    """
 
     def __init__(self, folder: SweepFolder) -> None:
         self.folder = folder
@@ -48,10 +53,11 @@ class Sweep:
 
     @property
     def is_search(self) -> bool:
+        """Whether workers draw the runs from a search; otherwise they are the points of a grid."""
         return isinstance(self.settings, OptunaSweep)
 
     def states(self) -> dict[int, RunState]:
-        """Of every run (of a search: trial) that the manifest lists."""
+        """Return the state of every run (in a search: trial) of the manifest, by number."""
         if not self.is_search:
             return self.folder.states(self.backend.states())
         events = self.folder.events()
@@ -62,21 +68,21 @@ class Sweep:
         return any(state.phase.is_open for state in self.backend.states().values())
 
     def is_complete(self) -> bool:
-        """Nothing is left to do."""
+        """Whether nothing is left to do."""
         states = self.states()
         if self.is_search:
             return sum(state.phase.is_done for state in states.values()) >= int(self.settings.trials)
         return all(state.phase.is_done for state in states.values())
 
     def submit(self, *, attached: bool) -> int:
-        """Start whatever is unfinished or failed; returns the number of jobs. Finished runs are left as they are."""
+        """Start every run that is unfinished or failed, and no finished one. Returns the number of jobs."""
         jobs = self._worker_jobs() if self.is_search else self._run_jobs()
         if jobs:
             self.backend.submit(jobs, attached=attached)
         return len(jobs)
 
     def wait(self, watch: Watcher, *, timeout_s: float | None = None) -> bool:
-        """Until no job runs any more, or `timeout_s` is over; False in that case."""
+        """Wait until no job runs any more; False if `timeout_s` is over before."""
         deadline = time.monotonic() + (timeout_s if timeout_s is not None else float("inf"))
         while self.is_active():
             watch(self)
@@ -124,7 +130,7 @@ class Sweep:
 
 
 def open_or_create(plan: Plan, command: Sequence[str], cwd: Path) -> SweepFolder:
-    """The folder of the newest sweep with these very runs, else a new one with everything frozen in it."""
+    """Return the folder of the newest sweep over exactly these runs, or a new one with all of them frozen in it."""
     own_request = Request(
         kind="optuna" if plan.search is not None else "grid", identity=plan.identity, name=plan.name,
         created=datetime.now().isoformat(timespec="seconds"), command=[redact(word) for word in command],
@@ -143,7 +149,7 @@ def open_or_create(plan: Plan, command: Sequence[str], cwd: Path) -> SweepFolder
 
 
 def run_sweep(plan: Plan, command: Sequence[str], watch: Watcher, finish: Callable[[Sweep], None]) -> int:
-    """Do the plan, or what is left of it. Exit code 0 when nothing is left (or `wait` is false), else 1."""
+    """Do the plan, or what is left of it. Returns the exit code: 0 if nothing is left (or `wait` is false), else 1."""
     folder = open_or_create(plan, command, Path.cwd())
     sweep = Sweep(folder)
     num_jobs = sweep.submit(attached=plan.settings.wait)
@@ -158,7 +164,10 @@ def run_sweep(plan: Plan, command: Sequence[str], watch: Watcher, finish: Callab
 
 
 def attend(sweep: Sweep, watch: Watcher, finish: Callable[[Sweep], None]) -> int:
-    """Wait for all jobs; Ctrl-C stops them (again: kills them). Then `finish`; 0 if nothing is left to do, else 1."""
+    """Wait for all jobs, then call `finish`. Returns the exit code: 0 if nothing is left to do, else 1.
+
+    Ctrl-C stops the jobs, which save first; a second one kills them.
+    """
     interrupted = False
     while True:
         try:
@@ -243,7 +252,7 @@ def _freeze(sweep: SweepFolder, plan: Plan) -> None:
 
 
 def unfinished(sweep: Sweep) -> Mapping[str, str]:
-    """Label -> reason, of the runs that are not done and will not get there by themselves."""
+    """Return label -> reason of the runs that are not done and will not be without another start."""
     states = sweep.states()
     return {
         f"{record.folder} {describe_point(record.values)}, seed={record.seed}": f"{states[record.number].phase}: "

@@ -1,4 +1,4 @@
-"""A `Backend` on this machine: a supervisor process of its own runs the jobs, so that the caller may leave."""
+"""A `Backend` on this machine: a supervisor process runs the jobs, so that its caller may leave."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ KILL_SECONDS = 10.0  # for a killed supervisor to be gone
 
 
 class LocalBackend:
-    """See `Backend`. `num_slots` jobs run at once; slot i sees device i, modulo their number."""
+    """A `Backend` that runs `num_slots` jobs at a time; slot i sees device i, modulo their number."""
 
     def __init__(
         self, sweep: SweepFolder, *, num_slots: int, devices: Sequence[str] = (), timeout_s: float | None = None,
@@ -107,7 +107,7 @@ class LocalBackend:
             time.sleep(0.02)
 
     def supervisor(self) -> int | None:
-        """Its process id while it lives: it holds the lock, so this is no other process that got the same number."""
+        """Return the process id of the supervisor while it lives. It holds the lock, so the id is its own."""
         path = self._sweep.path / LOCK
         return (int(path.read_text() or 0) or None) if is_held(path) else None
 

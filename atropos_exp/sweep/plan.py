@@ -1,4 +1,4 @@
-"""From a command line to everything that a sweep will run, composed and checked before anything is started."""
+"""From a command line to everything that a sweep will run, composed and checked before anything starts."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ MOST_RUNS = 10_000  # a typo in a range must not fill a disk
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlannedRun:
-    """One run of a grid, checked."""
+    """One run of a grid, whose configuration has been checked."""
 
     point: int
     values: Mapping[str, Any]
@@ -48,12 +48,13 @@ class PlannedRun:
 
     @property
     def config(self) -> DictConfig:
+        """The run's configuration."""
         return _seeded(self.checked.config, self.seed)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """A whole sweep."""
+    """A whole sweep, with every configuration checked."""
 
     settings: GridSweep | OptunaSweep
     settings_node: dict[str, Any]
@@ -69,7 +70,12 @@ class Plan:
 
 
 def plan_sweep(overrides: Sequence[str], config_dir: str | None) -> Plan:
-    """Raises UserError with every mistake of every run, or what Hydra raises if the base cannot be composed."""
+    """Compose and check every run of a sweep.
+
+        plan = plan_sweep(["advantage=grpo,rloo", "seed=0,1,2"], config_dir=None)  # six runs of two points
+
+    Raises UserError with every mistake of every run, or what Hydra raises if not even the base can be composed.
+    """
     folders = [Path(config_dir).resolve()] if config_dir else []
     search_path = [f"hydra.searchpath=[{folder.as_uri()}]" for folder in folders]
     failed: list[tuple[str, ...]] = []  # overrides of runs that Hydra cannot compose

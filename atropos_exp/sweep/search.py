@@ -1,4 +1,4 @@
-"""The Optuna study of a search: a journal file that all workers share, and who may take which trial."""
+"""The Optuna study of a search: a journal file that all workers share, and the claims to its trials."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Claim:
 
 
 class Search:
-    """One process's view of the study."""
+    """The study of a sweep, as one worker sees it."""
 
     def __init__(self, sweep: SweepFolder, settings: OptunaSweep) -> None:
         self._sweep = sweep
@@ -46,10 +46,10 @@ class Search:
         self._num_failed_before = self._num_failed()  # by earlier starts: somebody has looked at those
 
     def claim(self) -> Claim | None:
-        """The next trial: one that a dead worker left, else a new one; None when the total is reached.
+        """Claim the next trial: one that a dead worker left, else a new one; None when the total is reached.
 
         Raises UserError when too many trials have failed. Only one process at a time decides, so that the total is
-        exact however many there are.
+        exact however many workers there are.
         """
         import optuna
 
@@ -83,7 +83,7 @@ class Search:
 
 
 def prepare_study(sweep: SweepFolder, plan: SearchPlan, settings: OptunaSweep) -> None:
-    """Once, before there are workers."""
+    """Create the study and write its space. To be called once, before there are workers."""
     path = sweep.path / SPACE
     if not path.exists():
         path.write_text(json.dumps(plan.to_json()))
@@ -92,7 +92,7 @@ def prepare_study(sweep: SweepFolder, plan: SearchPlan, settings: OptunaSweep) -
 
 
 def trial_is_claimed(sweep: SweepFolder, number: int) -> bool:
-    """Whether a living worker has this trial."""
+    """Whether a living worker runs this trial."""
     return is_held(_lock_of(sweep, number))
 
 

@@ -22,23 +22,28 @@ MOST_BASES = 256  # combinations of group options
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SearchPlan:
-    """What trials choose from. `bases`: a configuration, interpolations kept, for each combination of `groups`."""
+    """What trials choose from: for each key a list of values or an interval.
+
+    `bases` has a configuration, interpolations kept, for each combination of the options of `groups`.
+    """
 
     space: dict[str, list[Any] | Interval]
     groups: list[str]
     bases: list[dict[str, Any]]  # in the order of itertools.product over the groups' choices
 
     def to_json(self) -> dict[str, Any]:
+        """Return the plan as JSON."""
         space = {key: asdict(item) if isinstance(item, Interval) else item for key, item in self.space.items()}
         return {"space": space, "groups": self.groups, "bases": self.bases}
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> SearchPlan:
+        """Return the plan that `to_json` has written."""
         space = {key: Interval(**item) if isinstance(item, dict) else item for key, item in content["space"].items()}
         return cls(space=space, groups=content["groups"], bases=content["bases"])
 
     def config(self, values: Mapping[str, Any]) -> DictConfig:
-        """The configuration of one choice. Raises UserError for a key that the chosen groups do not have."""
+        """Return the configuration of one choice. Raises UserError for a key that the chosen groups do not have."""
         choices = [_choices(self.space[group]) for group in self.groups]
         chosen = tuple(values[group] for group in self.groups)
         at = next(at for at, combination in enumerate(itertools.product(*choices)) if combination == chosen)
@@ -64,9 +69,10 @@ def plan_search(
     groups: Sequence[str],
     composer: Callable[[Mapping[str, str]], tuple[DictConfig, Origin] | None],
 ) -> tuple[SearchPlan, Checked] | None:
-    """Compose all bases and check the corners of the space. None: the composer could not compose one.
+    """Compose all bases and check the corners of the space: both ends of each interval, each choice of each key.
 
-    Raises UserError with what is wrong at a corner: both ends of every interval, and each choice of every key.
+    Returns the plan and the last corner; None if the composer could not compose a base. Raises UserError with what is
+    wrong at a corner.
     """
     options = []
     for group in groups:

@@ -18,7 +18,7 @@ _SHARED: Ranges = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GridSweep:
-    """Every combination of values, each once per seed."""
+    """Settings of `sweep=grid`: every combination of values, each once per seed."""
 
     grid: dict[str, Any]  # key -> list of values
     zip: dict[str, Any]  # key -> list of values, all of one length
@@ -50,7 +50,7 @@ class GridSweep:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptunaSweep:
-    """A search: TPE with successive halving."""
+    """Settings of `sweep=optuna`: a search by TPE with successive halving."""
 
     space: dict[str, Any]  # key -> list of choices, or Hydra's words for an interval
     trials: int

@@ -1,4 +1,4 @@
-"""Starts a sweep from a command line, and closes it with its report. The part `sweep` meets the others here."""
+"""The start of a sweep from a command line, and its end with a report."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from atropos_exp.sweep.table import LiveTable, counts
 
 
 def start_sweep(overrides: Sequence[str], config_dir: str | None) -> int:
-    """Plan, freeze and run. Exit code: 0, 1 if runs are left undone. Raises UserError before anything is started."""
+    """Plan a sweep, freeze its runs and run them.
+
+    Returns the exit code: 0, or 1 if runs are left undone. Raises UserError before anything has started.
+    """
     plan = plan_sweep(overrides, config_dir)
     command = ["python", "-m", "atropos_exp.run", *sys.argv[1:]]
     with LiveTable() as watch:
@@ -19,7 +22,7 @@ def start_sweep(overrides: Sequence[str], config_dir: str | None) -> int:
 
 
 def finish(sweep: Sweep) -> None:
-    """Say how it ended, write the report and name it."""
+    """Print how the sweep ended, and write its report."""
     from atropos_exp.report.sweep_page import write_sweep_report
 
     states = sweep.states()

@@ -31,7 +31,7 @@ POLL_SECONDS = 0.1
 
 @dataclass(kw_only=True)
 class Running:
-    """A job that has a process."""
+    """A job whose process runs."""
 
     job: Job
     process: subprocess.Popen[bytes]
@@ -43,7 +43,7 @@ class Running:
 
 
 class Supervisor:
-    """Runs jobs in their order in `num_slots` slots, writes what happens to events.jsonl."""
+    """Runs jobs in their order in `num_slots` slots, and notes what happens in events.jsonl."""
 
     def __init__(
         self, sweep: SweepFolder, jobs: Sequence[Job], *, num_slots: int, devices: Sequence[str],
@@ -60,7 +60,10 @@ class Supervisor:
         self._stop = False
 
     def run(self) -> None:
-        """To the end of all jobs. A job has a deadline if the sweep sets one; this process lives as long as they do."""
+        """Run all jobs to their end.
+
+        A job has a deadline if the sweep sets one; the supervisor lives as long as its jobs do.
+        """
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._ask_to_stop)
         try:
@@ -144,7 +147,7 @@ class Supervisor:
 
 
 def hold_lock(path: Path) -> IO[str] | None:
-    """The lock of the one supervisor of a sweep, with its process id inside; None if another one has it."""
+    """Take the lock of the one supervisor of a sweep, with its process id inside; None if another one has it."""
     for patience in (0.2, 0.4, 0.8):  # somebody who asks whether it is held, holds it for a moment
         if (lock := try_hold(path, holder=str(os.getpid()))) is not None:
             return lock
@@ -153,7 +156,7 @@ def hold_lock(path: Path) -> IO[str] | None:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """`SWEEP JOBS.json READY_FD`: jobs as `local.py` writes them; a byte on READY_FD says that they are queued."""
+    """Run `SWEEP JOBS.json READY_FD`, as `local.py` starts it; a byte on READY_FD says that the jobs are queued."""
     sweep = SweepFolder(Path(arguments[0]))
     spec = json.loads(Path(arguments[1]).read_text())
     Path(arguments[1]).unlink()

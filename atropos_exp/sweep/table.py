@@ -1,4 +1,4 @@
-"""How a sweep stands, as a table that renews itself on a terminal, or as one line per change elsewhere."""
+"""The state of a sweep: a table that is drawn again and again on a terminal, or a line per change elsewhere."""
 
 from __future__ import annotations
 
@@ -39,6 +39,7 @@ class Progress:
 
 
 def progress(folder: SweepFolder, number: int) -> Progress:
+    """Read what run `number` has recorded so far."""
     path = folder.run_folder(number) / "metrics.jsonl"
     try:
         seen = path.stat()
@@ -62,7 +63,7 @@ def _progress(path: Path, modified: int, size: int) -> Progress:
 
 
 def sweep_table(sweep: Sweep) -> Table:
-    """One row per run."""
+    """Return a table with one row per run."""
     from rich.markup import escape
     from rich.table import Table
 
@@ -83,18 +84,18 @@ def sweep_table(sweep: Sweep) -> Table:
 
 
 def counts(states: Mapping[int, RunState]) -> str:
-    """Such as "4 finished, 1 running, 1 failed"."""
+    """Return how many runs are in each phase, such as "4 finished, 1 running, 1 failed"."""
     found = Counter(state.phase for state in states.values())
     return ", ".join(f"{found[phase]} {phase}" for phase in Phase if found[phase]) or "no runs yet"
 
 
 def print_status(sweep: Sweep) -> None:
-    """The table, once."""
+    """Print the table once."""
     _console().print(sweep_table(sweep))
 
 
 class LiveTable:
-    """Called again and again while a sweep runs."""
+    """Shows a sweep each time it is called: redraws the table on a terminal, prints changed runs elsewhere."""
 
     def __init__(self) -> None:
         self._live: Live | None = None

@@ -1,4 +1,4 @@
-"""A worker of a search: takes trials until there are enough, and watches the run of each."""
+"""A worker of a search: claims trials until there are enough, and watches the run of each."""
 
 from __future__ import annotations
 
@@ -30,7 +30,10 @@ POLL_SECONDS = 0.2
 
 
 class Worker:
-    """Runs one trial at a time. SIGTERM: the run finishes its step and saves; the trial waits for the next worker."""
+    """Runs one trial at a time.
+
+    After SIGTERM the run finishes its step and saves, and the trial waits for the next worker.
+    """
 
     def __init__(self, sweep: SweepFolder, settings: OptunaSweep, *, number: int) -> None:
         self._sweep = sweep
@@ -40,6 +43,7 @@ class Worker:
         self._stopping = False
 
     def work(self) -> int:
+        """Run trials until the search has enough of them. Returns the exit code."""
         signal.signal(signal.SIGTERM, self._stop)
         signal.signal(signal.SIGINT, self._stop)
         while not self._stopping:
@@ -162,7 +166,7 @@ class Worker:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """`SWEEP NUMBER`. Exit code 0, or 2 with one message."""
+    """Run `SWEEP NUMBER`. Returns the exit code: 0, or 2 with one message."""
     try:
         sweep = SweepFolder.open(Path(arguments[0]))
         return Worker(sweep, build(sweep.request().settings, "sweep"), number=int(arguments[1])).work()

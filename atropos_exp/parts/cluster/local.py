@@ -21,7 +21,7 @@ GRACE_SECONDS = 30.0  # for the other ranks to end after one has failed; they ma
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Local:
-    """Trainer ranks are processes of this machine.
+    """Settings of `cluster=local`: the trainer's ranks are processes of this machine.
 
     Not torchrun, which kills ranks 30 s after a SIGTERM, however long the step and the checkpoint take that they are
     to finish; a run started by torchrun works as well.
@@ -37,14 +37,14 @@ class Local:
             raise UserError(f"num_processes: got {self.num_processes}, expected at least 1")
 
     def preflight(self) -> list[str]:
-        """Started by torchrun: the two ways to say how many ranks there are must agree."""
+        """Return a problem if torchrun has started another number of ranks than `num_processes`."""
         world = os.environ.get("WORLD_SIZE")
         if world is not None and self.num_processes not in (1, int(world)):
             return [f"num_processes: got {self.num_processes}, but WORLD_SIZE is {world}; give one of the two"]
         return []
 
     def launch(self, command: Sequence[str], environ: Mapping[str, str] = os.environ) -> int | None:
-        """Run all ranks to their end and return the exit code; None if this process is itself the (or a) rank.
+        """Run all ranks to their end and return the exit code; None if this process is itself a rank.
 
         `command` starts one rank, such as `[sys.executable, "-m", "atropos_exp.run", *sys.argv[1:]]`. SIGINT and
         SIGTERM are handed on, so that every rank finishes its step; there is no deadline, as a run may take days.

@@ -43,11 +43,15 @@ class Console:
         total_steps: int,
         group: str | None = None,
     ) -> ConsoleLogger:
+        """Return the logger of a run with `total_steps` steps."""
         return ConsoleLogger(self, stream=sys.stdout, name=name, run_folder=run_folder, total_steps=total_steps)
 
 
 class ConsoleLogger:
-    """A `Logger` for whoever watches. A stream that is closed under it (`| head`) silences it, not the run."""
+    """A `Logger` that prints.
+
+    A stream that is closed under it (`| head`) silences it and does not stop the run.
+    """
 
     def __init__(self, settings: Console, *, stream: IO[str], name: str, run_folder: Path, total_steps: int) -> None:
         self._every = settings.every
@@ -63,6 +67,7 @@ class ConsoleLogger:
             self._bar = _Bar(stream, name, total_steps)
 
     def log(self, metrics: StepMetrics) -> None:
+        """Show a step: move the live line, or print one of its own if the step is one of `every`."""
         left = self._left.after(metrics)
         line = step_line(metrics, total_steps=self._total_steps, left=left)
         evaluated = any(name.startswith("eval/") for name in metrics.values)
@@ -78,13 +83,14 @@ class ConsoleLogger:
     def samples(self, step: int, records: Sequence[SampleRecord]) -> None: ...
 
     def close(self, summary: Mapping[str, Any]) -> None:
+        """End the live line and print how the run ended."""
         if self._bar is not None:
             bar, self._bar = self._bar, None
             bar.stop()
         self.say(closing_line(summary, self._run_folder))
 
     def say(self, text: str) -> None:
-        """One line, above the live one if there is one."""
+        """Print one line, above the live one if there is one."""
         if not self._open:
             return
         try:
@@ -129,7 +135,10 @@ class _Bar:
 
 
 def closing_line(summary: Mapping[str, Any], run_folder: Path) -> str:
-    """For example `finished after 120 steps in 0:54: reward 0.31 → 0.92, eval 0.33 → 0.93; see outputs/demo/…`."""
+    """Return the last line of a run.
+
+    For example `finished after 120 steps in 0:54: reward 0.31 → 0.92, eval 0.33 → 0.93; see outputs/demo/…`.
+    """
     parts = [
         f"{what} {first:.3f} → {last:.3f}"
         for what in ("reward", "eval")

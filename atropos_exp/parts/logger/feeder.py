@@ -1,4 +1,4 @@
-"""Feeds JSON lines to a child process without ever waiting for it: a full queue drops and counts."""
+"""Feeds JSON lines to a child process without ever waiting for it: what a full queue cannot take is counted."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ log = logging.getLogger(__name__)
 
 
 class Feeder:
-    """A child process that reads messages on its standard input and reports on its standard output, a JSON object
-    a line: `{"text": ..., "level": "info" | "warning"}`. What it writes to standard error goes to
-    `log_path`; a report of level info goes to `tell`, in another thread. It runs in a session of its own, so a Ctrl-C
-    of the terminal does not reach it.
+    """A child process that reads messages on its standard input and reports on its standard output.
 
-    No method but `close` waits, and `close` has a deadline.
+    Both are JSON objects, one a line; a report is `{"text": ..., "level": "info" | "warning"}`. A report of level info
+    goes to `tell`, in another thread; what the process writes to standard error goes to `log_path`. It runs in a
+    session of its own, so a Ctrl-C in the terminal does not reach it. No method but `close` waits, and `close` has a
+    deadline.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Feeder:
         self._reader.start()
 
     def put(self, message: Mapping[str, Any]) -> None:
-        """Queue a message, or drop it and count."""
+        """Queue a message; if the queue is full, drop it and count it."""
         try:
             self._queue.put_nowait(message)
         except Full:

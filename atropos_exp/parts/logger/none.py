@@ -1,4 +1,4 @@
-"""`logger=none`: nobody is told; metrics.jsonl and summary.json are written all the same."""
+"""`logger=none`: prints and sends nothing; metrics.jsonl and summary.json are written all the same."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from atropos_exp.types import SampleRecord, StepMetrics
 
 @dataclass(frozen=True, kw_only=True)
 class NoLogger:
-    """Settings of `logger=none`: there are none."""
+    """Settings of `logger=none`, which has none."""
 
     project: ClassVar[None] = None  # nothing is tracked outside the run folder
     group: ClassVar[None] = None
@@ -27,11 +27,12 @@ class NoLogger:
         total_steps: int,
         group: str | None = None,
     ) -> SilentLogger:
+        """Return a logger that does nothing."""
         return SilentLogger()
 
 
 class SilentLogger:
-    """A `Logger` that tells nobody."""
+    """A `Logger` that does nothing."""
 
     def log(self, metrics: StepMetrics) -> None: ...
 

@@ -49,12 +49,13 @@ class RemoteLogger:
         return self._feeder.num_dropped
 
     def log(self, metrics: StepMetrics) -> None:
+        """Send the finite metrics of a step to the process, and show them on the console."""
         values = {name: value for name, value in metrics.values.items() if isfinite(value)}
         self._feeder.put({"kind": "metrics", "values": {"step": metrics.step} | values})
         self._console.log(metrics)
 
     def samples(self, step: int, records: Sequence[SampleRecord]) -> None:
-        """A table of this step's sample rollouts."""
+        """Send the step's sample rollouts, which become a table."""
         self._feeder.put({"kind": "samples", "step": step, "rows": [asdict(record) for record in records]})
 
     def close(self, summary: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""One step as one line of text, and what deserves a warning the first time that it happens."""
+"""A step as one line of text, and warnings for what happens for the first time."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ _SPAN = 20  # recent steps that the time left is estimated from
 
 
 class TimeLeft:
-    """Seconds until the last step, from the mean of recent steps (evaluation and saving included)."""
+    """Estimates the seconds until the last step from the mean of recent steps, evaluation and saving included."""
 
     def __init__(self, total_steps: int) -> None:
         self._total_steps = total_steps
         self._recent: deque[float] = deque(maxlen=_SPAN)
 
     def after(self, metrics: StepMetrics) -> float | None:
+        """Return the seconds that are left after a step; None before the first step."""
         seconds = metrics.values.get("time/step_s")
         if metrics.step > 0 and seconds is not None:
             self._recent.append(seconds)
@@ -28,13 +29,13 @@ class TimeLeft:
 
 
 class LiveFigures:
-    """What stands beside the progress bar, short enough for 80 columns. Evaluation is rare, so its last value stays."""
+    """What stands beside the progress bar. Evaluation is rare, so its last value stays."""
 
     def __init__(self) -> None:
         self._accuracy: float | None = None
 
     def after(self, metrics: StepMetrics, left: float | None) -> str:
-        """For example `reward 0.43 eval 0.61 lag 0 12.3k tok/s ETA 0:49`."""
+        """Return at most 80 columns, for example `reward 0.43 eval 0.61 lag 0 12.3k tok/s ETA 0:49`."""
         values = metrics.values
         self._accuracy = first_given(eval_accuracy(values), self._accuracy)
         reward = values.get("reward/mean", float("nan"))
@@ -51,11 +52,15 @@ class LiveFigures:
 
 
 def first_given(*values: float | None) -> float | None:
+    """Return the first value that is not None."""
     return next((value for value in values if value is not None), None)
 
 
 def step_line(metrics: StepMetrics, *, total_steps: int, left: float | None) -> str:
-    """For example `step 12/120  reward 0.43 ±0.49  eval 0.61  length 5.2  lag 0  12,345 tok/s  0.45 s  ETA 0:49`."""
+    """Return a step as one line.
+
+    For example `step 12/120  reward 0.43 ±0.49  eval 0.61  length 5.2  lag 0  12,345 tok/s  0.45 s  ETA 0:49`.
+    """
     width = len(str(total_steps))
     return "  ".join([f"step {metrics.step:>{width}}/{total_steps}", *_figures(metrics, left)])
 
@@ -81,19 +86,20 @@ def _figures(metrics: StepMetrics, left: float | None) -> Iterator[str]:
 
 
 def clock(seconds: float) -> str:
-    """62.0 -> `1:02`, 3601.0 -> `1:00:01`."""
+    """Format seconds: 62.0 is `1:02`, 3601.0 is `1:00:01`."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 class FirstTimes:
-    """Picks what a user should hear of once; the metrics go on counting."""
+    """Finds what deserves a warning the first time that it happens; the metrics go on counting."""
 
     def __init__(self) -> None:
         self._told: set[str] = set()
 
     def in_step(self, metrics: StepMetrics) -> list[str]:
+        """Return the warnings that are new in this step."""
         news = []
         for subject, text in _warnings(metrics.values):
             if subject not in self._told:

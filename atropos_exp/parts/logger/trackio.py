@@ -1,4 +1,4 @@
-"""`logger=trackio`: a local dashboard beside the console, fed by a process of its own as W&B is."""
+"""`logger=trackio`: a local dashboard beside the console, fed by a process of its own (`remote.py` says why)."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Trackio:
                 raise UserError(f"logger.{key}: must be above 0; got {getattr(self, key)}")
 
     def preflight(self) -> Iterator[str]:
-        """Whether trackio is there at all."""
+        """Yield a problem if trackio is not installed."""
         if importlib.util.find_spec("trackio") is None:
             yield f"logger=trackio, but trackio is not installed; {INSTALL}, or logger=console"
 
@@ -50,7 +50,7 @@ class Trackio:
         total_steps: int,
         group: str | None = None,
     ) -> RemoteLogger:
-        """`config` is redacted here. A resumed run continues its curves, by the name of its folder."""
+        """Return the logger of a run. Secrets in `config` are redacted here. A resumed run continues its curves."""
         console = Console(live=self.live, every=self.every).start(
             run_folder=run_folder, config=config, name=name, resumed=resumed, total_steps=total_steps, group=None
         )

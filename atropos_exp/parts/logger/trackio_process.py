@@ -1,4 +1,4 @@
-"""The process that writes trackio's data base; `trackio.py` starts it. It ends by itself when its input ends."""
+"""The process that writes trackio's database; `trackio.py` starts it. It ends by itself when its input ends."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from atropos_exp.parts.logger.remote_process import brief, connect, end_within, 
 
 
 def main() -> None:
+    """Record what arrives on standard input."""
     connected = connect()
     if connected is None:
         return

@@ -60,7 +60,10 @@ class Wandb:
         total_steps: int,
         group: str | None = None,
     ) -> ConsoleLogger | RemoteLogger:
-        """`config` is redacted here. A resumed run continues its W&B run, whose id lies in the run folder."""
+        """Return the logger of a run. Secrets in `config` are redacted here.
+
+        A resumed run continues its W&B run, whose id lies in the run folder.
+        """
         console = Console(live=self.live, every=self.every).start(
             run_folder=run_folder, config=config, name=name, resumed=resumed, total_steps=total_steps, group=None
         )

@@ -27,6 +27,7 @@ Settings = dict[str, Any]
 
 
 def main() -> None:
+    """Record what arrives on standard input, offline if W&B cannot be reached."""
     connected = connect()
     if connected is None:
         return

@@ -12,7 +12,7 @@ INSTALL = "pip install 'atropos-exp[trackio]' (docs/troubleshooting.md, if pip r
 
 
 def show(folder: Path, *, port: int | None, open_browser: bool) -> None:
-    """Serve until Ctrl-C. Raises UserError without trackio, or without a run."""
+    """Serve the dashboard until Ctrl-C. Raises UserError without trackio, or if `folder` has no run."""
     if importlib.util.find_spec("trackio") is None:
         raise UserError(f"the local dashboard is trackio's, which is not installed; {INSTALL}")
     if not any(folder.glob("*.db")):

@@ -1,4 +1,4 @@
-"""The W&B workspace that a GRPO user looks at, as code: sections, panels, and the step as the common axis."""
+"""The W&B workspace for GRPO, as code: sections, panels, and the step as the common axis."""
 
 from __future__ import annotations
 
@@ -24,13 +24,15 @@ class Panel:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Section:
+    """Panels under a title."""
+
     title: str
     panels: tuple[Panel, ...]
     is_open: bool = True
 
 
 def sections(eval_sets: tuple[str, ...]) -> tuple[Section, ...]:
-    """In the order in which one asks: does it learn, is it healthy, are the rollouts good, where does the time go."""
+    """Return the sections in the order of one's questions: does it learn, is it healthy, where does the time go."""
     accuracy = tuple(f"eval/{name}/accuracy" for name in eval_sets)
     return (
         Section(
@@ -84,8 +86,11 @@ def sections(eval_sets: tuple[str, ...]) -> tuple[Section, ...]:
 
 
 def build(*, entity: str, project: str, name: str, eval_sets: tuple[str, ...], by: str | None) -> Any:
-    """The `wandb_workspaces` workspace. `by`: a key of the configuration whose values become colours, averaged over
-    seeds, such as `advantage._target_`. Raises UserError without the library."""
+    """Return the `wandb_workspaces` workspace. Raises UserError without that library.
+
+    `by`: a key of the configuration, such as `advantage._target_`, whose values get one colour each, averaged over
+    seeds.
+    """
     if importlib.util.find_spec("wandb_workspaces") is None:
         raise UserError(f"the workspace is built with wandb-workspaces, which is not installed; {INSTALL}")
     import wandb_workspaces.reports.v2 as reports
@@ -107,6 +112,6 @@ def build(*, entity: str, project: str, name: str, eval_sets: tuple[str, ...], b
 
 
 def as_json(workspace: Any) -> dict[str, Any]:
-    """What would be sent to the server, without sending it."""
+    """Return what would be sent to the server, without sending it."""
     spec: dict[str, Any] = json.loads(workspace._to_model().model_dump_json(by_alias=True))
     return spec

@@ -26,7 +26,7 @@ ENDS = ("finished", "stopped", "gave_up", "requeued", "failed")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Attempt:
-    """What is known of one attempt."""
+    """What is known of one attempt at a run."""
 
     name: str  # <job id>.<restart>
     start_step: int
@@ -39,11 +39,12 @@ class Attempt:
 
     @property
     def was_warned(self) -> bool:
-        """It was asked to stop, so its end says nothing about the run."""
+        """Whether it was asked to stop, so that its end says nothing about the run."""
         return bool(self.signals)
 
     @property
     def is_failure(self) -> bool:
+        """Whether it failed, or was killed without a warning."""
         return self.how == "failed" or (self.how is None and not self.was_warned)
 
 
@@ -56,22 +57,28 @@ class Attempts:
         self._name = name
 
     def last_step(self) -> int:
-        """The last step recorded in metrics.jsonl; -1 for none."""
+        """Return the last step recorded in metrics.jsonl; -1 for none."""
         return last_step(read_rows(self._folder), default=-1)
 
     def start(self, **facts: Any) -> None:
+        """Note the start of this attempt."""
         self._write("start", step=self.last_step(), **facts)
 
     def signal(self, name: str) -> None:
+        """Note a signal that this attempt received."""
         self._write("signal", signal=name)
 
     def end(self, how: str, *, code: int, reason: str = "") -> None:
+        """Note how this attempt ended; `how` is one of `ENDS`."""
         assert how in ENDS, how
         self._write("end", how=how, step=self.last_step(), code=code, reason=reason)
 
     def failures_without_progress(self) -> int:
-        """How many attempts have failed since the run last got further than ever before. The attempt going on does
-        not count. One that was told to stop counts as nothing; after one that gave up the count starts again."""
+        """Return how many attempts have failed since the run last got further than ever before.
+
+        The current attempt does not count, nor one that was asked to stop; after one that gave up the count starts
+        again.
+        """
         attempts = [attempt for attempt in read_attempts(self._folder) if attempt.name != self._name]
         furthest, number = -2, 0
         for at, attempt in enumerate(attempts):
@@ -95,7 +102,7 @@ class Attempts:
 
 
 def read_attempts(run_folder: Path) -> list[Attempt]:
-    """In order. A torn last line is left out."""
+    """Return the attempts at the run in `run_folder`, in order."""
     found: dict[str, dict[str, Any]] = {}
     for row in read_json_lines(run_folder / FILE)[0]:
         blank = {"start": -1, "end": None, "signals": [], "how": None, "reason": "", "began": row["time"]}

@@ -1,4 +1,4 @@
-"""How the launchers of one attempt hear of each other: small files in slurm/attempt_<name>/ of the run folder.
+"""How the launchers of one attempt communicate: small files in slurm/attempt_<name>/ of the run folder.
 
     rendezvous.json     rank 0's address and port, for torch.distributed
     failed_<task>.json  this task's rank has failed
@@ -29,8 +29,10 @@ class Board:
         self._folder = run_folder / "slurm" / f"attempt_{name}"
 
     def begin(self) -> float | None:
-        """Rank 0 only: forget earlier attempts' files; when the last of those gave its last sign of life, in seconds
-        since the epoch, as far as that is known."""
+        """Delete the files of earlier attempts. Only rank 0's launcher calls this.
+
+        Returns the last sign of life of those attempts, in seconds since the epoch, or None if it is not known.
+        """
         beats = []
         for old in self._folder.parent.glob("attempt_*"):
             if old != self._folder:
@@ -41,21 +43,25 @@ class Board:
         return max(beats, default=None)
 
     def beat(self) -> None:
-        """Rank 0's launcher is there."""
+        """Give a sign of life of rank 0's launcher."""
         (self._folder / "alive").touch()
 
     def last_beat(self) -> int:
-        """When, by the clock of whoever wrote it, ns; 0 for never."""
+        """Return the time of the last sign of life in ns, by the clock of its writer; 0 for none."""
         try:
             return (self._folder / "alive").stat().st_mtime_ns
         except FileNotFoundError:
             return 0
 
     def meet(self, *, address: str, port: int) -> None:
+        """Publish rank 0's address and port."""
         self._write("rendezvous", {"address": address, "port": port})
 
     def wait_for_meeting(self, *, seconds: float, give_up: Callable[[], bool]) -> tuple[str, int] | None:
-        """Rank 0's address and port; None if there is a verdict already, or `give_up()`. Raises TimeoutError."""
+        """Return rank 0's address and port; None if there is a verdict already, or if `give_up()`.
+
+        Raises TimeoutError after `seconds`.
+        """
         deadline = time.monotonic() + seconds
         while (found := self._read("rendezvous")) is None:
             if self.verdict() is not None or give_up():
@@ -69,17 +75,20 @@ class Board:
         return str(found["address"]), int(found["port"])
 
     def fail(self, task: int, reason: str) -> None:
+        """Publish that the rank of a task has failed."""
         self._write(f"failed_{task}", {"task": task, "reason": reason})
 
     def failures(self) -> list[str]:
-        """Reasons, by task."""
+        """Return the reasons of failed ranks, by task."""
         found = [self._read(path.stem) for path in sorted(self._folder.glob("failed_*.json"))]
         return [str(row["reason"]) for row in found if row is not None]
 
     def decide(self, code: int) -> None:
+        """Publish the exit code with which all launchers end."""
         self._write("verdict", {"code": code})
 
     def verdict(self) -> int | None:
+        """Return the published exit code; None while there is none."""
         found = self._read("verdict")
         return None if found is None else int(found["code"])
 
@@ -95,7 +104,7 @@ class Board:
 
 
 class Pulse:
-    """Watches rank 0's launcher by this machine's clock: the clocks of two nodes may differ."""
+    """Watches rank 0's launcher by the clock of this machine, as the clocks of two nodes may differ."""
 
     def __init__(self, board: Board) -> None:
         self._board = board
@@ -103,7 +112,7 @@ class Pulse:
         self._changed_at = time.monotonic()
 
     def silent_for(self) -> float:
-        """Seconds since the last change that was seen."""
+        """Return the seconds since the last sign of life was noticed."""
         now = self._board.last_beat()
         if now != self._seen:
             self._seen, self._changed_at = now, time.monotonic()

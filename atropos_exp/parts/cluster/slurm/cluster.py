@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Slurm(SlurmSettings):
-    """Submits what its settings describe."""
+    """Settings of `cluster=slurm`, which submit the run or the sweep that they describe."""
 
     @property
     def queue(self) -> Slurm:
@@ -22,7 +22,7 @@ class Slurm(SlurmSettings):
         return self
 
     def submit_run(self, *, name: str, arguments: Sequence[str], run_folder: Path) -> int:
-        """Submit one run (or print what would be), follow it if `wait`; the exit code.
+        """Submit one run, or print the job with `dry_run`; follow it if `wait`. Returns the exit code.
 
         `arguments`: what follows the interpreter in the command line of one rank.
         """
@@ -32,7 +32,7 @@ class Slurm(SlurmSettings):
         return submit_single(JobSpec(name=name, arguments=tuple(arguments), run_folder=run_folder), self)
 
     def sweep_backend(self, sweep: SweepFolder, settings: object) -> SlurmBackend:
-        """Executes the runs of a sweep as job arrays; `settings` of the sweep say nothing that Slurm needs."""
+        """Return what executes the runs of a sweep as job arrays. Slurm needs nothing of the sweep's `settings`."""
         from atropos_exp.parts.cluster.slurm.sweep import SlurmBackend
 
         return SlurmBackend(sweep, self)

@@ -17,7 +17,10 @@ _SIOCGIFADDR = 0x8915
 
 
 def run_scontrol(*arguments: str) -> str | None:
-    """Its output; None where it cannot be asked: not installed (as in a container), refused, or no answer in time."""
+    """Return the output of scontrol; None if it cannot be asked.
+
+    It may not be installed (as in a container), refuse, or not answer in time.
+    """
     if shutil.which("scontrol") is None:
         return None
     try:
@@ -30,18 +33,16 @@ def run_scontrol(*arguments: str) -> str | None:
 
 
 def own_job(environ: Mapping[str, str]) -> str:
-    """How to name the job of this process to scontrol: the plain id of one element of an array is that of the array,
-    and to queue it again would start all the others once more."""
+    """Return the id of this process's job for scontrol.
+
+    The plain id of one element of an array is that of the whole array, which would be queued again as a whole.
+    """
     array = environ.get("SLURM_ARRAY_JOB_ID")
     return f"{array}_{environ['SLURM_ARRAY_TASK_ID']}" if array else environ["SLURM_JOB_ID"]
 
 
 def job_state(job: str, *, restarts: int) -> str | None:
-    """Such as RUNNING, of a job that has been started again `restarts` times; None if unknown.
-
-    A job whose processes are being ended is COMPLETING in Slurm's words, whatever becomes of it. That is told apart
-    here: REQUEUED if Slurm has already counted another start, else CANCELLED.
-    """
+    """Return the state, such as RUNNING, of a job that has been restarted `restarts` times; None if unknown."""
     text = run_scontrol("show", "job", "-o", job) or ""
     state, started = re.search(r"JobState=(\w+)", text), re.search(r"Restarts=(\d+)", text)
     if state is not None and started is not None and state[1] == "COMPLETING":
@@ -50,12 +51,12 @@ def job_state(job: str, *, restarts: int) -> str | None:
 
 
 def requeue(job: str) -> bool:
-    """Whether Slurm has taken the job back into the queue. Its processes are ended soon after."""
+    """Queue the job again; True if Slurm has accepted, which ends its processes soon after."""
     return run_scontrol("requeue", job) is not None
 
 
 def address_of(node: str) -> str:
-    """Where the other nodes of a job reach `node`: as Slurm itself does, else by its name."""
+    """Return the address at which the other nodes of a job reach `node`: as Slurm itself does, else by its name."""
     found = re.search(r"NodeAddr=(\S+)", run_scontrol("show", "node", "-o", node) or "")
     for name in ([found[1]] if found else []) + [node]:
         try:
@@ -67,7 +68,7 @@ def address_of(node: str) -> str:
 
 
 def interface_towards(address: str) -> str | None:
-    """The network interface through which this machine reaches `address`; None if that cannot be told."""
+    """Return the network interface through which this machine reaches `address`; None if unknown."""
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
             probe.connect((address, 9))

@@ -1,4 +1,4 @@
-"""Submit runs to Slurm, ask how they are, cancel them. What a single run and a sweep have in common."""
+"""Submit runs to Slurm, ask for their state, cancel them: what a single run and a sweep have in common."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ REQUEUED = ("REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class JobSpec:
-    """One run, to be started once per rank."""
+    """A run to submit, which Slurm starts once per rank."""
 
     name: str
     arguments: tuple[str, ...]  # what follows the interpreter, such as ("-m", "atropos_exp.run", ...)
@@ -30,7 +30,7 @@ class JobSpec:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class JobState:
-    """How a job is, in Slurm's words."""
+    """The state of a job, in Slurm's own terms."""
 
     state: str  # PENDING, RUNNING, COMPLETED, FAILED, TIMEOUT, ...; UNKNOWN: Slurm has forgotten it, or never knew it
     reason: str  # why it waits, or ended; "" for none
@@ -38,14 +38,14 @@ class JobState:
 
     @property
     def is_active(self) -> bool:
-        """Waiting or running, so its run may still go on."""
+        """Whether the job waits or runs, so that its run may still go on."""
         return self.state in ACTIVE or self.state in REQUEUED
 
 
 def submit(
     jobs: Sequence[JobSpec], settings: SlurmSettings, *, folder: Path, name: str | None = None, cwd: Path | None = None
 ) -> list[str]:
-    """Queue `jobs` as one array, or as a plain job if there is one; their ids in order. Returns at once.
+    """Queue `jobs` as one array, or as a plain job if there is one. Returns their ids in order, at once.
 
     `cwd`: where they start; by default where this process is. submitit's files go to `folder`; the output of each
     rank goes to log/ of its run folder. Raises UserError with Slurm's own words if it refuses.
@@ -86,8 +86,11 @@ def _content(job: JobSpec, settings: SlurmSettings) -> RankJob:
 
 
 def states(job_ids: Iterable[str]) -> dict[str, JobState]:
-    """Of every job. The queue is asked first, then the accounting, which a cluster may not have; then jobs that
-    ended some minutes ago are UNKNOWN, and their run folders tell."""
+    """Return the state of every job.
+
+    The queue is asked first, then the accounting, which a cluster may not have; then jobs that ended some minutes ago
+    are UNKNOWN, and their run folders tell.
+    """
     wanted = list(job_ids)
     if not wanted:
         return {}
@@ -100,7 +103,7 @@ def states(job_ids: Iterable[str]) -> dict[str, JobState]:
 
 
 def cancel(job_ids: Iterable[str]) -> None:
-    """Take jobs out of the queue, or end them; those that have ended already are no mistake."""
+    """Remove jobs from the queue, or end them; those that have ended already are ignored."""
     if wanted := list(job_ids):
         _output("scancel", "--quiet", *wanted)
 

@@ -1,4 +1,4 @@
-"""Which process of a job runs where, with which rank and which devices. Pure."""
+"""Which process of a job runs where, with which rank and which devices."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ ENGINE_DEVICES = "ATROPOS_EXP_ENGINE_DEVICES"  # in rank 0's environment: device
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Place:
-    """One task of srun."""
+    """The place of one task of srun: its node, rank and device."""
 
     node: int  # 0: the first node, where rank 0, the engine, the gateway and Atropos run
     local: int  # number of the task on its node
@@ -18,12 +18,16 @@ class Place:
 
     @property
     def role(self) -> str:
+        """The task in words."""
         return "engine" if self.rank is None else f"rank {self.rank}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Layout:
-    """`ranks_per_node` tasks on each node; on the first one the last `engine_gpus` of them are no trainer ranks."""
+    """How the tasks of a job are spread over its nodes.
+
+    Each node has `ranks_per_node` tasks; on the first node the last `engine_gpus` of them are no trainer ranks.
+    """
 
     nodes: int
     ranks_per_node: int
@@ -37,28 +41,29 @@ class Layout:
 
     @property
     def world_size(self) -> int:
+        """Trainer ranks on all nodes."""
         return self.nodes * self.ranks_per_node - self.idle_tasks
 
     def ranks_on(self, node: int) -> int:
+        """Return the number of trainer ranks on a node."""
         return self.ranks_per_node - (self.idle_tasks if node == 0 else 0)
 
     def place(self, node: int, local: int) -> Place:
+        """Return the place of a task by its node and its number there."""
         if local >= self.ranks_on(node):
             return Place(node=node, local=local, rank=None)
         before = node * self.ranks_per_node - (self.idle_tasks if node else 0)
         return Place(node=node, local=local, rank=before + local)
 
     def places(self) -> Iterator[Place]:
-        """All tasks, node by node."""
+        """Return all places, node by node."""
         for node in range(self.nodes):
             for local in range(self.ranks_per_node):
                 yield self.place(node, local)
 
     def environment(self, place: Place, *, address: str, port: int, given: Mapping[str, str]) -> dict[str, str]:
-        """What torch.distributed and the rank need to know. CUDA_VISIBLE_DEVICES stays as Slurm `given` it.
-
-        The engine is told the last devices of the first node. Every rank sees all devices of its node and takes the
-        one of its LOCAL_RANK; where Slurm shows it a single one, that.
+        """Return the variables that torch.distributed and the rank need. CUDA_VISIBLE_DEVICES stays as Slurm `given`
+        it.
         """
         assert place.rank is not None
         found = {
@@ -78,7 +83,7 @@ class Layout:
         return found
 
     def describe(self, *, address: str = "<address of the first node>") -> list[str]:
-        """A line per process, for people."""
+        """Return a line per process, for people."""
         shown = f"{self.nodes} node(s) x {self.ranks_per_node} task(s), {self.world_size} trainer rank(s)"
         lines = [shown, f"rendezvous {address}, a free port of it, found when the job starts"]
         devices = self.gpus_per_node

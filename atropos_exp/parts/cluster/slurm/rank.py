@@ -48,7 +48,7 @@ EARLY_SECONDS = 60.0  # by which Slurm may send its signal too early
 
 @dataclass(frozen=True, kw_only=True)
 class RankJob:
-    """The pickled content of a job; calling it is one task's whole life."""
+    """The pickled content of a job. Calling it runs one task to its end."""
 
     arguments: tuple[str, ...]  # of the interpreter, to run one rank
     run_folder: str
@@ -61,7 +61,7 @@ class RankJob:
 
 
 class Launcher:
-    """One task of the job."""
+    """Runs one task of the job."""
 
     def __init__(self, job: RankJob, environ: Mapping[str, str]) -> None:
         self._job = job
@@ -83,6 +83,7 @@ class Launcher:
         self._killed = False  # our own rank, for it did not end in time
 
     def run(self) -> str:
+        """Run the task to its end. Leaves by SystemExit unless the run has finished."""
         for number in STOP_SIGNALS:
             signal.signal(number, self._note_signal)
         if self._is_head:

@@ -36,7 +36,7 @@ exit "$code"
 
 
 def parameters(settings: SlurmSettings, *, name: str, folder: Path, run_folders: Sequence[Path]) -> dict[str, Any]:
-    """submitit's names for what the settings ask for."""
+    """Return the settings under submitit's names."""
     layout = settings.layout
     extra: dict[str, Any] = {"requeue" if settings.requeue else "no-requeue": True}
     for option in settings.sbatch:
@@ -68,6 +68,7 @@ def parameters(settings: SlurmSettings, *, name: str, folder: Path, run_folders:
 
 
 def srun_arguments(settings: SlurmSettings) -> list[str]:
+    """Return the arguments of srun."""
     found = [
         f"--cpus-per-task={settings.cpus_per_task}",  # srun takes it from sbatch in some versions only
         "--kill-on-bad-exit=0",  # the launchers see to the ends of each other, and note why
@@ -80,7 +81,7 @@ def srun_arguments(settings: SlurmSettings) -> list[str]:
 
 
 def setup(settings: SlurmSettings) -> list[str]:
-    """Commands before srun. A checkout is importable from anywhere, as it was where the command was typed."""
+    """Return the commands before srun. A checkout becomes importable from anywhere."""
     lines = []
     if IMPORT_ROOT.name not in ("site-packages", "dist-packages"):
         lines.append(f'export PYTHONPATH={shlex.quote(str(IMPORT_ROOT))}"${{PYTHONPATH:+:$PYTHONPATH}}"')
@@ -88,7 +89,7 @@ def setup(settings: SlurmSettings) -> list[str]:
 
 
 def teardown(settings: SlurmSettings, *, folder: Path, run_folders: Sequence[Path]) -> list[str]:
-    """Commands after srun; the exit code of the script is srun's."""
+    """Return the commands after srun; the script exits with srun's code."""
     words = {
         "{folders}": " ".join(shlex.quote(str(path)) for path in run_folders),
         "{count}": shlex.quote(f"{folder}/not_started_") + '"$SLURM_JOB_ID"',
@@ -101,12 +102,15 @@ def teardown(settings: SlurmSettings, *, folder: Path, run_folders: Sequence[Pat
 
 
 def python_of(settings: SlurmSettings) -> str:
-    """How the nodes start Python: one word or several, as the shell reads them."""
+    """Return how the nodes start Python: one word or several, in the shell's syntax."""
     return settings.python or shlex.quote(sys.executable)
 
 
 def script_text(settings: SlurmSettings, *, name: str, folder: Path, run_folders: Sequence[Path]) -> str:
-    """What `sbatch` is given. `folder`: of submitit's own files. Several run folders make an array."""
+    """Return the text that `sbatch` is given.
+
+    `folder`: of submitit's own files. Several run folders make an array.
+    """
     from submitit.slurm import slurm
 
     command = f"{python_of(settings)} -u -m submitit.core._submit {shlex.quote(str(folder))}"

@@ -1,4 +1,4 @@
-"""One run as one job: print it, or submit it and follow it to its end."""
+"""One run as one job: print the job, or submit it and follow it to its end."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FORGOTTEN_SECONDS = 60.0  # that Slurm knows nothing of the job before its run f
 
 
 def submit_single(job: JobSpec, settings: SlurmSettings) -> int:
-    """The exit code: of the run if it is followed, else 0 for a job in the queue."""
+    """Submit a job. Returns the exit code: the run's if it is followed, else 0 for a job in the queue."""
     own_folder = job.run_folder / "slurm"
     if settings.dry_run:
         print(script_text(settings, name=job.name, folder=own_folder, run_folders=[job.run_folder]))
@@ -45,7 +45,7 @@ def submit_single(job: JobSpec, settings: SlurmSettings) -> int:
 
 
 def current_job(run_folder: Path) -> tuple[str | None, JobState | None]:
-    """The newest job that was submitted for this folder, and how it is."""
+    """Return the newest job that was submitted for this folder, and its state."""
     try:
         job_id = str(json.loads((run_folder / "slurm" / JOB_FILE).read_text())["job_id"])
     except FileNotFoundError:
@@ -54,7 +54,10 @@ def current_job(run_folder: Path) -> tuple[str | None, JobState | None]:
 
 
 def follow(job_id: str, run_folder: Path) -> int:
-    """Show what rank 0 prints until the job has ended; the exit code. A run may take days: there is no deadline."""
+    """Print what rank 0 prints until the job has ended; returns the exit code.
+
+    A run may take days, so there is no deadline.
+    """
     log = run_folder / "log" / "rank_0.log"
     position = log.stat().st_size if log.exists() else 0
     before = ""
@@ -74,7 +77,7 @@ def follow(job_id: str, run_folder: Path) -> int:
 
 
 def conclude(job_id: str, state: JobState, run_folder: Path) -> int:
-    """Say how it ended: 0 if the run is finished, 1 otherwise."""
+    """Print how the job ended; returns 0 if the run is finished, else 1."""
     status = run_status(run_folder)[0] or "nothing recorded"
     attempts = read_attempts(run_folder)
     reason = attempts[-1].reason if attempts else ""

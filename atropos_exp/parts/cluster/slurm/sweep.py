@@ -39,7 +39,9 @@ class SweepJob(Protocol):
 
 
 class SlurmBackend:
-    """A sweep's `Backend`. Of an array `array_parallelism` jobs run at a time; all outlive the submitter."""
+    """The `Backend` of a sweep on Slurm: an array, of which `array_parallelism` jobs run at a time. It outlives the
+    submitter.
+    """
 
     def __init__(self, sweep: SweepFolder, settings: SlurmSettings) -> None:
         self._sweep = sweep
@@ -49,7 +51,7 @@ class SlurmBackend:
         self._answer: dict[str, JobState] = {}
 
     def submit(self, jobs: Sequence[SweepJob], *, attached: bool) -> None:
-        """As one array. Raises UserError while an earlier job of the sweep waits or runs."""
+        """Submit the jobs as one array. Raises UserError while an earlier job of the sweep waits or runs."""
         active = sorted({job_id.split("_")[0] for job_id, state in self._ask().items() if state.is_active})
         if active:
             raise UserError(
@@ -74,6 +76,7 @@ class SlurmBackend:
         self._asked_at = float("-inf")
 
     def states(self) -> Mapping[int, RunState]:
+        """Return the state of each run by number."""
         answer = self._ask()
         return {
             number: _with_times(run_state(answer[job_id], attempts), attempts)
@@ -82,11 +85,12 @@ class SlurmBackend:
         }
 
     def cancel(self, numbers: Sequence[int] | None = None) -> None:
-        """Ranks are told to save; how long they may take is up to the cluster (KillWait)."""
+        """Cancel jobs (None: all). Their ranks save; the cluster (KillWait) decides how long they may take."""
         cancel(job_id for number, (job_id, _) in self._jobs().items() if numbers is None or number in numbers)
         self._asked_at = float("-inf")
 
     def kill(self) -> None:
+        """Cancel all jobs."""
         self.cancel()
 
     def _jobs(self) -> dict[int, tuple[str, Path]]:
@@ -115,7 +119,10 @@ def _with_times(state: RunState, attempts: Sequence[Attempt]) -> RunState:
 
 
 def run_state(job: JobState, attempts: Sequence[Attempt]) -> RunState:
-    """What Slurm says of a job, and the launcher's own record where Slurm has forgotten it or gives no reason."""
+    """Return the state of a run from what Slurm says of its job.
+
+    Where Slurm has forgotten the job or gives no reason, the launcher's own record counts.
+    """
     last = attempts[-1] if attempts else None
     reason = last.reason if last is not None else ""
     if job.is_active:
