@@ -8,6 +8,7 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra._internal.utils import get_args_parser
@@ -97,7 +98,8 @@ def _frozen(arguments: Sequence[str]) -> DictConfig:
         raise UserError(f"{FROZEN}: got {' '.join(arguments) or 'nothing'}, expected one frozen configuration")
     config = OmegaConf.load(arguments[0])
     assert isinstance(config, DictConfig)
-    refuse_moved(OmegaConf.to_container(config, resolve=False), Path(arguments[0]))
+    nodes: Any = OmegaConf.to_container(config, resolve=False)
+    refuse_moved(nodes, Path(arguments[0]))
     return config
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 from omegaconf import OmegaConf
@@ -15,6 +16,10 @@ from atropos_exp.runs.sweep_folder import Request, SweepFolder
 from atropos_exp.sweep.__main__ import main as sweep_main
 
 WHAT_TO_DO = "Start a new run, or continue this one with the version that wrote it"
+
+
+def refuse(*given: object) -> NoReturn:
+    pytest.fail(f"it went on, with {given}")
 
 
 @pytest.mark.parametrize("folder", MOVED)
@@ -41,7 +46,7 @@ def test_a_frozen_run_of_then_is_refused_once(
     OmegaConf.save(OmegaConf.create({"seed": 1, **config, "run_dir": str(tmp_path)}), path)
     monkeypatch.setattr(sys, "argv", ["run", "--frozen", str(path)])
     with pytest.raises(SystemExit) as ended:
-        hydra_main(lambda config: pytest.fail("it ran"), lambda overrides, folder: pytest.fail("it swept"))()
+        hydra_main(refuse, refuse, refuse)()
     assert ended.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"{path}: engine._target_: got 'atropos_exp.engine.hf.HF'") and line.endswith(WHAT_TO_DO)
