@@ -24,8 +24,8 @@ from atropos_exp.parts.data.settings import PrepareSettings
 from atropos_exp.types import LoraSettings, Prompt
 
 if TYPE_CHECKING:
+    from atropos_exp.runs.sweep_backend import Backend
     from atropos_exp.runs.sweep_folder import SweepFolder
-    from atropos_exp.sweep.backend import Backend
 
 
 class DataPart(Protocol):

@@ -16,6 +16,7 @@ from atropos_exp.config.freeze import config_hash, freeze_config
 from atropos_exp.errors import UserError
 from atropos_exp.runs.folder import new_folder
 from atropos_exp.runs.redaction import redact
+from atropos_exp.runs.sweep_backend import Backend, Job
 from atropos_exp.runs.sweep_folder import (
     REQUEST,
     Phase,
@@ -26,7 +27,7 @@ from atropos_exp.runs.sweep_folder import (
     describe_point,
     read_trial_end,
 )
-from atropos_exp.sweep.backend import Backend, Job, run_command, worker_command
+from atropos_exp.sweep.commands import run_command, worker_command
 from atropos_exp.sweep.local import LocalBackend
 from atropos_exp.sweep.plan import Plan
 from atropos_exp.sweep.search import prepare_study, trial_is_claimed

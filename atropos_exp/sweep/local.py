@@ -18,8 +18,8 @@ from typing import Any
 from atropos_exp.errors import UserError
 from atropos_exp.processes.locks import is_held
 from atropos_exp.runs.atomic import write_atomic
+from atropos_exp.runs.sweep_backend import Job
 from atropos_exp.runs.sweep_folder import Phase, RunState, SweepFolder
-from atropos_exp.sweep.backend import Job
 from atropos_exp.sweep.supervisor import CANCEL, LOCK
 
 START_SECONDS = 60.0  # for the supervisor to say that it has the jobs

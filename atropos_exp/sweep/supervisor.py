@@ -21,8 +21,8 @@ from typing import IO, Any
 
 from atropos_exp.processes.lifeline import die_with_parent, dying_with_parent
 from atropos_exp.processes.locks import try_hold
+from atropos_exp.runs.sweep_backend import Job
 from atropos_exp.runs.sweep_folder import SweepFolder, outcome
-from atropos_exp.sweep.backend import Job
 
 LOCK = "local.lock"
 CANCEL = "local.cancel"

@@ -22,7 +22,7 @@ from atropos_exp.runs.atomic import write_atomic
 from atropos_exp.runs.files import Row, read_rows
 from atropos_exp.runs.summary import eval_accuracy
 from atropos_exp.runs.sweep_folder import TRIAL_END, Phase, RunRecord, SweepFolder, TrialEnd, outcome, read_trial_end
-from atropos_exp.sweep.backend import run_command
+from atropos_exp.sweep.commands import run_command
 from atropos_exp.sweep.search import Claim, Search
 from atropos_exp.sweep.settings import OptunaSweep
 

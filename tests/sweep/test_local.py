@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from atropos_exp.errors import UserError
+from atropos_exp.runs.sweep_backend import Job
 from atropos_exp.runs.sweep_folder import Phase, RunState, SweepFolder
-from atropos_exp.sweep.backend import Job
 from atropos_exp.sweep.local import LocalBackend
 
 # Notes that it started, with its device; ends well after `seconds`. "stubborn" ignores SIGTERM.

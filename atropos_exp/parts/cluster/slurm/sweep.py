@@ -7,7 +7,6 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
 
 from atropos_exp.errors import UserError
 from atropos_exp.parts.cluster.slurm.attempts import Attempt, read_attempts
@@ -15,27 +14,11 @@ from atropos_exp.parts.cluster.slurm.jobs import JobSpec, JobState, cancel, stat
 from atropos_exp.parts.cluster.slurm.rank import UNFINISHED
 from atropos_exp.parts.cluster.slurm.settings import SlurmSettings
 from atropos_exp.runs.files import read_json_lines
+from atropos_exp.runs.sweep_backend import Job
 from atropos_exp.runs.sweep_folder import Phase, RunState, SweepFolder
 
 ASK_SECONDS = 3.0  # the controller serves a whole cluster: it is not asked more often
 QUEUED_ENDS = {"finished": Phase.FINISHED, "stopped": Phase.STOPPED, "gave_up": Phase.FAILED, "failed": Phase.FAILED}
-
-
-class SweepJob(Protocol):
-    """What is known of one job of a sweep."""
-
-    @property
-    def number(self) -> int: ...
-    @property
-    def name(self) -> str: ...
-    @property
-    def command(self) -> list[str]: ...
-    @property
-    def cwd(self) -> Path: ...
-    @property
-    def run_folder(self) -> Path: ...
-    @property
-    def environment(self) -> dict[str, str]: ...
 
 
 class SlurmBackend:
@@ -50,7 +33,7 @@ class SlurmBackend:
         self._asked_at = float("-inf")
         self._answer: dict[str, JobState] = {}
 
-    def submit(self, jobs: Sequence[SweepJob], *, attached: bool) -> None:
+    def submit(self, jobs: Sequence[Job], *, attached: bool) -> None:
         """Submit the jobs as one array. Raises UserError while an earlier job of the sweep waits or runs."""
         active = sorted({job_id.split("_")[0] for job_id, state in self._ask().items() if state.is_active})
         if active:

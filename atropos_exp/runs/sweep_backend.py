@@ -1,15 +1,13 @@
-"""Where the runs of a sweep are executed: on this machine (`local.py`), or by a scheduler."""
+"""What executes the runs of a sweep: this machine (`sweep/local.py`), or the scheduler of a cluster."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from atropos_exp.config.freeze import FROZEN
-from atropos_exp.runs.sweep_folder import RunState, SweepFolder
+from atropos_exp.runs.sweep_folder import RunState
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,13 +50,3 @@ class Backend(Protocol):
     def kill(self) -> None:
         """End all jobs now, without waiting for anything."""
         ...
-
-
-def run_command(sweep: SweepFolder, number: int) -> list[str]:
-    """Return the command that starts, or continues, one run from its frozen configuration."""
-    return [sys.executable, "-m", "atropos_exp.run", FROZEN, str(sweep.config_path(number))]
-
-
-def worker_command(sweep: SweepFolder, number: int) -> list[str]:
-    """Return the command that starts a worker of a search."""
-    return [sys.executable, "-m", "atropos_exp.sweep.worker", str(sweep.path), str(number)]
