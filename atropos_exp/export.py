@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from atropos_exp.errors import UserError
 from atropos_exp.parts.model import hf_folder
 from atropos_exp.runs import manifest
+from atropos_exp.runs.atomic import fsync
 from atropos_exp.runs.checkpoints import Checkpoint, find_latest, open_checkpoint
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def export(source: Path, out: Path, dtype: str | None = None) -> Exported:
         (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         num_tensors, num_bytes, num_merged = _write_weights(weights, temporary, dtype)
         for path in temporary.iterdir():
-            manifest.fsync(path)
+            fsync(path)
         if out.exists():
             out.rmdir()
         temporary.rename(out)

@@ -15,6 +15,7 @@ from atropos_exp.parts.data.fingerprint import content_hash
 from atropos_exp.parts.data.parquet import read_parquet, write_parquet
 from atropos_exp.processes.locks import try_hold
 from atropos_exp.runs import manifest
+from atropos_exp.runs.atomic import fsync
 from data_prep.assemble import assemble, check_disjoint
 from data_prep.builder import Builder, arguments_of
 
@@ -68,7 +69,7 @@ def _build(folder: Path, builder: Builder) -> dict[str, Any]:
         }
         manifest.seal(draft, about)
         draft.rename(folder)
-        manifest.fsync(folder.parent)
+        fsync(folder.parent)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     return about

@@ -21,9 +21,9 @@ def replacing(path: Path) -> Iterator[Path]:
     draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield draft
-        _sync(draft)
+        fsync(draft)
         draft.replace(path)
-        _sync(path.parent)
+        fsync(path.parent)
     finally:
         draft.unlink(missing_ok=True)
 
@@ -36,7 +36,8 @@ def write_atomic(path: Path, content: str | bytes, *, mode: int | None = None) -
         draft.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
-def _sync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Make the content of a file, or the names in a directory, survive a power failure."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, TypeVar
 from atropos_exp.errors import UserError
 from atropos_exp.processes.ranks import ALONE, Ranks
 from atropos_exp.runs import manifest
+from atropos_exp.runs.atomic import fsync
 from atropos_exp.runs.manifest import DamagedError
 
 if TYPE_CHECKING:
@@ -103,7 +104,7 @@ class Checkpoints:
         created = not self.folder.is_dir()
         self.folder.mkdir(parents=True, exist_ok=True)
         if created:
-            manifest.fsync(self.folder.parent)
+            fsync(self.folder.parent)
         for leftover in self.folder.glob("tmp.*"):
             _remove(leftover)
         needed = self._size_of_newest()
@@ -123,7 +124,7 @@ class Checkpoints:
         if final.exists():  # of an earlier attempt; stays readable until the new one is in place
             final.rename(self.folder / f"old.{final.name}.{uuid.uuid4().hex}")
         temporary.rename(final)
-        manifest.fsync(self.folder)
+        fsync(self.folder)
         self._rotate(step)
         return final
 

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING
 
 import xxhash
 
+from atropos_exp.runs.atomic import fsync
+
 if TYPE_CHECKING:
     from atropos_exp.interfaces import JSON
 
@@ -78,15 +80,6 @@ def read(folder: Path) -> JSON:
 def num_bytes(folder: Path) -> int:
     """Return how many bytes the listed files have together."""
     return sum(entry["bytes"] for entry in read(folder)["files"].values())
-
-
-def fsync(path: Path) -> None:
-    """Make the content of a file, or the names in a directory, survive a power failure."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _entry(path: Path) -> JSON:

@@ -26,11 +26,6 @@ class RunRecorder:
         self._sample_every = sample_every
         self._files: RunFiles | None = None
 
-    @property
-    def files(self) -> RunFiles:
-        assert self._files is not None, "resume() comes before the first record()"
-        return self._files
-
     def resume(self, step: int) -> None:
         """Continue after `step` finished steps; a new run (0) begins with the row of step 0."""
         self._files = RunFiles(self._folder, first_step=step + 1 if step else 0)
@@ -60,10 +55,11 @@ class RunRecorder:
             eval=evaluation,
             extra=counters,
         )
-        self.files.log(metrics)
+        assert self._files is not None, "resume() comes before the first record()"
+        self._files.log(metrics)
         if groups and (step == 1 or step % self._sample_every == 0):
             samples = self._samples(step, groups, advantages)
-            self.files.samples(step, samples)
+            self._files.samples(step, samples)
             self._logger.samples(step, samples)
         self._logger.log(metrics)
 

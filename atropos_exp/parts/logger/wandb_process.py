@@ -97,15 +97,8 @@ def _init(wandb: Any, settings: Settings, mode: str) -> Any:
     return wandb.init(
         mode=mode,
         dir=settings["folder"],
-        id=settings["id"],
         resume="allow",
-        name=settings["name"],
-        project=settings["project"],
-        entity=settings["entity"],
-        group=settings["group"],
-        job_type=settings["job_type"],
-        tags=settings["tags"],
-        config=settings["config"],
+        **{key: settings[key] for key in ("id", "name", "project", "entity", "group", "job_type", "tags", "config")},
         settings=wandb.Settings(
             init_timeout=settings["init_timeout"],
             console="off",

