@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from atropos_exp.errors import UserError
 from atropos_exp.parts.data.mix import permutation, random_words
-from atropos_exp.parts.data.raw import make_row
-from data_prep.builder import AS_RUN, Draft, Row, argument, at_least, prompt_text
+from atropos_exp.parts.data.raw import VerlRow, make_row
+from data_prep.builder import AS_RUN, Draft, argument, at_least, prompt_text
 
 if TYPE_CHECKING:
     from atropos_exp.interfaces import Reward
@@ -87,13 +87,13 @@ class Arithmetic:
 
         return Exact(extract=None, last_line=False, ignore_case=False, **AS_RUN)
 
-    def gold(self, row: Row) -> str:
+    def gold(self, row: VerlRow) -> str:
         """Worked out from the prompt's text, as a person would."""
         match = re.fullmatch(r"(\d+)([+*-])(\d+)=", prompt_text(row))
         assert match, prompt_text(row)
         return str(OPERATIONS[match[2]](int(match[1]), int(match[3])))
 
-    def wrong(self, row: Row) -> str:
+    def wrong(self, row: VerlRow) -> str:
         """Off by ten: as when a carry is forgotten."""
         return str(int(self.gold(row)) - 10)
 
@@ -140,7 +140,7 @@ class Arithmetic:
         held_out = {problem: is_held_out(_question(*problem)) for problem in every}
         return [one for one, out in held_out.items() if not out], [one for one, out in held_out.items() if out]
 
-    def _row(self, operation: str, left: int, right: int, *, split: str, index: int) -> Row:
+    def _row(self, operation: str, left: int, right: int, *, split: str, index: int) -> VerlRow:
         return make_row(
             data_source=self.NAME,
             content=_question(operation, left, right),

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from atropos_exp.errors import UserError
+from atropos_exp.parts.data.raw import VerlRow
 from atropos_exp.parts.data.schema import check_rows
-from data_prep.builder import Builder, Row
+from data_prep.builder import Builder
 from data_prep.selftest import self_test
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ def check_disjoint(train: pa.Table, test: pa.Table) -> None:
         raise UserError(f"{len(both)} prompts are in train and in test, such as {both[0]!r}")
 
 
-def _good(rows: list[Row], split: str) -> tuple[list[Row], int, list[str]]:
+def _good(rows: list[VerlRow], split: str) -> tuple[list[VerlRow], int, list[str]]:
     """Rows that the loader would accept, how many it would not, and the keys of the good ones."""
     import pyarrow as pa
 
@@ -81,7 +82,7 @@ def _good(rows: list[Row], split: str) -> tuple[list[Row], int, list[str]]:
     return [rows[index] for index in good], len(bad), checked.table.column("key").to_pylist()
 
 
-def _first_of_each(rows: list[Row], keys: list[str], taken: frozenset[str]) -> tuple[list[Row], list[str], int]:
+def _first_of_each(rows: list[VerlRow], keys: list[str], taken: frozenset[str]) -> tuple[list[VerlRow], list[str], int]:
     """The first row of each key that is not `taken`, their keys, and how many rows fell away."""
     seen = set(taken)
     kept_rows, kept_keys = [], []

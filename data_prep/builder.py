@@ -7,11 +7,11 @@ from dataclasses import MISSING, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from atropos_exp.errors import UserError
+from atropos_exp.parts.data.raw import VerlRow
 
 if TYPE_CHECKING:
     from atropos_exp.interfaces import Reward
 
-Row = dict[str, Any]
 AS_RUN: dict[str, Any] = {"num_workers": 2, "timeout_seconds": 10.0}  # how the self-test runs a reward
 
 
@@ -19,8 +19,8 @@ AS_RUN: dict[str, Any] = {"num_workers": 2, "timeout_seconds": 10.0}  # how the 
 class Draft:
     """Rows in verl's schema before duplicates are dropped."""
 
-    train: list[Row]
-    test: list[Row]
+    train: list[VerlRow]
+    test: list[VerlRow]
     source: str  # where they come from, for the manifest
     counts: Mapping[str, int] = field(default_factory=dict)  # what was left out on the way here
 
@@ -40,11 +40,11 @@ class Builder(Protocol):
         """The reward that these rows are made for."""
         ...
 
-    def gold(self, row: Row) -> str:
+    def gold(self, row: VerlRow) -> str:
         """A right answer, found without looking at the row's ground_truth where that is possible."""
         ...
 
-    def wrong(self, row: Row) -> str:
+    def wrong(self, row: VerlRow) -> str:
         """A plausible wrong answer in the right form."""
         ...
 
@@ -78,9 +78,9 @@ def at_least(low: int, **values: int | None) -> None:
         raise UserError("\n".join(wrong))
 
 
-def prompt_text(row: Row) -> str:
+def prompt_text(row: VerlRow) -> str:
     return str(row["prompt"][-1]["content"])
 
 
-def ground_truth(row: Row) -> str:
+def ground_truth(row: VerlRow) -> str:
     return str(row["reward_model"]["ground_truth"])

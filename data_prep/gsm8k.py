@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from atropos_exp.parts.data.raw import GSM8K
-from data_prep.builder import AS_RUN, Draft, Row, argument, at_least, ground_truth
+from atropos_exp.parts.data.raw import GSM8K, VerlRow
+from data_prep.builder import AS_RUN, Draft, argument, at_least, ground_truth
 from data_prep.hub_builder import draft_from_hub
 
 if TYPE_CHECKING:
@@ -52,11 +52,11 @@ class Gsm8k:
 
         return RewardScore(**AS_RUN)
 
-    def gold(self, row: Row) -> str:
+    def gold(self, row: VerlRow) -> str:
         """The data set's own worked solution."""
         return str(row["extra_info"]["answer"])
 
-    def wrong(self, row: Row) -> str:
+    def wrong(self, row: VerlRow) -> str:
         return f"#### {float(ground_truth(row)) + 1:g}"
 
 

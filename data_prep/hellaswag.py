@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from atropos_exp.parts.data.raw import HELLASWAG, LETTERS
-from data_prep.builder import AS_RUN, Draft, Row, argument, at_least, prompt_text
+from atropos_exp.parts.data.raw import HELLASWAG, LETTERS, VerlRow
+from data_prep.builder import AS_RUN, Draft, argument, at_least, prompt_text
 from data_prep.hub_builder import draft_from_hub
 
 if TYPE_CHECKING:
@@ -52,14 +52,14 @@ class Hellaswag:
 
         return Exact(extract=None, last_line=False, ignore_case=False, **AS_RUN)
 
-    def gold(self, row: Row) -> str:
+    def gold(self, row: VerlRow) -> str:
         """The letter in front of the labelled ending, read from the prompt."""
         info = row["extra_info"]
         ending = info["endings"][int(info["label"])]
         lines = prompt_text(row).splitlines()
         return next(letter for letter in LETTERS if f"{letter}. {ending}" in lines)
 
-    def wrong(self, row: Row) -> str:
+    def wrong(self, row: VerlRow) -> str:
         return next(letter for letter in LETTERS if letter != LETTERS[int(row["extra_info"]["label"])])
 
 

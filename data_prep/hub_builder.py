@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from atropos_exp.errors import UserError
 from atropos_exp.parts.data.hub import read_splits
-from atropos_exp.parts.data.raw import RawFormat, verl_row
-from data_prep.builder import Draft, Row
+from atropos_exp.parts.data.raw import RawFormat, VerlRow, verl_row
+from data_prep.builder import Draft
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -44,7 +44,7 @@ def draft_from_hub(
     )
 
 
-def _rows(table: pa.Table, raw_format: RawFormat, split: str, limit: int | None, source: str) -> list[Row]:
+def _rows(table: pa.Table, raw_format: RawFormat, split: str, limit: int | None, source: str) -> list[VerlRow]:
     missing = sorted(raw_format.columns - set(table.column_names))
     if missing:
         raise UserError(

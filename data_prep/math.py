@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from atropos_exp.parts.data.raw import MATH, boxed_answer
-from data_prep.builder import AS_RUN, Draft, Row, argument, at_least, ground_truth
+from atropos_exp.parts.data.raw import MATH, VerlRow, boxed_answer
+from data_prep.builder import AS_RUN, Draft, argument, at_least, ground_truth
 from data_prep.hub_builder import draft_from_hub
 
 if TYPE_CHECKING:
@@ -52,13 +52,13 @@ class Math:
 
         return MathVerify(float_rounding=6, require_boxed=False, **AS_RUN)
 
-    def gold(self, row: Row) -> str:
+    def gold(self, row: VerlRow) -> str:
         """The data set's own worked solution; with braces added where it boxes without."""
         solution = str(row["extra_info"]["solution"])
         answer = boxed_answer(solution)
         return solution if f"\\boxed{{{answer}}}" in solution else f"{solution}\n\\boxed{{{answer}}}"
 
-    def wrong(self, row: Row) -> str:
+    def wrong(self, row: VerlRow) -> str:
         return f"\\boxed{{{ground_truth(row)} + 1729}}"
 
 

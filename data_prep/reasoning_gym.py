@@ -11,8 +11,8 @@ from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from atropos_exp.errors import UserError
-from atropos_exp.parts.data.raw import make_row
-from data_prep.builder import AS_RUN, Draft, Row, argument, at_least, ground_truth
+from atropos_exp.parts.data.raw import VerlRow, make_row
+from data_prep.builder import AS_RUN, Draft, argument, at_least, ground_truth
 
 if TYPE_CHECKING:
     from atropos_exp.interfaces import Reward
@@ -79,11 +79,11 @@ class ReasoningGymTasks:
 
         return ReasoningGym(require_tag=True, **AS_RUN)
 
-    def gold(self, row: Row) -> str:
+    def gold(self, row: VerlRow) -> str:
         """The ground truth: the scorer does not see it, it goes by the entry."""
         return f"<answer>{ground_truth(row)}</answer>"
 
-    def wrong(self, row: Row) -> str:
+    def wrong(self, row: VerlRow) -> str:
         """The next number, the other truth value, or the answer's letters from last to first."""
         answer = ground_truth(row)
         opposite = {"Yes": "No", "No": "Yes", "True": "False", "False": "True"}
@@ -125,7 +125,7 @@ def _entries(task: str, count: int, seed: int, options: Mapping[str, Any]) -> li
     return [dataset[index] for index in range(count)]
 
 
-def _row(task: str, entry: dict[str, Any], *, split: str, index: int) -> Row:
+def _row(task: str, entry: dict[str, Any], *, split: str, index: int) -> VerlRow:
     return make_row(
         data_source=f"reasoning_gym/{task}",
         content=f"{str(entry['question']).strip()}\n{INSTRUCTION}",

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from atropos_exp.errors import UserError
+from atropos_exp.parts.data.raw import VerlRow
 from atropos_exp.types import Prompt, RewardFailure
-from data_prep.builder import AS_RUN, Builder, Row, ground_truth, prompt_text
+from data_prep.builder import AS_RUN, Builder, ground_truth, prompt_text
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -20,7 +21,7 @@ class SelfTest:
     unscorable: tuple[int, ...]  # their indices
 
 
-def self_test(builder: Builder, rows: Sequence[Row]) -> SelfTest:
+def self_test(builder: Builder, rows: Sequence[VerlRow]) -> SelfTest:
     """Every gold answer must score 1.0 and every planted wrong one less. Raises UserError with the first failures.
 
     Up to builder.MAX_UNSCORABLE of the rows may have a gold answer that fails, or a reward that raises; those are
@@ -66,7 +67,7 @@ def _scores(builder: Builder, answers: Sequence[str], prompts: Sequence[Prompt])
     return scores
 
 
-def as_prompt(row: Row) -> Prompt:
+def as_prompt(row: VerlRow) -> Prompt:
     """What a reward sees of a row, without a tokenizer."""
     info = row["extra_info"]
     return Prompt(
@@ -80,7 +81,7 @@ def as_prompt(row: Row) -> Prompt:
     )
 
 
-def _failure(kind: str, answer: str, score: float | RewardFailure, row: Row) -> str:
+def _failure(kind: str, answer: str, score: float | RewardFailure, row: VerlRow) -> str:
     shown = answer if len(answer) <= 80 else "..." + answer[-77:]
     place = f"{row['extra_info']['split']} row {row['extra_info']['index']}"
     what = f"gets no score ({score})" if isinstance(score, RewardFailure) else f"scores {score}"

@@ -21,8 +21,8 @@ from pydantic import Field
 
 from atropos_exp.envs.episode import Episode, scored_group
 from atropos_exp.envs.run_settings import RunSettings
-from atropos_exp.envs.sampler import Completion, Sampler
-from atropos_exp.envs.stream import Place, Stream
+from atropos_exp.envs.sampler import EnvSampler, SampledTurn
+from atropos_exp.envs.stream import Stream, StreamPosition
 from atropos_exp.errors import UserError
 from atropos_exp.types import SamplingParams
 
@@ -121,7 +121,7 @@ class RunEnv(BaseEnv):  # type: ignore[misc]
         super().__init__(config, server_configs, slurm, testing)
         self.tokenizer = self.settings.model.tokenizer(model_folder)
         self.stop_token_ids = self.settings.model.stop_token_ids(model_folder)  # once: it reads the whole tokenizer
-        self.sampler = Sampler(self.server)
+        self.sampler = EnvSampler(self.server)
         self.stream = Stream(
             seed=self.settings.run.seed,
             process_index=config.process_index,
@@ -171,7 +171,7 @@ class RunEnv(BaseEnv):  # type: ignore[misc]
             log.warning("a group is dropped: %s%s (further ones are only counted)", reason, detail and f": {detail}")
         self.dropped[reason] += 1
 
-    def training_params(self, place: Place) -> SamplingParams:
+    def training_params(self, place: StreamPosition) -> SamplingParams:
         config = self.config
         return SamplingParams(
             temperature=config.temperature,
@@ -193,7 +193,7 @@ class RunEnv(BaseEnv):  # type: ignore[misc]
             advantages=advantages,
         )
 
-    def decode(self, completions: list[Completion]) -> list[str]:
+    def decode(self, completions: list[SampledTurn]) -> list[str]:
         """The text that is scored, as the trainer's own rollouts have it."""
         texts: list[str] = self.tokenizer.batch_decode(
             [completion.token_ids for completion in completions], skip_special_tokens=True

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from atropos_exp.envs.sampler import Completion
+from atropos_exp.envs.sampler import SampledTurn
 from atropos_exp.types import Finish
 
 IGNORED = -100  # mask of a token that is not trained
@@ -31,7 +31,7 @@ class Episode:
         self.masks += [IGNORED] * len(ids)
         self.logprobs += [NO_LOGPROB] * len(ids)
 
-    def add_completion(self, completion: Completion) -> None:
+    def add_completion(self, completion: SampledTurn) -> None:
         self.turns.append(range(len(self.tokens), len(self.tokens) + len(completion.token_ids)))
         self.tokens += completion.token_ids
         self.masks += completion.token_ids

@@ -23,8 +23,8 @@ if __name__ == "__main__":
 from atropos_exp.envs.base import RunEnv, RunEnvConfig
 from atropos_exp.envs.calculator_chain import Chain, Dialogue, draw_chain, turn_credit
 from atropos_exp.envs.episode import Episode
-from atropos_exp.envs.sampler import Completion
-from atropos_exp.envs.stream import Place
+from atropos_exp.envs.sampler import SampledTurn
+from atropos_exp.envs.stream import StreamPosition
 from atropos_exp.envs.turn_encoder import TurnEncoder
 from atropos_exp.errors import UserError
 from atropos_exp.parts.eval.held_out import eval_metrics
@@ -40,10 +40,10 @@ class CalculatorConfig(RunEnvConfig):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Task:
+class ChainTask:
     """One chain to be worked out `group_size` times."""
 
-    place: Place
+    place: StreamPosition
     chain: Chain
 
 
@@ -67,12 +67,12 @@ class CalculatorEnv(RunEnv):
                 "max_prompt_length + max_response_length of the run allow to a whole episode; raise one of them"
             )
 
-    async def get_next_item(self) -> Task:
+    async def get_next_item(self) -> ChainTask:
         place = self.stream.next()
         seed = derive_seed(self.settings.run.seed, "calculator", place.position)
-        return Task(place=place, chain=draw_chain(seed, self.config.num_sums, held_out=False))
+        return ChainTask(place=place, chain=draw_chain(seed, self.config.num_sums, held_out=False))
 
-    async def collect(self, item: Task) -> dict[str, Any] | None:
+    async def collect(self, item: ChainTask) -> dict[str, Any] | None:
         params = self.training_params(item.place)
         played = await self.play(item.chain, params, num_episodes=self.config.group_size, split="train")
         if any(not episode.turns or min(map(len, episode.turns)) == 0 for episode, _ in played):
@@ -108,7 +108,7 @@ class CalculatorEnv(RunEnv):
         )
 
     async def _go_on(
-        self, chain: Chain, start: Completion, params: SamplingParams, split: str
+        self, chain: Chain, start: SampledTurn, params: SamplingParams, split: str
     ) -> tuple[Episode, Dialogue]:
         episode, dialogue = Episode(), Dialogue(chain)
         episode.add_context(start.prompt_ids)
@@ -137,7 +137,7 @@ class CalculatorEnv(RunEnv):
             draw_chain(derive_seed(0, "held-out calculator", index), self.config.num_sums, held_out=True)
             for index in range(self.settings.held_out.num_prompts)
         ]
-        params = replace(self.training_params(Place(position=0, seed=0)), temperature=0.0, top_p=1.0, top_k=0)
+        params = replace(self.training_params(StreamPosition(position=0, seed=0)), temperature=0.0, top_p=1.0, top_k=0)
         async with asyncio.timeout(self.config.worker_timeout):
             played = await asyncio.gather(*(self.play(chain, params, num_episodes=1, split="eval") for chain in chains))
         dialogues = [dialogue for ((_, dialogue),) in played]

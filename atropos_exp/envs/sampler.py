@@ -23,7 +23,7 @@ class SamplerError(RuntimeError):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Completion:
+class SampledTurn:
     """Plain lists: this goes out as JSON."""
 
     prompt_ids: list[int]  # as the server took it
@@ -32,7 +32,7 @@ class Completion:
     finish: Finish
 
 
-class Sampler:
+class EnvSampler:
     """`server` is a `ServerManager` of atroposlib whose servers speak the vLLM or the SGLang dialect."""
 
     def __init__(self, server: Any) -> None:
@@ -40,7 +40,7 @@ class Sampler:
 
     async def complete(
         self, prompt_ids: Ids, params: SamplingParams, *, num_samples: int, split: str = "train"
-    ) -> list[Completion]:
+    ) -> list[SampledTurn]:
         """`num_samples` completions of one prompt. Call c of several has the seed derive_seed(params.seed, c)."""
         sizes = [MAX_COMPLETIONS] * (num_samples // MAX_COMPLETIONS)
         if num_samples % MAX_COMPLETIONS:
@@ -51,7 +51,7 @@ class Sampler:
         ]
         return [completion for answer in await asyncio.gather(*calls) for completion in answer]
 
-    async def _call(self, prompt_ids: Ids, params: SamplingParams, num_samples: int, split: str) -> list[Completion]:
+    async def _call(self, prompt_ids: Ids, params: SamplingParams, num_samples: int, split: str) -> list[SampledTurn]:
         taken, token_ids, logprobs, finishes = await self._server.tokens_and_logprobs_completion(
             input_ids=[int(token) for token in prompt_ids],
             n=num_samples,
@@ -71,19 +71,19 @@ class Sampler:
         ]
 
 
-def _completion(prompt_ids: list[int], token_ids: list[int], logprobs: list[float], finish: object) -> Completion:
+def _completion(prompt_ids: list[int], token_ids: list[int], logprobs: list[float], finish: object) -> SampledTurn:
     reason = finish.get("type") if isinstance(finish, dict) else finish  # SGLang's is an object
     if reason not in (Finish.STOP.value, Finish.LENGTH.value):
         raise SamplerError(f"a completion ended with {reason!r}; expected stop or length")
     if len(token_ids) != len(logprobs) or not all(map(math.isfinite, logprobs)):
         raise SamplerError(f"{len(token_ids)} tokens came with {len(logprobs)} logprobs, not all of them finite")
-    return Completion(prompt_ids=prompt_ids, token_ids=token_ids, logprobs=logprobs, finish=Finish(reason))
+    return SampledTurn(prompt_ids=prompt_ids, token_ids=token_ids, logprobs=logprobs, finish=Finish(reason))
 
 
 class SamplerEngine:
     """As much of an `Engine` as the held-out evaluator needs, for use in a thread beside the event loop `loop`."""
 
-    def __init__(self, sampler: Sampler, loop: asyncio.AbstractEventLoop, *, timeout_seconds: float) -> None:
+    def __init__(self, sampler: EnvSampler, loop: asyncio.AbstractEventLoop, *, timeout_seconds: float) -> None:
         self._sampler = sampler
         self._loop = loop
         self._timeout_seconds = timeout_seconds
@@ -113,7 +113,7 @@ class SamplerEngine:
         return [[_sample(completion) for completion in group] for group in await asyncio.gather(*calls)]
 
 
-def _sample(completion: Completion) -> Sample:
+def _sample(completion: SampledTurn) -> Sample:
     return Sample(
         token_ids=np.array(completion.token_ids, dtype=np.int32),
         logprobs=np.array(completion.logprobs, dtype=np.float32),

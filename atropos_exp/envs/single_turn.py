@@ -22,8 +22,8 @@ if __name__ == "__main__":
 
 from atropos_exp.envs.base import RunEnv
 from atropos_exp.envs.episode import Episode
-from atropos_exp.envs.sampler import Completion, SamplerEngine
-from atropos_exp.envs.stream import Place
+from atropos_exp.envs.sampler import SampledTurn, SamplerEngine
+from atropos_exp.envs.stream import StreamPosition
 from atropos_exp.types import Prompt, RewardFailure
 
 if TYPE_CHECKING:
@@ -31,10 +31,10 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Task:
+class PromptTask:
     """One prompt to be answered `group_size` times."""
 
-    place: Place
+    place: StreamPosition
     prompt: Prompt
 
 
@@ -72,12 +72,12 @@ class SingleTurnEnv(RunEnv):
             )
         self.scorer.score([])  # a reward that cannot be loaded says so here
 
-    async def get_next_item(self) -> Task:
+    async def get_next_item(self) -> PromptTask:
         place = self.stream.next()
         self.loader.restore({**self.loader.state(), "cursor": place.position})
-        return Task(place=place, prompt=self.loader.take(1)[0])
+        return PromptTask(place=place, prompt=self.loader.take(1)[0])
 
-    async def collect(self, item: Task) -> dict[str, Any] | None:
+    async def collect(self, item: PromptTask) -> dict[str, Any] | None:
         completions = await self.sampler.complete(
             item.prompt.token_ids.tolist(), self.training_params(item.place), num_samples=self.config.group_size
         )
@@ -100,7 +100,7 @@ class SingleTurnEnv(RunEnv):
             group["messages"] = [[question, {"role": "assistant", "content": text}] for text in texts]
         return group
 
-    def _score(self, prompt: Prompt, completions: list[Completion]) -> tuple[list[str], list[float | RewardFailure]]:
+    def _score(self, prompt: Prompt, completions: list[SampledTurn]) -> tuple[list[str], list[float | RewardFailure]]:
         texts = self.decode(completions)
         return texts, self.scorer.score([(text, prompt) for text in texts])
 

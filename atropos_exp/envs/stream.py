@@ -8,7 +8,7 @@ from atropos_exp.runs.seeds import derive_seed
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Place:
+class StreamPosition:
     """A position of the stream that this process took."""
 
     position: int
@@ -35,7 +35,7 @@ class Stream:
         self._life = (env_id, step)
         self._block = -(-step * self._tasks_per_step // self._num_processes)
 
-    def next(self) -> Place:
+    def next(self) -> StreamPosition:
         position = self._block * self._num_processes + self._process_index
         self._block += 1
-        return Place(position=position, seed=derive_seed(self._seed, "atropos", *self._life, position))
+        return StreamPosition(position=position, seed=derive_seed(self._seed, "atropos", *self._life, position))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from atropos_exp.parts.eval.estimators import Interval
+from atropos_exp.parts.eval.estimators import Bounds
 
 ALPHA = 0.05  # share of reports without any real difference that may claim one
 
@@ -23,7 +23,7 @@ class SeedMean:
 
     mean: float
     num: int
-    interval: Interval | None
+    interval: Bounds | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,7 +32,7 @@ class Comparison:
 
     seeds: tuple[int, ...]
     difference: float  # mean over seeds of point minus baseline; NaN without a common seed
-    interval: Interval | None  # 95 %, of this comparison alone
+    interval: Bounds | None  # 95 %, of this comparison alone
     p: float | None  # two-sided, paired t-test; None with fewer than two common seeds
     p_holm: float | None  # the same after Holm's correction for all comparisons of the report
     supported: bool  # p_holm is below ALPHA
@@ -58,7 +58,7 @@ class Comparison:
         return f"No difference is supported by these {len(self.seeds)} seeds."
 
 
-def seed_mean(values: Sequence[float], *, confidence: float = 0.95, bounds: Interval | None = None) -> SeedMean:
+def seed_mean(values: Sequence[float], *, confidence: float = 0.95, bounds: Bounds | None = None) -> SeedMean:
     """Return the mean of one value per seed with Student's interval, cut at `bounds`.
 
     seed_mean([0.8, 0.9])  # mean 0.85, interval (0.21, 1.49)
@@ -149,7 +149,7 @@ def _t_two_sided(t: float, df: int) -> float:
 
 def _paired(
     baseline: Mapping[int, float], other: Mapping[int, float], resolution: float
-) -> tuple[tuple[int, ...], float, Interval | None, float | None]:
+) -> tuple[tuple[int, ...], float, Bounds | None, float | None]:
     seeds = tuple(sorted(baseline.keys() & other.keys()))
     differences = np.array([other[seed] - baseline[seed] for seed in seeds])
     if len(seeds) < 2:

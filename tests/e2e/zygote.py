@@ -18,7 +18,7 @@ def main() -> None:
     import torch.distributed.checkpoint.state_dict_saver  # noqa: F401
     import transformers.models.qwen2.modeling_qwen2
 
-    import atropos_exp.parts.trainer.engine
+    import atropos_exp.parts.trainer.verl_backend
     import atropos_exp.run
 
     list(transformers.AutoModelForImageTextToText._model_mapping.keys())  # verl does, which imports every configuration

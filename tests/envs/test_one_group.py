@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from atropos_exp.envs.single_turn import SingleTurnEnv
-from atropos_exp.envs.stream import Place
+from atropos_exp.envs.stream import StreamPosition
 from atropos_exp.parts.model.tiny import WEIGHTS
 
 Make = Callable[..., SingleTurnEnv]
@@ -56,9 +56,9 @@ def test_sampling_parameters_need_no_file(make: Make, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     shutil.copytree(WEIGHTS, folder)
     environment = make(f"model.path={folder}")
-    before = environment.training_params(Place(position=0, seed=1))
+    before = environment.training_params(StreamPosition(position=0, seed=1))
     shutil.rmtree(folder)
-    assert environment.training_params(Place(position=0, seed=1)) == before
+    assert environment.training_params(StreamPosition(position=0, seed=1)) == before
     assert before.stop_token_ids
 
 

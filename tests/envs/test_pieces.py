@@ -12,7 +12,7 @@ import pytest
 from atropos_exp.envs.calculator_chain import Chain, Dialogue, draw_chain, evaluate, turn_credit
 from atropos_exp.envs.episode import Episode, scored_group
 from atropos_exp.envs.run_settings import RunSettings
-from atropos_exp.envs.sampler import Completion
+from atropos_exp.envs.sampler import SampledTurn
 from atropos_exp.envs.stream import Stream
 from atropos_exp.envs.turn_encoder import TurnEncoder
 from atropos_exp.errors import UserError
@@ -93,8 +93,8 @@ def test_credit_is_normalised_over_the_group_for_each_sum() -> None:
     assert turn_credit(group[:2])[0][0] == 0.0  # both right: nothing to tell them apart by
 
 
-def completion(ids: list[int], finish: Finish = Finish.STOP) -> Completion:
-    return Completion(prompt_ids=[], token_ids=ids, logprobs=[-0.5] * len(ids), finish=finish)
+def completion(ids: list[int], finish: Finish = Finish.STOP) -> SampledTurn:
+    return SampledTurn(prompt_ids=[], token_ids=ids, logprobs=[-0.5] * len(ids), finish=finish)
 
 
 def test_an_episode_trains_on_what_was_sampled_and_nothing_else() -> None:

@@ -23,7 +23,7 @@ EQUAL_WITHIN = 1e-6
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Rows:
+class ComparedRollouts:
     """The rollouts that are compared, all groups end to end."""
 
     rewards_N: Floats
@@ -65,7 +65,7 @@ class VerlAdvantage(ABC):
             return advantages
         rollouts = [rollout for i in compared for rollout in groups[i].compared]
         sizes = [len(rewards[i]) for i in compared]
-        rows = Rows(
+        rows = ComparedRollouts(
             rewards_N=np.concatenate([rewards[i] for i in compared]),
             index_N=np.repeat(np.arange(len(compared)), sizes).astype(object),
             lengths_N=np.array([rollout.num_trained for rollout in rollouts], dtype=np.int64),
@@ -76,11 +76,11 @@ class VerlAdvantage(ABC):
             advantages[i][[not rollout.supervised for rollout in groups[i].rollouts]] = part
         return advantages
 
-    def estimate(self, rows: Rows) -> Floats:
+    def estimate(self, rows: ComparedRollouts) -> Floats:
         """Advantages [N] of `rows`, before normalization and clipping."""
         return self.call_verl(rows, mask=np.ones((len(rows.rewards_N), 1), dtype=bool))[:, 0]
 
-    def call_verl(self, rows: Rows, *, mask: NDArray[Any], **settings: Any) -> Floats:
+    def call_verl(self, rows: ComparedRollouts, *, mask: NDArray[Any], **settings: Any) -> Floats:
         """verl's estimator on one reward per row; the mask [N, R] broadcasts the result to its shape."""
         import torch
         from verl.trainer.ppo import core_algos
@@ -94,7 +94,7 @@ class VerlAdvantage(ABC):
         )
         return _as_array(advantages)
 
-    def _finish(self, advantages_N: Floats, rows: Rows) -> Floats:
+    def _finish(self, advantages_N: Floats, rows: ComparedRollouts) -> Floats:
         if self.normalization == "batch":
             advantages_N = whiten(advantages_N, rows)
         if self.clip is not None:
@@ -110,7 +110,7 @@ def is_constant(values: NDArray[np.floating[Any]], *, among: NDArray[np.floating
     return len(values) < 2 or bool(np.ptp(values) <= EQUAL_WITHIN * largest)
 
 
-def whiten(advantages_N: Floats, rows: Rows) -> Floats:
+def whiten(advantages_N: Floats, rows: ComparedRollouts) -> Floats:
     """Zero mean and unit variance over the trained tokens of the rows that count (verl's `masked_whiten`).
 
     Zero if they do not differ: whitening a constant would only magnify its rounding.

@@ -11,7 +11,7 @@ from typing import ClassVar
 import numpy as np
 
 from atropos_exp.errors import UserError
-from atropos_exp.parts.advantage.base import Rows, VerlAdvantage
+from atropos_exp.parts.advantage.base import ComparedRollouts, VerlAdvantage
 from atropos_exp.types import Floats
 
 
@@ -28,7 +28,7 @@ class GRPO(VerlAdvantage):
         super().__post_init__()
         check_epsilon(self.epsilon)
 
-    def estimate(self, rows: Rows) -> Floats:
+    def estimate(self, rows: ComparedRollouts) -> Floats:
         mask = np.ones((len(rows.rewards_N), 1), dtype=bool)
         return self.call_verl(rows, mask=mask, epsilon=self.epsilon, norm_adv_by_std_in_grpo=self.norm_by_std)[:, 0]
 

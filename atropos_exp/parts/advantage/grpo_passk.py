@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from atropos_exp.parts.advantage.base import Rows, VerlAdvantage
+from atropos_exp.parts.advantage.base import ComparedRollouts, VerlAdvantage
 from atropos_exp.parts.advantage.grpo import check_epsilon
 from atropos_exp.types import Floats
 
@@ -25,7 +25,7 @@ class GRPOPassK(VerlAdvantage):
         super().__post_init__()
         check_epsilon(self.epsilon)
 
-    def estimate(self, rows: Rows) -> Floats:
+    def estimate(self, rows: ComparedRollouts) -> Floats:
         mask = np.ones((len(rows.rewards_N), 1), dtype=bool)
         config = {"norm_adv_by_std_in_grpo": self.norm_by_std}  # where verl looks for it here
         return self.call_verl(rows, mask=mask, epsilon=self.epsilon, config=config)[:, 0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from atropos_exp.parts.advantage.base import Rows, VerlAdvantage
+from atropos_exp.parts.advantage.base import ComparedRollouts, VerlAdvantage
 from atropos_exp.types import Floats
 
 
@@ -15,7 +15,7 @@ class OPO(VerlAdvantage):
 
     verl_name: ClassVar[str] = "opo"
 
-    def estimate(self, rows: Rows) -> Floats:
+    def estimate(self, rows: ComparedRollouts) -> Floats:
         # verl takes the length as the sum of the mask's row and multiplies the result by the mask:
         # one column that holds the length stands for a whole row of ones
         lengths_N1 = rows.lengths_N[:, None]

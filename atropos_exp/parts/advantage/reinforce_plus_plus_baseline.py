@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from atropos_exp.parts.advantage.base import Rows, VerlAdvantage, is_constant, whiten
+from atropos_exp.parts.advantage.base import ComparedRollouts, VerlAdvantage, is_constant, whiten
 from atropos_exp.types import Floats
 
 
@@ -20,7 +20,7 @@ class ReinforcePlusPlusBaseline(VerlAdvantage):
 
     verl_name: ClassVar[str] = "reinforce_plus_plus_baseline"
 
-    def estimate(self, rows: Rows) -> Floats:
+    def estimate(self, rows: ComparedRollouts) -> Floats:
         group_N = rows.index_N.astype(np.int64)
         means = np.bincount(group_N, rows.rewards_N) / np.bincount(group_N)
         if is_constant((rows.rewards_N - means[group_N])[rows.counts_N], among=rows.rewards_N):

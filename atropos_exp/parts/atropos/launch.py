@@ -13,7 +13,7 @@ from atropos_exp.parts.atropos.environment import Environment, Facts
 from atropos_exp.parts.atropos.intake import Intake
 from atropos_exp.parts.atropos.settings import AtroposSettings
 from atropos_exp.parts.atropos.source import AtroposSource
-from atropos_exp.parts.atropos.supervisor import Service, Supervisor
+from atropos_exp.parts.atropos.supervisor import ProgramSupervisor, SupervisedProgram
 from atropos_exp.processes.child import Child, child_environment
 from atropos_exp.processes.ports import HeldPort
 
@@ -29,7 +29,7 @@ class Programs:
     """The API that a run uses, and the processes of it that belong to the run. `supervisor.stop` ends them."""
 
     client: AtroposClient
-    supervisor: Supervisor
+    supervisor: ProgramSupervisor
     is_up: bool  # whether the API answered when it was looked for, or is being started
 
 
@@ -40,7 +40,7 @@ def start_programs(settings: AtroposSettings, environment: Environment, *, facts
     """
     if settings.api_url is not None:
         client = AtroposClient(settings.api_url, batch_seconds=settings.batch_timeout)
-        supervisor = Supervisor(client, max_restarts=settings.max_restarts)
+        supervisor = ProgramSupervisor(client, max_restarts=settings.max_restarts)
         try:
             client.check()
             return Programs(client=client, supervisor=supervisor, is_up=True)
@@ -51,14 +51,14 @@ def start_programs(settings: AtroposSettings, environment: Environment, *, facts
             client.close()
     port = HeldPort()  # the API listens on it once it has loaded, and again whenever it is restarted
     client = AtroposClient(f"http://127.0.0.1:{port.number}", batch_seconds=settings.batch_timeout)
-    supervisor = Supervisor(client, max_restarts=settings.max_restarts)
-    supervisor.add(Service(name="Atropos API", launch=lambda: _start_api(port, log_folder), is_api=True))
+    supervisor = ProgramSupervisor(client, max_restarts=settings.max_restarts)
+    supervisor.add(SupervisedProgram(name="Atropos API", launch=lambda: _start_api(port, log_folder), is_api=True))
     facts = replace(facts, api_url=client.url)
     for number in range(environment.num_processes):
         environment.argv(facts, number)  # a placeholder that does not exist says so now
         name = environment.name if environment.num_processes == 1 else f"{environment.name}_{number}"
         supervisor.add(
-            Service(
+            SupervisedProgram(
                 name=f"environment {name}", launch=_environment_launcher(environment, facts, number, log_folder, name)
             )
         )

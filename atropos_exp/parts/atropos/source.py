@@ -20,7 +20,7 @@ from atropos_exp.types import Dropped, RolloutGroup
 
 if TYPE_CHECKING:
     from atropos_exp.interfaces import JSON
-    from atropos_exp.parts.atropos.supervisor import Supervisor
+    from atropos_exp.parts.atropos.supervisor import ProgramSupervisor
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ class AtroposSource:
         *,
         registration: Callable[[int], Registration],
         intake: Intake,
-        supervisor: Supervisor,
+        supervisor: ProgramSupervisor,
         watch: Callable[[], None],
         more_counters: Callable[[], Mapping[str, float]],
         group_size: int,

@@ -28,7 +28,7 @@ HEALTHY_SECONDS = 60.0  # of life after which earlier deaths no longer count
 
 
 @dataclass(kw_only=True, eq=False)
-class Service:
+class SupervisedProgram:
     """One program and how it fares. Changed by the supervisor only."""
 
     name: str
@@ -46,7 +46,7 @@ class Service:
         return self.child is not None and self.child.poll() is None
 
 
-class Supervisor:
+class ProgramSupervisor:
     """Owns the services; a thread of it looks after them from `start` to `stop`."""
 
     def __init__(
@@ -57,7 +57,7 @@ class Supervisor:
         self._max_restarts = max_restarts
         self._backoff_seconds = backoff_seconds
         self._stop_grace_seconds = stop_grace_seconds
-        self._services: list[Service] = []
+        self._services: list[SupervisedProgram] = []
         self._lock = threading.RLock()
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
@@ -66,7 +66,7 @@ class Supervisor:
         self._api_answers = False
         self.counters: Counter[str] = Counter()
 
-    def add(self, service: Service) -> None:
+    def add(self, service: SupervisedProgram) -> None:
         self._services.append(service)
 
     def start(self) -> None:
@@ -145,7 +145,7 @@ class Supervisor:
                 self._start(service)
                 starting = starting or not service.is_api
 
-    def _start(self, service: Service) -> None:
+    def _start(self, service: SupervisedProgram) -> None:
         try:
             service.child = service.launch()
         except UserError as error:
@@ -153,7 +153,7 @@ class Supervisor:
             raise UserError(service.problem) from None
         service.started = time.monotonic()
 
-    def _note_death(self, service: Service) -> None:
+    def _note_death(self, service: SupervisedProgram) -> None:
         assert service.child is not None
         code, healthy = service.child.poll(), time.monotonic() - service.started > HEALTHY_SECONDS
         service.num_deaths = 1 if healthy else service.num_deaths + 1
@@ -168,7 +168,7 @@ class Supervisor:
         else:
             self._plan_restart(service, how, blame=blame)
 
-    def _plan_restart(self, service: Service, reason: str, *, blame: bool) -> None:
+    def _plan_restart(self, service: SupervisedProgram, reason: str, *, blame: bool) -> None:
         assert service.child is not None
         if not blame:
             service.num_deaths = max(0, service.num_deaths - 1)
@@ -199,12 +199,12 @@ class Supervisor:
                 self._next_env_id += 1
                 self.counters["environments_registered"] += 1
 
-    def _is_registering(self, service: Service) -> bool:
+    def _is_registering(self, service: SupervisedProgram) -> bool:
         """Started, not at the API yet, and not so slow that others should wait no longer."""
         recent = time.monotonic() - service.started < REGISTER_SECONDS
         return not service.is_api and service.is_alive and service.env_id is None and recent
 
-    def _disconnect(self, service: Service) -> None:
+    def _disconnect(self, service: SupervisedProgram) -> None:
         if service.env_id is not None:
             with contextlib.suppress(ApiDown):  # then it has nothing to forget
                 self._client.disconnect(service.env_id)
@@ -222,7 +222,7 @@ class Supervisor:
             self._api_answers = False
         return self._api_answers
 
-    def _describe(self, service: Service) -> str:
+    def _describe(self, service: SupervisedProgram) -> str:
         if service.problem is not None:
             return "given up"
         if service.is_alive:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-Row = dict[str, Any]
+VerlRow = dict[str, Any]  # see schema.py
 
 GSM8K_INSTRUCTION = 'Reason step by step, then write the final answer after "####".'
 MATH_INSTRUCTION = "Reason step by step, then write the final answer within \\boxed{}."
@@ -27,10 +27,12 @@ class RawFormat:
     columns: frozenset[str]  # a table that has all of them is in this format
     data_source: str  # the name that verl's reward_score knows, where it knows one
     ability: str
-    convert: Callable[[Mapping[str, Any]], tuple[str, str | None, Row]]  # -> question, ground truth, extra_info
+    convert: Callable[
+        [Mapping[str, Any]], tuple[str, str | None, dict[str, Any]]
+    ]  # -> question, ground truth, extra_info
 
 
-def verl_row(raw: Mapping[str, Any], raw_format: RawFormat, *, split: str, index: int) -> Row:
+def verl_row(raw: Mapping[str, Any], raw_format: RawFormat, *, split: str, index: int) -> VerlRow:
     """One row in verl's schema. `index`: the row's place in its raw split."""
     question, ground_truth, extra = raw_format.convert(raw)
     return make_row(
@@ -41,7 +43,7 @@ def verl_row(raw: Mapping[str, Any], raw_format: RawFormat, *, split: str, index
 
 def make_row(
     *, data_source: str, content: str, ability: str, ground_truth: str | None, split: str, index: int, **extra: Any
-) -> Row:
+) -> VerlRow:
     """verl's schema: a one-message prompt and a rule-based reward."""
     return {
         "data_source": data_source,
@@ -82,13 +84,13 @@ def boxed_answer(solution: str) -> str | None:
     return None  # an unclosed brace
 
 
-def _gsm8k(raw: Mapping[str, Any]) -> tuple[str, str | None, Row]:
+def _gsm8k(raw: Mapping[str, Any]) -> tuple[str, str | None, dict[str, Any]]:
     question, solution = str(raw["question"] or "").strip(), str(raw["answer"] or "")
     content = f"{question}\n{GSM8K_INSTRUCTION}" if question else ""
     return content, gsm8k_answer(solution), {"question": question, "answer": solution}
 
 
-def _math(raw: Mapping[str, Any]) -> tuple[str, str | None, Row]:
+def _math(raw: Mapping[str, Any]) -> tuple[str, str | None, dict[str, Any]]:
     problem, solution = str(raw["problem"] or "").strip(), str(raw["solution"] or "")
     content = f"{problem}\n{MATH_INSTRUCTION}" if problem else ""
     extra = {"solution": solution, "level": str(raw.get("level") or ""), "subject": _subject(raw)}
@@ -99,7 +101,7 @@ def _subject(raw: Mapping[str, Any]) -> str:
     return str(raw.get("type") or raw.get("subject") or "")
 
 
-def _hellaswag(raw: Mapping[str, Any]) -> tuple[str, str | None, Row]:
+def _hellaswag(raw: Mapping[str, Any]) -> tuple[str, str | None, dict[str, Any]]:
     endings = [_clean(ending) for ending in raw["endings"] or []]
     context = _clean(f"{raw['ctx_a'] or ''} {(raw['ctx_b'] or '').capitalize()}")
     label = str(raw["label"] if raw["label"] is not None else "").strip()

@@ -36,14 +36,14 @@ class BadRow:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Rows:
+class GoodRows:
     """The good rows of one file, column-wise."""
 
     table: pa.Table  # data_source, prompt, ability, ground_truth, text, key, prompt_id: no nulls; row: int64
     extra_info: pa.Array | None  # struct, row by row beside `table`
 
 
-def check_rows(table: pa.Table, file: str, *, split: str) -> tuple[Rows, list[BadRow]]:
+def check_rows(table: pa.Table, file: str, *, split: str) -> tuple[GoodRows, list[BadRow]]:
     """Split a file's rows into good and bad. `split`: used in prompt ids where extra_info names none.
 
     Raises UserError if the columns are not verl's.
@@ -99,7 +99,7 @@ def check_rows(table: pa.Table, file: str, *, split: str) -> tuple[Rows, list[Ba
         "row": pa.array(row, pa.int64()),
     }
     bad.sort(key=lambda one: one.row)
-    rows = Rows(table=pa.table(columns).take(good), extra_info=None if extra is None else extra.take(good))
+    rows = GoodRows(table=pa.table(columns).take(good), extra_info=None if extra is None else extra.take(good))
     return rows, bad
 
 

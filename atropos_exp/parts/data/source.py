@@ -42,7 +42,7 @@ class RawSource:
     name: str  # as in the configuration
     files: tuple[FileStamp, ...]
     bad: tuple[BadRow, ...]
-    table: pa.Table  # the good rows of all files, see schema.Rows; + `file`, its number
+    table: pa.Table  # the good rows of all files, see schema.GoodRows; + `file`, its number
     extra_info: tuple[pa.Array | None, ...]  # per file, beside its rows
     first_row: tuple[int, ...]  # per file, where its rows begin in `table`
 

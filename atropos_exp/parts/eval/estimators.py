@@ -8,10 +8,10 @@ from statistics import NormalDist
 import numpy as np
 from numpy.typing import NDArray
 
-Interval = tuple[float, float]
+Bounds = tuple[float, float]
 
 
-def wilson_interval(*, mean: float, num: float, confidence: float = 0.95) -> Interval:
+def wilson_interval(*, mean: float, num: float, confidence: float = 0.95) -> Bounds:
     """Score interval of a proportion `mean` seen in `num` independent trials (Wilson, 1927).
 
     Unlike the normal interval it stays inside [0, 1] and keeps its width at 0 and 1. Without trials: (0, 1).
@@ -46,7 +46,7 @@ def pass_at_k(*, num_correct: NDArray[np.integer], num_samples: int, k: int) -> 
     return estimates
 
 
-def mean_interval(values: NDArray[np.floating], *, confidence: float = 0.95) -> Interval:
+def mean_interval(values: NDArray[np.floating], *, confidence: float = 0.95) -> Bounds:
     """Interval of the mean of [N] independent values in [0, 1], such as one pass@k estimate per problem.
 
     Wilson's interval with Kish's effective number of trials, mean (1 - mean) / variance * N: values between 0 and 1

@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from atropos_exp.parts.gateway.counters import Counters, resident_bytes
 from atropos_exp.parts.gateway.gate import Gate
-from atropos_exp.parts.gateway.ledger import Ledger
+from atropos_exp.parts.gateway.ledger import CompletionLedger
 from atropos_exp.parts.gateway.refusal import Refusal
-from atropos_exp.processes.wire import flatten, split
+from atropos_exp.processes.wire import Message, flatten, split
 from atropos_exp.types import Provenance
-
-Message = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Admin:
     """The routes by their path."""
 
-    ledger: Ledger
+    ledger: CompletionLedger
     gate: Gate
     counters: Counters
     incarnation: int

@@ -12,19 +12,18 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 from atropos_exp.errors import WireError
+from atropos_exp.interfaces import JSON
 from atropos_exp.parts.gateway.admin import Admin
 from atropos_exp.parts.gateway.counters import Counters, prometheus
 from atropos_exp.parts.gateway.dialects import openai, sglang, vllm
 from atropos_exp.parts.gateway.refusal import Refusal
 from atropos_exp.parts.gateway.sampler import Sampler
-from atropos_exp.processes.wire import pack, unpack
+from atropos_exp.processes.wire import Message, pack, unpack
 
 if TYPE_CHECKING:
     from aiohttp import web
 
 logger = logging.getLogger(__name__)
-
-Body = dict[str, Any]
 
 
 class App:
@@ -110,7 +109,7 @@ class App:
             response.headers["Retry-After"] = str(refusal.retry_seconds)
         return response
 
-    def _json(self, work: Callable[[Body], Awaitable[Any]]) -> Callable[[web.Request], Awaitable[web.Response]]:
+    def _json(self, work: Callable[[JSON], Awaitable[Any]]) -> Callable[[web.Request], Awaitable[web.Response]]:
         async def handler(request: web.Request) -> web.Response:
             raw = await request.read()
             try:
@@ -127,7 +126,7 @@ class App:
 
         return handler
 
-    def _binary(self, work: Callable[[Body], Body]) -> Callable[[web.Request], Awaitable[web.Response]]:
+    def _binary(self, work: Callable[[Message], Message]) -> Callable[[web.Request], Awaitable[web.Response]]:
         async def handler(request: web.Request) -> web.Response:
             from aiohttp import web
 
@@ -140,15 +139,15 @@ class App:
 
         return handler
 
-    async def _completions(self, body: Body) -> Body:
+    async def _completions(self, body: JSON) -> JSON:
         self._counters.add("requests_completions")
         return await openai.completions(self._sampler, self._model_name, body)
 
-    async def _chat(self, body: Body) -> Body:
+    async def _chat(self, body: JSON) -> JSON:
         self._counters.add("requests_chat")
         return await openai.chat(self._sampler, self._model_name, body)
 
-    async def _generate(self, body: Body) -> Any:
+    async def _generate(self, body: JSON) -> Any:
         if body.keys() & {"input_ids", "text", "sampling_params"}:
             self._counters.add("requests_generate_sglang")
             return await sglang.generate(self._sampler, body)

@@ -16,7 +16,7 @@ _ID_BYTES = _LOGPROB_BYTES = 4
 
 
 @dataclass(kw_only=True, slots=True, eq=False)
-class Completion:
+class LedgerEntry:
     """One sampled completion of a prompt. The arrays lie in bytes: little memory, and comparing them is one call."""
 
     prompt_key: bytes
@@ -32,15 +32,15 @@ class Completion:
         return len(self.token_ids) // _ID_BYTES
 
 
-class Ledger:
+class CompletionLedger:
     """The newest completions, up to `max_tokens` (each counts its tokens and ENTRY_TOKENS)."""
 
     def __init__(self, *, max_tokens: int, name: str) -> None:
         """`name` makes the keys of this ledger differ from those of an earlier process."""
         self._max_tokens = max_tokens
         self._name = name
-        self._of_prompt: dict[bytes, list[Completion]] = {}  # oldest first
-        self._order: deque[Completion] = deque()  # oldest first
+        self._of_prompt: dict[bytes, list[LedgerEntry]] = {}  # oldest first
+        self._order: deque[LedgerEntry] = deque()  # oldest first
         self._num_added = 0
         self.num_tokens = 0  # weight of what is kept
         self.hits = self.misses = self.evicted = 0
@@ -53,7 +53,7 @@ class Ledger:
     ) -> None:
         """`temperature` is the one that `logprobs` [R] hold under."""
         assert len(token_ids) == len(logprobs) > 0
-        completion = Completion(
+        completion = LedgerEntry(
             prompt_key=_key(prompt.astype(np.int32, copy=False).tobytes()),
             token_ids=token_ids.astype(np.int32, copy=False).tobytes(),
             logprobs=logprobs.astype(np.float32, copy=False).tobytes(),
@@ -77,7 +77,7 @@ class Ledger:
         raw = token_ids.astype(np.int32, copy=False).tobytes()
         hint = b"" if logprobs_hint is None else logprobs_hint.astype(np.float32, copy=False).tobytes()
         logprobs = np.zeros(len(token_ids), dtype=np.float32)
-        found: list[Completion] = []
+        found: list[LedgerEntry] = []
         for start, end in _spans(trained):
             parts = self._cover(raw, hint, start, end)
             if parts is None:
@@ -105,10 +105,10 @@ class Ledger:
                 part.claimed = True
         return provenance
 
-    def _cover(self, raw: bytes, hint: bytes, start: int, end: int) -> list[Completion] | None:
+    def _cover(self, raw: bytes, hint: bytes, start: int, end: int) -> list[LedgerEntry] | None:
         """Completions that end to end give tokens start..end of a sequence; the last one may be longer."""
-        path: list[Completion] = []  # one less than `open`
-        open_: list[tuple[int, Iterator[Completion]]] = [(start, self._candidates(raw, hint, start, end))]
+        path: list[LedgerEntry] = []  # one less than `open`
+        open_: list[tuple[int, Iterator[LedgerEntry]]] = [(start, self._candidates(raw, hint, start, end))]
         failed: set[int] = set()
         while open_:
             position, candidates = open_[-1]
@@ -127,7 +127,7 @@ class Ledger:
                 open_.append((behind, self._candidates(raw, hint, behind, end)))
         return None
 
-    def _candidates(self, raw: bytes, hint: bytes, start: int, end: int) -> Iterator[Completion]:
+    def _candidates(self, raw: bytes, hint: bytes, start: int, end: int) -> Iterator[LedgerEntry]:
         """Completions of the prompt raw[:start] that agree with what follows, the likeliest first: one whose logprobs
         are the hint's, that has not come back yet, that covers most, that was not cut, that is newest (an older one
         like it was probably part of an evaluation, or of a group that its environment dropped)."""
@@ -139,7 +139,7 @@ class Ledger:
         ]
         wanted = hint[start * _LOGPROB_BYTES : end * _LOGPROB_BYTES]
 
-        def rank(known: Completion) -> tuple[bool, bool, int, int]:
+        def rank(known: LedgerEntry) -> tuple[bool, bool, int, int]:
             size = min(len(known.token_ids), len(rest))  # of what both have, in bytes
             is_other = known.logprobs[:size] != wanted[:size]
             return is_other, known.claimed, -size, len(known.token_ids)

@@ -10,10 +10,10 @@ import numpy as np
 from atropos_exp.parts.gateway.counters import Counters
 from atropos_exp.parts.gateway.dialects.request import Completion, SamplingRequest
 from atropos_exp.parts.gateway.gate import Gate
-from atropos_exp.parts.gateway.ledger import Ledger
+from atropos_exp.parts.gateway.ledger import CompletionLedger
 from atropos_exp.parts.gateway.refusal import Refusal
 from atropos_exp.parts.gateway.text import Text
-from atropos_exp.parts.gateway.upstream import Answer, Scored
+from atropos_exp.parts.gateway.upstream import Answer, TokenScores
 from atropos_exp.parts.gateway.upstreams import Upstreams
 from atropos_exp.types import Floats, SamplingParams, TokenIds
 
@@ -26,7 +26,7 @@ class Sampler:
 
     upstream: Upstreams
     gate: Gate
-    ledger: Ledger
+    ledger: CompletionLedger
     text: Text
     counters: Counters
     stop_token_ids: tuple[int, ...]  # the model's own
@@ -59,14 +59,14 @@ class Sampler:
         )
         return self._completions(request, answer)
 
-    async def score(self, sequence: TokenIds, *, num_top: int) -> Scored:
+    async def score(self, sequence: TokenIds, *, num_top: int) -> TokenScores:
         """Logprobs of a prompt's own tokens, at temperature 1, and of the `num_top` likeliest at each place."""
         started = time.monotonic()
         await self.gate.enter()
         scored = await self.upstream.score(
             sequence, num_top=num_top, temperature=1.0, seconds=self._seconds_left(started)
         )
-        return Scored(
+        return TokenScores(
             logprobs=self._finite(scored.logprobs),
             top_token_ids=scored.top_token_ids,
             top_logprobs=self._finite(scored.top_logprobs),

@@ -19,7 +19,7 @@ from atropos_exp.parts.gateway.admin import Admin
 from atropos_exp.parts.gateway.app import App
 from atropos_exp.parts.gateway.counters import Counters
 from atropos_exp.parts.gateway.gate import Gate
-from atropos_exp.parts.gateway.ledger import Ledger
+from atropos_exp.parts.gateway.ledger import CompletionLedger
 from atropos_exp.parts.gateway.options import CLIENT_TOKEN, ENGINE_TOKENS, PRIVATE_TOKEN, Options
 from atropos_exp.parts.gateway.sampler import Sampler, Seeds
 from atropos_exp.parts.gateway.text import Text
@@ -63,7 +63,7 @@ async def serve(options: Options, text: Text, tokens: dict[str, str | None]) -> 
     ]
     counters = Counters()
     gate = Gate(counters, max_hold_seconds=options.max_hold_seconds, held=options.held)
-    ledger = Ledger(max_tokens=options.ledger_tokens, name=secrets.token_hex(4))
+    ledger = CompletionLedger(max_tokens=options.ledger_tokens, name=secrets.token_hex(4))
     sampler = Sampler(
         upstream=Upstreams(
             [Upstream(endpoint, silence_seconds=options.engine_silence_seconds) for endpoint in endpoints], counters

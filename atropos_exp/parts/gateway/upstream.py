@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from atropos_exp.errors import WireError
 from atropos_exp.parts.gateway.refusal import Refusal
-from atropos_exp.processes.wire import HEARTBEAT, flatten, pack, unpack
+from atropos_exp.processes.wire import HEARTBEAT, Message, flatten, pack, unpack
 from atropos_exp.types import Endpoint, Floats, Mask, SamplingParams, TokenIds
 
 KINDS = ("hf",)  # engines whose protocol is spoken here
 RETRY_SECONDS = 2  # told to a client whose engine is not there
 HEALTH_SECONDS = 1.0  # an answer about the engine's health is good for so long
 CONNECT_SECONDS = 5.0
-
-Message = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -34,7 +31,7 @@ class Answer:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Scored:
+class TokenScores:
     """Of one sequence [T]: its tokens from the second on, and the likeliest tokens at each of their places."""
 
     logprobs: Floats  # [T - 1]
@@ -89,15 +86,16 @@ class Upstream:
             versions=answer["versions"],
         )
 
-    async def score(self, sequence: TokenIds, *, num_top: int, temperature: float, seconds: float) -> Scored:
+    async def score(self, sequence: TokenIds, *, num_top: int, temperature: float, seconds: float) -> TokenScores:
         flat, lengths = flatten([sequence], np.int32)
         message = {"token_ids": flat, "lengths": lengths, "temperature": temperature, "num_top": num_top}
         answer = await self._exchange("/score", message, seconds)
         logprobs = answer["logprobs"]
         if num_top == 0:
             none = np.zeros((len(logprobs), 0))
-            return Scored(logprobs=logprobs, top_token_ids=none.astype(np.int32), top_logprobs=none.astype(np.float32))
-        return Scored(logprobs=logprobs, top_token_ids=answer["top_token_ids"], top_logprobs=answer["top_logprobs"])
+            answer |= {"top_token_ids": none.astype(np.int32), "top_logprobs": none.astype(np.float32)}
+        top_token_ids, top_logprobs = answer["top_token_ids"], answer["top_logprobs"]
+        return TokenScores(logprobs=logprobs, top_token_ids=top_token_ids, top_logprobs=top_logprobs)
 
     async def check(self) -> None:
         """A real token, generated now."""

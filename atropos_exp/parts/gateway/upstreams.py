@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from atropos_exp.parts.gateway.counters import Counters
 from atropos_exp.parts.gateway.refusal import Refusal
-from atropos_exp.parts.gateway.upstream import Answer, Scored, Upstream
+from atropos_exp.parts.gateway.upstream import Answer, TokenScores, Upstream
 from atropos_exp.types import SamplingParams, TokenIds
 
 Value = TypeVar("Value")
@@ -49,8 +49,8 @@ class Upstreams:
 
         return await self._ask(prompts[0], len(prompts) * num_samples, work, seconds)
 
-    async def score(self, sequence: TokenIds, *, num_top: int, temperature: float, seconds: float) -> Scored:
-        def work(server: Upstream, seconds: float) -> Awaitable[Scored]:
+    async def score(self, sequence: TokenIds, *, num_top: int, temperature: float, seconds: float) -> TokenScores:
+        def work(server: Upstream, seconds: float) -> Awaitable[TokenScores]:
             return server.score(sequence, num_top=num_top, temperature=temperature, seconds=seconds)
 
         return await self._ask(sequence, 1, work, seconds)

@@ -34,8 +34,6 @@ ENVIRONMENT = (
 )  # fmt: skip
 ENVIRONMENT_PREFIXES = ("LC_", "XDG_")
 
-Item = tuple[str, Prompt]
-
 
 @dataclass(kw_only=True, eq=False)
 class _Worker:
@@ -74,7 +72,7 @@ class RewardPool:
         self._selector = selectors.DefaultSelector()
         self._start_template()
 
-    def score(self, items: Sequence[Item]) -> list[float | RewardFailure]:
+    def score(self, items: Sequence[tuple[str, Prompt]]) -> list[float | RewardFailure]:
         """The score of each (answer, prompt), in order; a RewardFailure where there is none. Thread-safe.
 
         Raises UserError if the reward did (it does not fit the data) or cannot be loaded.
@@ -102,7 +100,7 @@ class RewardPool:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _score(self, items: Sequence[Item]) -> list[float | RewardFailure]:
+    def _score(self, items: Sequence[tuple[str, Prompt]]) -> list[float | RewardFailure]:
         results: list[float | RewardFailure | None] = [None] * len(items)
         pending = deque(range(len(items)))
         size = max(1, min(LONGEST_CHUNK, len(items) // (4 * self._num_workers)))
@@ -127,7 +125,7 @@ class RewardPool:
                 return worker
         return self._fork() if len(self._workers) < self._num_workers else None
 
-    def _send(self, worker: _Worker, chunk: list[int], items: Sequence[Item]) -> bool:
+    def _send(self, worker: _Worker, chunk: list[int], items: Sequence[tuple[str, Prompt]]) -> bool:
         message = pickle.dumps([items[index] for index in chunk], protocol=pickle.HIGHEST_PROTOCOL)
         try:
             worker.channel.settimeout(REPLY_SECONDS)

@@ -1,11 +1,14 @@
-"""`trainer=fsdp2`: training with verl's FSDP2 engine."""
+"""`trainer=fsdp2`: training with verl's FSDP2 backend, one process per device."""
 
 from __future__ import annotations
 
+import random
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from atropos_exp.parts.trainer.settings import ModelChoice, TrainerSettings
+from atropos_exp.errors import UserError
+from atropos_exp.parts.trainer.settings import ModelChoice, TrainerSettings, require_ranks
 
 if TYPE_CHECKING:
     from atropos_exp.interfaces import PolicyLoss
@@ -13,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class VerlFSDP2(TrainerSettings):
-    """Starts what its settings describe."""
+    """The settings of `conf/trainer/fsdp2.yaml`, with `start`, which makes a trainer of them."""
 
     def start(
         self,
@@ -25,19 +28,72 @@ class VerlFSDP2(TrainerSettings):
         device: str,
         dump_folder: Path,
     ) -> FSDP2Trainer:
-        """Join the ranks, load the model, return the `PolicyTrainer`. Collective.
+        """Join the ranks, load the model and return the `PolicyTrainer`. Collective.
 
         `device` is cpu or cuda; batches that had to be skipped are written to `dump_folder`. A reference model (the
-        weights of `model_folder`) is loaded only if `loss.kl_coef` is not 0.
+        weights of `model_folder`) is loaded only if `loss.kl_coef` is not 0. Imports torch and verl. Raises UserError
+        if ranks, model and attention do not fit together.
         """
-        from atropos_exp.parts.trainer.start import start
+        import numpy as np
+        import torch
+        import torch.distributed as dist
 
-        return start(
+        from atropos_exp.parts.trainer import attention
+        from atropos_exp.parts.trainer.distributed import join_process_group
+
+        implementation = self.attention(model.attn_implementation)
+        dtype = model.compute_dtype(device)
+        torch_device = join_process_group(device, timeout_s=self.timeout_s)
+        model_folder = Path(model_folder)
+        if not (model_folder / "config.json").is_file():
+            raise UserError(f"model_folder={model_folder}: no config.json there; give a Hugging Face model folder")
+        if device == "cpu":
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of verl's dependencies, at import
+                from atropos_exp.parts.trainer import platform_cpu
+            platform_cpu.install()
+        attention.register()
+        if self.sequence_parallel_size > 1:
+            require_ranks(dist.get_world_size(), self.sequence_parallel_size, _head_counts(model_folder, model))
+
+        random.seed(seed)
+        np.random.seed(seed % 2**32)  # the global stream is what verl and its dependencies draw from
+        torch.manual_seed(seed)  # LoRA's first weights
+
+        # Only now: verl reads the device at import.
+        from atropos_exp.parts.trainer.policy_trainer import FSDP2Trainer
+        from atropos_exp.parts.trainer.self_check import check_packing
+        from atropos_exp.parts.trainer.verl_backend import BackendOptions, PackedBackend, build_backend
+
+        def build(*, frozen: bool) -> PackedBackend:
+            options = BackendOptions(
+                settings=self,
+                model=model,
+                model_folder=model_folder,
+                compute_dtype=dtype,
+                attn_implementation=implementation,
+                frozen=frozen,
+            )
+            return build_backend(options)
+
+        backend = build(frozen=False)
+        check_packing(backend, torch_device)
+        uses_reference = getattr(loss, "kl_coef", 0.0) != 0
+        return FSDP2Trainer(
             self,
-            model_folder=model_folder,
-            model=model,
+            backend=backend,
+            # With LoRA the reference is the model without its adapters: no second copy.
+            reference=build(frozen=True) if uses_reference and not model.lora.rank else None,
+            uses_reference=uses_reference,
             loss=loss,
-            seed=seed,
-            device=device,
-            dump_folder=dump_folder,
+            device=torch_device,
+            dump_folder=Path(dump_folder),
         )
+
+
+def _head_counts(model_folder: Path, model: ModelChoice) -> tuple[int, int]:
+    """The model's numbers of query heads and key-value heads."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(model_folder, trust_remote_code=model.trust_remote_code).get_text_config()
+    return config.num_attention_heads, config.num_key_value_heads

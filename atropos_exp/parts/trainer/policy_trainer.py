@@ -24,12 +24,12 @@ from atropos_exp.types import Floats, TokenIds, TrainBatch, UpdateStats
 
 if TYPE_CHECKING:
     from atropos_exp.interfaces import PolicyLoss
-    from atropos_exp.parts.trainer.engine import PackedEngine
     from atropos_exp.parts.trainer.settings import TrainerSettings
+    from atropos_exp.parts.trainer.verl_backend import PackedBackend
 
 
 @dataclass
-class Progress:
+class TrainerCounters:
     """Counters that a checkpoint carries."""
 
     updates: int = 0  # calls of `update`, skipped ones included
@@ -44,25 +44,25 @@ class FSDP2Trainer:
         self,
         settings: TrainerSettings,
         *,
-        engine: PackedEngine,
-        reference: PackedEngine | None,
+        backend: PackedBackend,
+        reference: PackedBackend | None,
         uses_reference: bool,
         loss: PolicyLoss,
         device: torch.device,
         dump_folder: Path,
     ) -> None:
         self._settings = settings
-        self._engine = engine
+        self._backend = backend
         self._reference = reference
         self._uses_reference = uses_reference
         self._loss = loss
         self._device = device
         self._dump_folder = dump_folder
         self._dumps: list[Path] = []
-        self._progress = Progress()
-        self._flops = UpdateFlops(engine.module, engine.text_config, lora=engine.lora_facts is not None)
-        self._dp_size = int(engine.get_data_parallel_size())
-        self._dp_rank = int(engine.get_data_parallel_rank())
+        self._progress = TrainerCounters()
+        self._flops = UpdateFlops(backend.module, backend.text_config, lora=backend.lora_facts is not None)
+        self._dp_size = int(backend.get_data_parallel_size())
+        self._dp_rank = int(backend.get_data_parallel_rank())
 
     def update(self, batch: TrainBatch) -> UpdateStats:
         """One pass over `batch` in `num_mini_batches` optimizer steps.
@@ -79,14 +79,14 @@ class FSDP2Trainer:
         mini_batches = [self._micro_batches(batch, group) for group in groups]
         every = [micro for micros in mini_batches for micro in micros]
         # With one optimizer step the old policy is the current one; no extra pass is needed.
-        old = iter(_score(self._engine, every) if num_mini_batches > 1 else [None] * len(every))
+        old = iter(_score(self._backend, every) if num_mini_batches > 1 else [None] * len(every))
         reference = iter(self._reference_logprobs(every, batch))
 
         sums = Sums(self._device)
         losses: list[dict[str, float]] = []
         grad_norms: list[float] = []
         learning_rate, skipped = 0.0, False
-        with self._engine.train_mode():
+        with self._backend.train_mode():
             for group, micros in zip(groups, mini_batches, strict=True):
                 num_tokens = self._num_trained(batch, group)
                 for number, micro in enumerate(micros):
@@ -99,15 +99,15 @@ class FSDP2Trainer:
                         num_sequences=len(group),
                         sums=sums,
                     )
-                    self._engine.backward(loss, last=number == len(micros) - 1)
+                    self._backend.backward(loss, last=number == len(micros) - 1)
                 losses.append(sums.collect_losses(dist.get_world_size()))
-                grad_norms.append(self._engine.grad_norm())
+                grad_norms.append(self._backend.grad_norm())
                 learning_rate = self._learning_rate()
                 if not (math.isfinite(losses[-1]["loss"]) and math.isfinite(grad_norms[-1])):
                     skipped = True
-                    self._engine.optimizer_zero_grad()
+                    self._backend.optimizer_zero_grad()
                     break
-                self._engine.step(learning_rate=learning_rate, grad_norm=grad_norms[-1])
+                self._backend.step(learning_rate=learning_rate, grad_norm=grad_norms[-1])
                 self._progress.optimizer_steps += 1
 
         num_trained = int(batch.trained_S.sum())
@@ -137,11 +137,11 @@ class FSDP2Trainer:
         if longer:
             batch = scoring_batch([sequences[index] for index in longer], temperature)
             plan = self._plan(batch, range(len(longer)))[self._dp_rank]
-            scores = _score(self._engine, [self._pack(batch, micro) for micro in plan])
+            scores = _score(self._backend, [self._pack(batch, micro) for micro in plan])
             ends = np.cumsum([len(sequences[index]) - 1 for index in longer])
             for micro, values in zip(plan, scores, strict=True):
                 where = [torch.arange(ends[i] - (len(sequences[longer[i]]) - 1), ends[i]) for i in micro]
-                if where and self._engine.is_mp_src_rank_with_outputs():
+                if where and self._backend.is_mp_src_rank_with_outputs():
                     flat[torch.cat(where)] = values.cpu()
             if dist.get_world_size() > 1:
                 dist.all_reduce(flat)  # each position is set on one rank and 0 on the others
@@ -150,19 +150,19 @@ class FSDP2Trainer:
     def parameters(self) -> Iterator[tuple[str, Tensor]]:
         """Full float32 tensors one by one under their Hugging Face names, LoRA merged; other ranks than 0 get empty
         ones. Consume all of it on every rank."""
-        return weights.full_parameters(self._engine.module, self._device)
+        return weights.full_parameters(self._backend.module, self._device)
 
     def adapter(self, *, with_base: bool) -> Iterator[tuple[str, Tensor]]:
         """See `PolicyTrainer.adapter`; float32, and empty tensors on other ranks than 0."""
-        return weights.adapter_parameters(self._engine.module, self._device, with_base=with_base)
+        return weights.adapter_parameters(self._backend.module, self._device, with_base=with_base)
 
     def save(self, folder: Path) -> None:
         """Write model, optimizer, counters and RNG into `folder` (rank 0 writes), as safetensors and JSON."""
-        state.save(Path(folder), self._engine, vars(self._progress), self._device)
+        state.save(Path(folder), self._backend, vars(self._progress), self._device)
 
     def load(self, folder: Path) -> None:
         """Continue exactly after `save`, with any number of ranks. Raises UserError if `folder` does not fit."""
-        self._progress = Progress(**state.load(Path(folder), self._engine, self._device))
+        self._progress = TrainerCounters(**state.load(Path(folder), self._backend, self._device))
 
     def _plan(self, batch: TrainBatch, sequences: Sequence[int]) -> list[list[list[int]]]:
         """[data-parallel rank][micro-batch] -> sequences of the batch."""
@@ -178,7 +178,7 @@ class FSDP2Trainer:
         return [self._pack(batch, micro) for micro in self._plan(batch, sequences)[self._dp_rank]]
 
     def _pack(self, batch: TrainBatch, sequences: Sequence[int]) -> MicroBatch:
-        return make_micro_batch(batch, sequences, device=self._device, sp_size=self._engine.sp_size)
+        return make_micro_batch(batch, sequences, device=self._device, sp_size=self._backend.sp_size)
 
     def _num_trained(self, batch: TrainBatch, sequences: Sequence[int]) -> int:
         """Trained tokens of a mini-batch, all ranks."""
@@ -194,7 +194,7 @@ class FSDP2Trainer:
         if bool((batch.has_reference_N | batch.supervised_N).all()):  # the same on every rank
             return [micro.reference_M for micro in micros]
         if self._reference is None:
-            computed = _score(self._engine, micros, adapters=False)
+            computed = _score(self._backend, micros, adapters=False)
         else:
             computed = _score(self._reference, micros)
         return [
@@ -214,7 +214,7 @@ class FSDP2Trainer:
         sums: Sums,
     ) -> Tensor:
         """The loss of one micro-batch, with its graph."""
-        logprobs_M, entropy_M = self._engine.forward(micro, with_entropy=True)
+        logprobs_M, entropy_M = self._backend.forward(micro, with_entropy=True)
         if micro.empty:
             return (logprobs_M * 0.0).sum()
         old_M = logprobs_M.detach() if old_M is None else old_M
@@ -263,10 +263,10 @@ class FSDP2Trainer:
             )
 
 
-def _score(engine: PackedEngine, micros: Sequence[MicroBatch], **mode: Any) -> list[Tensor]:
+def _score(backend: PackedBackend, micros: Sequence[MicroBatch], **mode: Any) -> list[Tensor]:
     """Logprobs [M] of each micro-batch, without gradients."""
-    with engine.evaluating(**mode):
-        return [engine.forward(micro, with_entropy=False)[0] for micro in micros]
+    with backend.evaluating(**mode):
+        return [backend.forward(micro, with_entropy=False)[0] for micro in micros]
 
 
 def _dump(path: Path, batch: TrainBatch, stats: UpdateStats) -> None:

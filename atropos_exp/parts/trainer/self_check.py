@@ -15,34 +15,34 @@ from atropos_exp.errors import UserError
 from atropos_exp.parts.trainer.packing import Packing, make_micro_batch, scoring_batch
 
 if TYPE_CHECKING:
-    from atropos_exp.parts.trainer.engine import PackedEngine
+    from atropos_exp.parts.trainer.verl_backend import PackedBackend
 
 LENGTHS = (7, 5)
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}  # mean over the tokens, nats; a leak shows as whole nats
 
 
-def check_packing(engine: PackedEngine, device: torch.device) -> None:
+def check_packing(backend: PackedBackend, device: torch.device) -> None:
     """Raise UserError unless a packed pass gives the log-probabilities of plain ones. Collective."""
-    token_ids = torch.arange(1, sum(LENGTHS) + 1) * 7919 % engine.vocab_size  # anything, but not all the same
+    token_ids = torch.arange(1, sum(LENGTHS) + 1) * 7919 % backend.vocab_size  # anything, but not all the same
     batch = scoring_batch([ids.numpy() for ids in token_ids.split(LENGTHS)], temperature=1.0)
-    micro = make_micro_batch(batch, range(len(LENGTHS)), device=device, sp_size=engine.sp_size)
-    with engine.evaluating():
-        packed_M, _ = engine.forward(micro, with_entropy=False)
-        alone_M = torch.cat([_plain_logprobs(engine, ids.to(device)) for ids in token_ids.split(LENGTHS)])
+    micro = make_micro_batch(batch, range(len(LENGTHS)), device=device, sp_size=backend.sp_size)
+    with backend.evaluating():
+        packed_M, _ = backend.forward(micro, with_entropy=False)
+        alone_M = torch.cat([_plain_logprobs(backend, ids.to(device)) for ids in token_ids.split(LENGTHS)])
     gap = float((packed_M - alone_M).abs().mean())
-    if not gap <= TOLERANCE[engine.options.compute_dtype]:
+    if not gap <= TOLERANCE[backend.options.compute_dtype]:
         raise UserError(
-            f"{type(engine.module).__name__} with model.attn_implementation={engine.options.attn_implementation} and "
-            f"trainer.sequence_parallel_size={engine.sp_size} cannot train on packed sequences: their logprobs "
+            f"{type(backend.module).__name__} with model.attn_implementation={backend.options.attn_implementation} and "
+            f"trainer.sequence_parallel_size={backend.sp_size} cannot train on packed sequences: their logprobs "
             f"differ by {gap:.3g} nats on average from those of each sequence alone. Choose "
             "model.attn_implementation=packed, trainer.sequence_parallel_size=1, or a model with standard attention."
         )
 
 
-def _plain_logprobs(engine: PackedEngine, token_ids: Tensor) -> Tensor:
+def _plain_logprobs(backend: PackedBackend, token_ids: Tensor) -> Tensor:
     """[T - 1] of one sequence from its logits, the whole of it on this rank."""
-    with engine.without_sequence_parallelism():
-        logits = engine.module(
+    with backend.without_sequence_parallelism():
+        logits = backend.module(
             input_ids=token_ids[None],
             position_ids=torch.arange(len(token_ids), device=token_ids.device)[None],
             attention_mask=None,

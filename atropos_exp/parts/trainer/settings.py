@@ -7,19 +7,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from atropos_exp.errors import UserError
-
-SCHEDULERS = ("constant", "linear", "cosine")
-
-
-class LoraChoice(Protocol):
-    """Low-rank adapters; `rank=0` trains all weights."""
-
-    @property
-    def rank(self) -> int: ...
-    @property
-    def alpha(self) -> int: ...
-    @property
-    def target_modules(self) -> list[str]: ...
+from atropos_exp.parts.trainer.schedule import SCHEDULERS
+from atropos_exp.types import LoraSettings
 
 
 class ModelChoice(Protocol):
@@ -32,7 +21,7 @@ class ModelChoice(Protocol):
     @property
     def trust_remote_code(self) -> bool: ...
     @property
-    def lora(self) -> LoraChoice: ...
+    def lora(self) -> LoraSettings: ...
     def compute_dtype(self, device: str) -> str: ...
 
 

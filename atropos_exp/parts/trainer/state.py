@@ -28,7 +28,7 @@ from atropos_exp.processes.ranks import Ranks
 from atropos_exp.weights.tensors import is_adapter
 
 if TYPE_CHECKING:
-    from atropos_exp.parts.trainer.engine import PackedEngine
+    from atropos_exp.parts.trainer.verl_backend import PackedBackend
 
 STEMS = ("model", "adapter", "optimizer")
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
@@ -43,12 +43,12 @@ class Slot:
     tensor: Tensor  # sharded or plain
 
 
-def save(folder: Path, engine: PackedEngine, counters: Mapping[str, int], device: torch.device) -> None:
+def save(folder: Path, backend: PackedBackend, counters: Mapping[str, int], device: torch.device) -> None:
     """Write everything that `load` needs. Collective. `folder` is created if need be."""
     writes = dist.get_rank() == 0
     if writes:
         folder.mkdir(parents=True, exist_ok=True)
-    slots = _slots(engine)
+    slots = _slots(backend)
     for stem in STEMS:
         chosen = [slot for slot in slots if slot.stem == stem]
         writer = TensorWriter(folder, stem, {slot.key: slot.tensor.nbytes for slot in chosen}) if writes else None
@@ -61,25 +61,25 @@ def save(folder: Path, engine: PackedEngine, counters: Mapping[str, int], device
         from safetensors.torch import save_file
 
         save_file(streams, folder / "random.safetensors")
-        facts = {"counters": dict(counters), "lora": engine.lora_facts}
+        facts = {"counters": dict(counters), "lora": backend.lora_facts}
         (folder / "trainer.json").write_text(json.dumps(facts, indent=1) + "\n")
     dist.barrier()
 
 
-def load(folder: Path, engine: PackedEngine, device: torch.device) -> dict[str, int]:
+def load(folder: Path, backend: PackedBackend, device: torch.device) -> dict[str, int]:
     """Restore weights, moments and random streams in place; return the counters. Collective."""
     ranks = Ranks.of_group()
     stored: dict[str, Any] = json.loads(ranks.broadcast(_describe(folder) if ranks.is_zero else ""))
     if error := stored.get("error"):
         raise UserError(error)
-    if stored["lora"] != engine.lora_facts:
+    if stored["lora"] != backend.lora_facts:
         raise UserError(
-            f"{folder} was trained with model.lora {stored['lora']}, this run has {engine.lora_facts}. "
+            f"{folder} was trained with model.lora {stored['lora']}, this run has {backend.lora_facts}. "
             "Resume with the same, or start a new run."
         )
     shapes: dict[str, dict[str, list[int]]] = stored["shapes"]
-    engine.make_optimizer_state([key.removeprefix("step/") for key in shapes["optimizer"] if key.startswith("step/")])
-    slots = _slots(engine)
+    backend.make_optimizer_state([key.removeprefix("step/") for key in shapes["optimizer"] if key.startswith("step/")])
+    slots = _slots(backend)
     _require_same(folder, slots, shapes)
     for stem in STEMS:
         with TensorReader(folder, stem) as reader:
@@ -91,14 +91,14 @@ def load(folder: Path, engine: PackedEngine, device: torch.device) -> dict[str, 
     return {name: int(value) for name, value in stored["counters"].items()}
 
 
-def _slots(engine: PackedEngine) -> list[Slot]:
+def _slots(backend: PackedBackend) -> list[Slot]:
     slots = []
-    for name, tensor in weights.named_tensors(engine.module).items():
+    for name, tensor in weights.named_tensors(backend.module).items():
         if is_adapter(name):
             slots.append(Slot(stem="adapter", key=name, tensor=tensor))
         else:
             slots.append(Slot(stem="model", key=weights.hugging_face_name(name), tensor=tensor))
-    for name, moments in engine.optimizer_state().items():
+    for name, moments in backend.optimizer_state().items():
         slots += [Slot(stem="optimizer", key=f"{kind}/{name}", tensor=moments[kind]) for kind in MOMENTS]
     return slots
 

@@ -15,7 +15,7 @@ from atropos_exp.parts.atropos.client import AtroposClient, Registration
 from atropos_exp.parts.atropos.intake import Intake
 from atropos_exp.parts.atropos.registration import ForeignRun
 from atropos_exp.parts.atropos.source import AtroposSource
-from atropos_exp.parts.atropos.supervisor import Supervisor
+from atropos_exp.parts.atropos.supervisor import ProgramSupervisor
 from tests.helpers.ledger_book import Book
 
 OURS = Registration(
@@ -36,7 +36,7 @@ def source(api: Any, book: Book) -> Iterator[AtroposSource]:
         client,
         registration=lambda step: dataclasses.replace(OURS, starting_step=step - 1),
         intake=Intake(book, vocab_size=50, max_tokens=8, group_size=2, stop_token_ids=(), max_version_lag=None),
-        supervisor=Supervisor(client, max_restarts=0),
+        supervisor=ProgramSupervisor(client, max_restarts=0),
         watch=lambda: None,
         more_counters=lambda: {"gateway/requests": 3.0},
         group_size=2,

@@ -15,7 +15,7 @@ import pytest
 
 from atropos_exp.parts.atropos.client import AtroposClient, Registration
 from atropos_exp.parts.atropos.registration import register
-from atropos_exp.parts.atropos.supervisor import Service, Supervisor
+from atropos_exp.parts.atropos.supervisor import ProgramSupervisor, SupervisedProgram
 from atropos_exp.processes.child import Child
 from tests.helpers.processes import is_alive
 
@@ -38,8 +38,8 @@ def wait_until(condition: Callable[[], Any], what: str, seconds: float = 30.0) -
         time.sleep(0.02)
 
 
-def service(name: str, folder: Path, *argv: str, **changes: Any) -> Service:
-    return Service(
+def service(name: str, folder: Path, *argv: str, **changes: Any) -> SupervisedProgram:
+    return SupervisedProgram(
         name=name,
         launch=lambda: Child(argv, log=folder / f"{name}.log", environment=dict(os.environ)),
         **changes,
@@ -64,7 +64,7 @@ def registered(api: Any) -> AtroposClient:
 def test_a_dead_environment_is_disconnected_and_started_again(
     registered: AtroposClient, api: Any, tmp_path: Path
 ) -> None:
-    supervisor = Supervisor(registered, max_restarts=3, backoff_seconds=0.05)
+    supervisor = ProgramSupervisor(registered, max_restarts=3, backoff_seconds=0.05)
     environment = service("environment e", tmp_path, sys.executable, "-c", REGISTER, api.url)
     supervisor.add(environment)
     supervisor.start()
@@ -88,7 +88,7 @@ def test_a_dead_environment_is_disconnected_and_started_again(
 def test_environments_are_started_one_after_the_other_so_that_their_numbers_are_known(
     registered: AtroposClient, api: Any, tmp_path: Path
 ) -> None:
-    supervisor = Supervisor(registered, max_restarts=3)
+    supervisor = ProgramSupervisor(registered, max_restarts=3)
     services = [service(f"e{at}", tmp_path, sys.executable, "-c", REGISTER, api.url) for at in range(3)]
     for one in services:
         supervisor.add(one)
@@ -102,7 +102,7 @@ def test_environments_are_started_one_after_the_other_so_that_their_numbers_are_
 
 
 def test_a_service_that_keeps_dying_is_given_up_with_its_log(registered: AtroposClient, tmp_path: Path) -> None:
-    supervisor = Supervisor(registered, max_restarts=2, backoff_seconds=0.01)
+    supervisor = ProgramSupervisor(registered, max_restarts=2, backoff_seconds=0.01)
     broken = service("environment broken", tmp_path, sys.executable, "-c", "raise SystemExit('no such data set')")
     supervisor.add(broken)
     supervisor.start()
@@ -121,7 +121,7 @@ def test_a_service_that_keeps_dying_is_given_up_with_its_log(registered: Atropos
 def test_one_environment_of_several_given_up_is_no_reason_to_stop(
     registered: AtroposClient, api: Any, tmp_path: Path
 ) -> None:
-    supervisor = Supervisor(registered, max_restarts=0, backoff_seconds=0.01)
+    supervisor = ProgramSupervisor(registered, max_restarts=0, backoff_seconds=0.01)
     broken = service("broken", tmp_path, sys.executable, "-c", "raise SystemExit(1)")
     sound = service("sound", tmp_path, sys.executable, "-c", REGISTER, api.url)
     supervisor.add(broken)
@@ -137,7 +137,7 @@ def test_one_environment_of_several_given_up_is_no_reason_to_stop(
 
 def test_an_api_that_dies_is_started_again_and_its_environments_too(api: Any, tmp_path: Path) -> None:
     api.kill()
-    supervisor = Supervisor(api.client, max_restarts=3, backoff_seconds=0.05)
+    supervisor = ProgramSupervisor(api.client, max_restarts=3, backoff_seconds=0.05)
     server = service(
         "Atropos API", tmp_path, sys.executable, "-m", "atroposlib.cli.run_api",
         "--host", "127.0.0.1", "--port", str(api.port), is_api=True,
@@ -162,7 +162,7 @@ def test_an_api_that_dies_is_started_again_and_its_environments_too(api: Any, tm
 
 
 def test_a_program_that_cannot_be_started_is_a_problem_at_once(registered: AtroposClient, tmp_path: Path) -> None:
-    supervisor = Supervisor(registered, max_restarts=3)
+    supervisor = ProgramSupervisor(registered, max_restarts=3)
     supervisor.add(service("environment e", tmp_path, str(tmp_path / "nowhere")))
     supervisor.start()
     try:

@@ -8,19 +8,24 @@ import numpy as np
 import pytest
 
 from atropos_exp.parts.gateway.admin import pack_provenances, unpack_provenances
-from atropos_exp.parts.gateway.ledger import ENTRY_TOKENS, Ledger
+from atropos_exp.parts.gateway.ledger import ENTRY_TOKENS, CompletionLedger
 from atropos_exp.processes.wire import pack, unpack
 from atropos_exp.types import Provenance
 
 P = [5, 6, 7]
 
 
-def ledger(max_tokens: int = 100_000) -> Ledger:
-    return Ledger(max_tokens=max_tokens, name="gw")
+def ledger(max_tokens: int = 100_000) -> CompletionLedger:
+    return CompletionLedger(max_tokens=max_tokens, name="gw")
 
 
 def add(
-    book: Ledger, prompt: list[int], tokens: list[int], first: float = -0.1, version: int = 0, temperature: float = 1.0
+    book: CompletionLedger,
+    prompt: list[int],
+    tokens: list[int],
+    first: float = -0.1,
+    version: int = 0,
+    temperature: float = 1.0,
 ) -> list[float]:
     """Logprobs first, first - 1, …"""
     logprobs = [first - index for index in range(len(tokens))]
@@ -34,7 +39,7 @@ def add(
     return logprobs
 
 
-def find(book: Ledger, tokens: list[int], mask: str, claim: bool = True) -> Provenance | None:
+def find(book: CompletionLedger, tokens: list[int], mask: str, claim: bool = True) -> Provenance | None:
     """`mask`: T trained, - not."""
     assert len(tokens) == len(mask)
     return book.lookup(np.array(tokens, dtype=np.int32), np.array([m == "T" for m in mask]), claim=claim)

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import time
 import uuid
-from typing import Any
 
 import numpy as np
 
+from atropos_exp.interfaces import JSON
 from atropos_exp.parts.gateway.dialects.fields import Fields, token_ids
 from atropos_exp.parts.gateway.dialects.request import Completion, take_sampling
 from atropos_exp.parts.gateway.refusal import Refusal, invalid, unsupported
 from atropos_exp.parts.gateway.sampler import Sampler
 from atropos_exp.types import TokenIds
 
-Answer = dict[str, Any]
 
-
-async def completions(sampler: Sampler, model: str, body: Answer) -> Answer:
+async def completions(sampler: Sampler, model: str, body: JSON) -> JSON:
     fields = Fields(body)
     prompts = _prompts(sampler, fields)
     num_logprobs = fields.integer("logprobs", None, 0, 1 << 31)
@@ -32,10 +30,10 @@ async def completions(sampler: Sampler, model: str, body: Answer) -> Answer:
         raise unsupported("best_of", best_of, "leave it out or set it to n")
     fields.finish()
     groups = await sampler.sample(request)
-    choices: list[Answer] = []
+    choices: list[JSON] = []
     for prompt, group in zip(prompts, groups, strict=True):
         for completion in group:
-            choice: Answer = {
+            choice: JSON = {
                 "index": len(choices),
                 "text": completion.text,
                 "finish_reason": completion.finish,
@@ -48,7 +46,7 @@ async def completions(sampler: Sampler, model: str, body: Answer) -> Answer:
     return _answer("cmpl", "text_completion", model, prompts, groups, choices)
 
 
-async def chat(sampler: Sampler, model: str, body: Answer) -> Answer:
+async def chat(sampler: Sampler, model: str, body: JSON) -> JSON:
     fields = Fields(body)
     prompt = _chat_prompt(sampler, fields)
     with_logprobs = fields.flag("logprobs", False)
@@ -62,9 +60,9 @@ async def chat(sampler: Sampler, model: str, body: Answer) -> Answer:
     )
     fields.finish()
     groups = await sampler.sample(request)
-    choices: list[Answer] = []
+    choices: list[JSON] = []
     for index, completion in enumerate(groups[0]):
-        choice: Answer = {
+        choice: JSON = {
             "index": index,
             "message": {"role": "assistant", "content": completion.text, "refusal": None},
             "finish_reason": completion.finish,
@@ -80,7 +78,7 @@ async def chat(sampler: Sampler, model: str, body: Answer) -> Answer:
     return answer
 
 
-def models(model: str, max_sequence_length: int, started: int) -> Answer:
+def models(model: str, max_sequence_length: int, started: int) -> JSON:
     entry = {
         "id": model,
         "object": "model",
@@ -97,8 +95,8 @@ def _answer(
     model: str,
     prompts: tuple[TokenIds, ...],
     groups: list[list[Completion]],
-    choices: list[Answer],
-) -> Answer:
+    choices: list[JSON],
+) -> JSON:
     num_prompt = sum(map(len, prompts))
     num_completion = sum(len(completion.token_ids) for group in groups for completion in group)
     return {
@@ -165,14 +163,14 @@ def _token_texts(sampler: Sampler, completion: Completion) -> list[str]:
     ]
 
 
-def _completion_logprobs(sampler: Sampler, completion: Completion) -> Answer:
+def _completion_logprobs(sampler: Sampler, completion: Completion) -> JSON:
     texts = _token_texts(sampler, completion)
     offsets = np.cumsum([0, *map(len, texts)])[:-1].tolist()
     logprobs = completion.logprobs.tolist()
     return {"tokens": texts, "token_logprobs": logprobs, "top_logprobs": None, "text_offset": offsets}
 
 
-def _chat_logprobs(sampler: Sampler, completion: Completion) -> list[Answer]:
+def _chat_logprobs(sampler: Sampler, completion: Completion) -> list[JSON]:
     texts = _token_texts(sampler, completion)
     return [
         {"token": text, "logprob": logprob, "bytes": list(text.encode()), "top_logprobs": []}

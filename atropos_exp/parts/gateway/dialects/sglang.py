@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import uuid
-from typing import Any
 
 import numpy as np
 
+from atropos_exp.interfaces import JSON
 from atropos_exp.parts.gateway.dialects.fields import Fields, token_ids
 from atropos_exp.parts.gateway.dialects.request import Completion, take_sampling
 from atropos_exp.parts.gateway.refusal import Refusal, invalid
@@ -14,7 +14,7 @@ from atropos_exp.parts.gateway.sampler import Sampler
 from atropos_exp.types import TokenIds
 
 
-async def generate(sampler: Sampler, body: dict[str, Any]) -> dict[str, Any] | list[dict[str, Any]]:
+async def generate(sampler: Sampler, body: JSON) -> JSON | list[JSON]:
     """One object for one completion, else a list (all of the first prompt, then all of the second, …)."""
     fields = Fields(body)
     prompts, is_batch = _prompts(sampler, fields)
@@ -43,13 +43,13 @@ async def generate(sampler: Sampler, body: dict[str, Any]) -> dict[str, Any] | l
 
 def _answer(
     sampler: Sampler, prompt: TokenIds, completion: Completion, *, with_logprobs: bool, with_text: bool
-) -> dict[str, Any]:
-    reason: dict[str, Any] = {"type": completion.finish}
+) -> JSON:
+    reason: JSON = {"type": completion.finish}
     if completion.matched is not None:
         reason["matched"] = completion.matched
     else:
         reason["length"] = len(completion.token_ids)
-    meta: dict[str, Any] = {
+    meta: JSON = {
         "id": uuid.uuid4().hex,
         "finish_reason": reason,
         "prompt_tokens": len(prompt),

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
+from atropos_exp.interfaces import JSON
 from atropos_exp.parts.gateway.dialects.fields import Fields, token_ids
 from atropos_exp.parts.gateway.dialects.request import take_sampling
 from atropos_exp.parts.gateway.refusal import Refusal, invalid, unsupported
 from atropos_exp.parts.gateway.sampler import Sampler
-from atropos_exp.parts.gateway.upstream import Scored
+from atropos_exp.parts.gateway.upstream import TokenScores
 from atropos_exp.types import TokenIds
 
 MAX_PROMPT_LOGPROBS = 1024
 
 
-async def generate(sampler: Sampler, body: dict[str, Any]) -> dict[str, Any]:
+async def generate(sampler: Sampler, body: JSON) -> JSON:
     """`logprobs[completion][token] == [{id: logprob}]`, the stop token included; see the reference server."""
     fields = Fields(body)
     prompt = _prompt(sampler, fields.take("prompt"))
@@ -31,7 +32,7 @@ async def generate(sampler: Sampler, body: dict[str, Any]) -> dict[str, Any]:
     )
     fields.finish()
     (completions,) = await sampler.sample(request)
-    answer: dict[str, Any] = {
+    answer: JSON = {
         "text": [completion.text for completion in completions],
         "prompt": sampler.text.decode(prompt, skip_special_tokens=False),
         "finish_reasons": [completion.finish for completion in completions],
@@ -50,7 +51,7 @@ async def generate(sampler: Sampler, body: dict[str, Any]) -> dict[str, Any]:
     return answer
 
 
-def prompt_logprobs(prompt: TokenIds, scored: Scored) -> list[dict[str, float] | None]:
+def prompt_logprobs(prompt: TokenIds, scored: TokenScores) -> list[dict[str, float] | None]:
     """One entry per prompt token: null for the first, then {id: logprob} with the token itself before the top ones."""
     entries: list[dict[str, float] | None] = [None]
     rows = zip(

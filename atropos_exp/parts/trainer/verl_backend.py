@@ -1,7 +1,7 @@
-"""verl's FSDP2 engine, fed with packed micro-batches instead of nested tensors.
+"""The training backend: verl's `FSDPEngineWithLMHead`, fed with packed micro-batches instead of nested tensors.
 
-From `FSDPEngineWithLMHead` come the model (loading, LoRA, sharding, mixed precision, offloading), the optimizer,
-the contexts for training and evaluation, and deferred gradient synchronisation. Its own batch path is left alone:
+verl contributes the model (loading, LoRA, sharding, mixed precision, offloading), the optimizer,
+the contexts for training and evaluation, and deferred gradient synchronisation. Its own batch path is not used:
 without flash-attn it computes log-probabilities token by token in Python.
 
 Import this module only after the platform is set (`platform_cpu.install`): verl reads the device at import.
@@ -28,6 +28,7 @@ from torch.distributed.tensor import DTensor
 from atropos_exp.errors import UserError
 from atropos_exp.parts.trainer.logprob_head import LogprobHead, LogprobRequest
 from atropos_exp.parts.trainer.packing import MicroBatch
+from atropos_exp.parts.trainer.settings import ModelChoice, TrainerSettings
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # verl and its dependencies warn of their own deprecations at import
@@ -45,73 +46,64 @@ PRECISION = {"float32": "fp32", "bfloat16": "bf16"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class EngineOptions:
-    """All that verl's four config objects are made of."""
+class BackendOptions:
+    """What verl's four configuration objects are made of."""
 
+    settings: TrainerSettings
+    model: ModelChoice
     model_folder: Path
     compute_dtype: str  # float32 | bfloat16: of activations and gathered weights
-    attn_implementation: str
-    gradient_checkpointing: bool
-    trust_remote_code: bool
-    lora_rank: int  # 0: all weights are trained
-    lora_alpha: int
-    lora_target_modules: list[str] | str
-    learning_rate: float
-    betas: tuple[float, float]
-    epsilon: float
-    weight_decay: float
-    max_grad_norm: float
-    sequence_parallel_size: int
-    offload_parameters: bool
-    offload_optimizer: bool
-    reshard_after_forward: bool
+    attn_implementation: str  # the name by which transformers knows it
     frozen: bool  # a reference model: no optimizer, stored in the compute dtype
 
     def verl_configs(self) -> tuple[Any, Any, Any, Any]:
-        precision = PRECISION[self.compute_dtype]
-        model = HFModelConfig(
-            path=str(self.model_folder),
-            load_tokenizer=False,
-            trust_remote_code=self.trust_remote_code,
-            enable_gradient_checkpointing=self.gradient_checkpointing and not self.frozen,
-            use_remove_padding=True,
-            override_config={"attn_implementation": self.attn_implementation},
-            lora_rank=0 if self.frozen else self.lora_rank,
-            lora_alpha=self.lora_alpha,
-            target_modules=self.lora_target_modules,
+        """The model, FSDP, optimizer and checkpoint configurations, in the order that verl's constructor takes them."""
+        settings, model, precision = self.settings, self.model, PRECISION[self.compute_dtype]
+        return (
+            HFModelConfig(
+                path=str(self.model_folder),
+                load_tokenizer=False,
+                trust_remote_code=model.trust_remote_code,
+                enable_gradient_checkpointing=model.gradient_checkpointing and not self.frozen,
+                use_remove_padding=True,
+                override_config={"attn_implementation": self.attn_implementation},
+                lora_rank=0 if self.frozen else model.lora.rank,
+                lora_alpha=model.lora.alpha,
+                target_modules=list(model.lora.target_modules),
+            ),
+            FSDPEngineConfig(
+                strategy="fsdp2",  # verl's default is FSDP1
+                model_dtype=precision if self.frozen else "fp32",
+                mixed_precision={"param_dtype": precision, "reduce_dtype": "fp32", "buffer_dtype": "fp32"},
+                ulysses_sequence_parallel_size=settings.sequence_parallel_size,
+                param_offload=settings.offload_parameters,
+                optimizer_offload=settings.offload_optimizer,
+                reshard_after_forward=settings.reshard_after_forward,
+                use_torch_compile=False,
+            ),
+            FSDPOptimizerConfig(
+                lr=settings.learning_rate,
+                betas=(settings.adam_beta1, settings.adam_beta2),
+                weight_decay=settings.weight_decay,
+                clip_grad=settings.max_grad_norm,
+                override_optimizer_config={"eps": settings.adam_epsilon, "fused": True},
+            ),
+            CheckpointConfig(),
         )
-        engine = FSDPEngineConfig(
-            strategy="fsdp2",  # verl's default is FSDP1
-            model_dtype=precision if self.frozen else "fp32",
-            mixed_precision={"param_dtype": precision, "reduce_dtype": "fp32", "buffer_dtype": "fp32"},
-            ulysses_sequence_parallel_size=self.sequence_parallel_size,
-            param_offload=self.offload_parameters,
-            optimizer_offload=self.offload_optimizer,
-            reshard_after_forward=self.reshard_after_forward,
-            use_torch_compile=False,
-        )
-        optimizer = FSDPOptimizerConfig(
-            lr=self.learning_rate,
-            betas=self.betas,
-            weight_decay=self.weight_decay,
-            clip_grad=self.max_grad_norm,
-            override_optimizer_config={"eps": self.epsilon, "fused": True},
-        )
-        return model, engine, optimizer, CheckpointConfig()
 
 
-class PackedEngine(FSDPEngineWithLMHead):  # type: ignore[misc]  # verl is untyped
+class PackedBackend(FSDPEngineWithLMHead):  # type: ignore[misc]  # verl is untyped
     """Forward passes over `MicroBatch`, and an optimizer step that never applies a non-finite gradient."""
 
     module: nn.Module
     head: LogprobHead
 
-    def __init__(self, options: EngineOptions) -> None:
+    def __init__(self, options: BackendOptions) -> None:
         super().__init__(*options.verl_configs())
         self.options = options
 
     def initialize(self) -> None:
-        """Build model and optimizer. verl's checkpoint manager is left out: `state.py` writes checkpoints."""
+        """Build the model and its optimizer. verl's checkpoint manager is not used: `state.py` writes checkpoints."""
         printed = io.StringIO()
         with redirect_stdout(printed), _no_progress_bar(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -148,12 +140,12 @@ class PackedEngine(FSDPEngineWithLMHead):  # type: ignore[misc]  # verl is untyp
         return int(self.ulysses_sequence_parallel_size)
 
     def evaluating(self, *, adapters: bool = True) -> AbstractContextManager[Any]:
-        """No gradients, weights on the device. Without `adapters`, LoRA is switched off."""
+        """A context without gradients and with the weights on the device. Without `adapters`, LoRA is switched off."""
         return _Evaluating(self, adapters)
 
     @contextmanager
     def without_sequence_parallelism(self) -> Iterator[None]:
-        """Every rank runs whole sequences of its own."""
+        """A context in which every rank runs whole sequences of its own."""
         group = get_ulysses_sequence_parallel_group()
         set_ulysses_sequence_parallel_group(None)
         try:
@@ -162,7 +154,7 @@ class PackedEngine(FSDPEngineWithLMHead):  # type: ignore[misc]  # verl is untyp
             set_ulysses_sequence_parallel_group(group)
 
     def forward(self, micro: MicroBatch, *, with_entropy: bool) -> tuple[Tensor, Tensor]:
-        """(logprobs [M], entropy [M]) of the trained tokens, float32 nats. Inside `train_mode` or `evaluating`."""
+        """Logprobs [M] and entropies [M] of the trained tokens, float32 nats; inside `train_mode` or `evaluating`."""
         token_ids, position_ids, positions = micro.token_ids_S, micro.position_ids_S, micro.trained_M - 1
         targets, temperature = token_ids[micro.trained_M], micro.temperature
         counts = [len(positions)]
@@ -195,12 +187,12 @@ class PackedEngine(FSDPEngineWithLMHead):  # type: ignore[misc]  # verl is untyp
         return output[:, 0], output[:, 1].detach()
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        """Accumulate gradients; only the last micro-batch communicates."""
+        """Accumulate gradients; the ranks communicate only after the `last` micro-batch of an optimizer step."""
         with self._gradient_sync_context(is_last_micro_batch=last):
             loss.backward()
 
     def grad_norm(self) -> float:
-        """L2 norm of the gradient over all ranks. Works on the shards: DTensor operations cost more than they do."""
+        """L2 norm of the gradient over all ranks, from the shards: DTensor operations cost more. Collective."""
         grads = self._local_grads()
         square = torch.stack(torch._foreach_norm(grads)).square().sum().double()
         if dist.get_world_size() > 1:
@@ -208,9 +200,10 @@ class PackedEngine(FSDPEngineWithLMHead):  # type: ignore[misc]  # verl is untyp
         return math.sqrt(value) if math.isfinite(value := float(square)) else value
 
     def step(self, *, learning_rate: float, grad_norm: float) -> None:
-        """Clip to `max_grad_norm`, apply, and drop the gradients."""
-        if grad_norm > self.options.max_grad_norm:
-            torch._foreach_mul_(self._local_grads(), self.options.max_grad_norm / (grad_norm + 1e-6))
+        """Clip the gradient to `trainer.max_grad_norm`, apply it, and clear it."""
+        max_norm = self.options.settings.max_grad_norm
+        if grad_norm > max_norm:
+            torch._foreach_mul_(self._local_grads(), max_norm / (grad_norm + 1e-6))
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.optimizer.step()
@@ -218,17 +211,17 @@ class PackedEngine(FSDPEngineWithLMHead):  # type: ignore[misc]  # verl is untyp
 
     @property
     def lora_facts(self) -> dict[str, int] | None:
-        """Rank and alpha of the adapters, which scale them; None without."""
-        options = self.options
-        return {"rank": options.lora_rank, "alpha": options.lora_alpha} if options.lora_rank else None
+        """Rank and alpha of the adapters, which together scale them; None if all weights are trained."""
+        lora = self.options.model.lora
+        return {"rank": lora.rank, "alpha": lora.alpha} if lora.rank else None
 
     def optimizer_state(self) -> dict[str, dict[str, Tensor]]:
-        """Adam's moments by parameter name, of the parameters that have been stepped."""
+        """Adam's moments by parameter name, for the parameters that the optimizer has updated so far."""
         state = self.optimizer.state
         return {name: state[p] for name, p in self.module.named_parameters() if state.get(p)}
 
     def make_optimizer_state(self, names: list[str]) -> None:
-        """Zero moments for exactly the parameters `names`, to be filled from a checkpoint."""
+        """Allocate zero moments for exactly the parameters `names`, to be filled from a checkpoint."""
         self.optimizer.state.clear()
         parameters = dict(self.module.named_parameters())
         for name in names:
@@ -245,17 +238,17 @@ class PackedEngine(FSDPEngineWithLMHead):  # type: ignore[misc]  # verl is untyp
 
 
 class _Evaluating:
-    """`eval_mode` + no_grad (+ disabled adapters), for one `with`.
+    """Evaluation mode without gradients, optionally without adapters, for one `with` block.
 
     Afterwards all weights are sharded again: without a backward pass FSDP2 leaves the gathered ones in place, and
-    whoever asks for the parameters next would get those, in the compute dtype.
+    the next reader of the parameters would get those, in the compute dtype.
     """
 
-    def __init__(self, engine: PackedEngine, adapters: bool) -> None:
-        self._module = engine.module
-        self._contexts: list[AbstractContextManager[Any]] = [torch.no_grad(), engine.eval_mode()]
+    def __init__(self, backend: PackedBackend, adapters: bool) -> None:
+        self._module = backend.module
+        self._contexts: list[AbstractContextManager[Any]] = [torch.no_grad(), backend.eval_mode()]
         if not adapters:
-            self._contexts.append(engine.disable_adapter())
+            self._contexts.append(backend.disable_adapter())
 
     def __enter__(self) -> None:
         for context in self._contexts:
@@ -271,7 +264,7 @@ class _Evaluating:
 
 @contextmanager
 def _no_progress_bar() -> Iterator[None]:
-    """transformers draws one per loaded model; the run has its own console."""
+    """Keeps transformers from drawing a bar per loaded model: the run has its own console."""
     from transformers.utils import logging as transformers_logging
 
     shown = transformers_logging.is_progress_bar_enabled()
@@ -283,14 +276,14 @@ def _no_progress_bar() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def build_engine(options: EngineOptions) -> PackedEngine:
-    """Collective. Raises UserError where the model and the options do not fit."""
-    targets = options.lora_target_modules
-    if options.lora_rank and isinstance(targets, list) and {"lm_head", "embed_tokens"} & set(targets):
+def build_backend(options: BackendOptions) -> PackedBackend:
+    """Load and shard the model. Collective. Raises UserError if the adapters cannot be trained."""
+    lora = options.model.lora
+    if lora.rank and {"lm_head", "embed_tokens"} & set(lora.target_modules):
         raise UserError(
-            f"model.lora.target_modules={targets}: LoRA on the embedding or the output head is not supported. "
-            "Name linear layers inside the blocks, or use all-linear."
+            f"model.lora.target_modules={list(lora.target_modules)}: LoRA on the embedding or the output head is not "
+            "supported. Name linear layers inside the blocks, or use all-linear."
         )
-    engine = PackedEngine(options)
-    engine.initialize()
-    return engine
+    backend = PackedBackend(options)
+    backend.initialize()
+    return backend
