@@ -1,4 +1,7 @@
-"""What every advantage estimator shares: which rollouts take part, verl's estimator by name, whitening, clipping."""
+"""What all advantage estimators share: which rollouts are compared, verl's estimator by name, whitening, clipping.
+
+N counts the compared rollouts of all groups of a batch. The files beside this one show one formula each.
+"""
 
 from __future__ import annotations
 
@@ -24,10 +27,10 @@ EQUAL_WITHIN = 1e-6
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class ComparedRollouts:
-    """The rollouts that are compared, all groups end to end."""
+    """The rollouts of a batch whose rewards are compared, all groups end to end."""
 
     rewards_N: Floats
-    index_N: NDArray[np.object_]  # number of the group; objects, because verl groups by hash
+    index_N: NDArray[np.object_]  # number of the group, as objects: verl groups by hash
     lengths_N: NDArray[np.int64]  # trained tokens
     counts_N: NDArray[np.bool_]  # False: only part of the baseline (`zero_advantage`)
 
@@ -36,9 +39,12 @@ class ComparedRollouts:
 class VerlAdvantage(ABC):
     """An estimator of verl's registry (`get_adv_estimator_fn`) as an `AdvantageEstimator`.
 
-    Exactly zero, and left out of every statistic: groups of one, groups without variance, groups with
-    environment-supplied advantages, and supervised rollouts, which their group is compared without. A rollout with
-    `zero_advantage` is part of its group's baseline only.
+    The advantage is exactly zero for groups of one, groups whose rewards are all equal, groups that bring their own
+    advantages, and supervised rollouts; none of them enters a statistic. A rollout with `zero_advantage` counts in
+    its group's baseline and gets zero itself.
+
+    Example: `GRPO(norm_by_std=True, epsilon=1e-6, normalization="none", clip=None)(groups)` gives one float32 [G] for
+    each group.
     """
 
     normalization: str
@@ -77,11 +83,11 @@ class VerlAdvantage(ABC):
         return advantages
 
     def estimate(self, rows: ComparedRollouts) -> Floats:
-        """Advantages [N] of `rows`, before normalization and clipping."""
+        """The advantages [N] of `rows`, before normalization and clipping."""
         return self.call_verl(rows, mask=np.ones((len(rows.rewards_N), 1), dtype=bool))[:, 0]
 
     def call_verl(self, rows: ComparedRollouts, *, mask: NDArray[Any], **settings: Any) -> Floats:
-        """verl's estimator on one reward per row; the mask [N, R] broadcasts the result to its shape."""
+        """Call verl's estimator with one reward per row; its result has the shape of `mask` [N, R]."""
         import torch
         from verl.trainer.ppo import core_algos
 
@@ -104,16 +110,17 @@ class VerlAdvantage(ABC):
 
 
 def is_constant(values: NDArray[np.floating[Any]], *, among: NDArray[np.floating[Any]] | None = None) -> bool:
-    """Whether there is nothing to compare: fewer than two values, or equal up to float32 rounding of the
-    largest of `among` (default: the values)."""
+    """Whether there is nothing to compare: fewer than two `values`, or all of them equal up to float32 rounding.
+
+    Rounding is measured against the largest of `among` (by default of the values themselves)."""
     largest = np.abs(values if among is None else among).max(initial=0.0)
     return len(values) < 2 or bool(np.ptp(values) <= EQUAL_WITHIN * largest)
 
 
 def whiten(advantages_N: Floats, rows: ComparedRollouts) -> Floats:
-    """Zero mean and unit variance over the trained tokens of the rows that count (verl's `masked_whiten`).
+    """(A - mean) / sqrt(var + 1e-8) over the trained tokens of the rows that count: verl's `masked_whiten`.
 
-    Zero if they do not differ: whitening a constant would only magnify its rounding.
+    The result is zero if they do not differ: whitening a constant would only magnify its rounding.
     """
     import torch
     from verl.utils import torch_functional

@@ -1,6 +1,13 @@
-"""GRPO (arXiv:2402.03300): reward minus the group's mean, over its standard deviation.
+"""GRPO (Shao et al. 2024, arXiv:2402.03300): how much better a rollout is than its group, in standard deviations.
 
-Without the division it is Dr. GRPO (arXiv:2503.20783).
+For the rewards r_1 ... r_G of one group, every trained token of rollout i gets
+
+    A_i = (r_i - mean(r)) / (std(r) + epsilon),    std(r) = sqrt(sum_j (r_j - mean(r))^2 / (G - 1))
+
+With `norm_by_std=false` it is Dr. GRPO (Liu et al. 2025, arXiv:2503.20783): A_i = r_i - mean(r). Dividing by a small
+deviation would give prompts that are almost always or almost never solved a larger weight.
+
+Example: rewards 1, 0, 0, 0 have mean 0.25 and std 0.5, so A = 1.5, -0.5, -0.5, -0.5; Dr. GRPO: 0.75 and -0.25.
 """
 
 from __future__ import annotations
@@ -17,7 +24,7 @@ from atropos_exp.types import Floats
 
 @dataclass(frozen=True, kw_only=True)
 class GRPO(VerlAdvantage):
-    """verl's `compute_grpo_outcome_advantage`; the standard deviation is the unbiased one."""
+    """The advantages of verl's `compute_grpo_outcome_advantage`."""
 
     norm_by_std: bool
     epsilon: float
@@ -34,5 +41,6 @@ class GRPO(VerlAdvantage):
 
 
 def check_epsilon(epsilon: float) -> None:
+    """Raise UserError unless `epsilon` is a number of at least 0."""
     if not epsilon >= 0:
         raise UserError(f"advantage.epsilon is {epsilon}; expected a small number >= 0, such as 1e-6")

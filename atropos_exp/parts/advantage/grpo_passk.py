@@ -1,4 +1,11 @@
-"""GRPO for pass@k (arXiv:2503.19595): only the best rollout of a group is rewarded, by its lead over the second."""
+"""GRPO for pass@k (Tang et al. 2025, arXiv:2503.19595): only the best of a group counts, as when one of k may answer.
+
+The best rollout of a group gets its lead over the second best, every other one 0:
+
+    A_best = (r_best - r_second) / (std(r) + epsilon),    std(r) = sqrt(sum_j (r_j - mean(r))^2 / (G - 1))
+
+With `norm_by_std=false` the lead is not divided. If two rollouts share the highest reward, nobody gets an advantage.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +21,7 @@ from atropos_exp.types import Floats
 
 @dataclass(frozen=True, kw_only=True)
 class GRPOPassK(VerlAdvantage):
-    """verl's `compute_grpo_passk_outcome_advantage`: (best - second) / (std + epsilon) for the best, else zero."""
+    """The advantages of verl's `compute_grpo_passk_outcome_advantage`."""
 
     norm_by_std: bool
     epsilon: float

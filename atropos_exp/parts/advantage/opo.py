@@ -1,4 +1,11 @@
-"""OPO (arXiv:2505.23585): reward minus the group's length-weighted mean, the baseline of least variance."""
+"""OPO (Hao et al. 2025, arXiv:2505.23585): the baseline that minimises the variance of the gradient.
+
+A longer rollout has a larger gradient, so its reward counts more in the group's baseline. With l_j trained tokens:
+
+    A_i = r_i - sum_j l_j * r_j / sum_j l_j
+
+Example: rewards 1, 0 of rollouts with 3 and 1 trained tokens have the baseline 0.75, so A = 0.25, -0.75.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +18,7 @@ from atropos_exp.types import Floats
 
 @dataclass(frozen=True, kw_only=True)
 class OPO(VerlAdvantage):
-    """verl's `compute_opo_outcome_advantage`; the length of a rollout is its number of trained tokens."""
+    """The advantages of verl's `compute_opo_outcome_advantage`."""
 
     verl_name: ClassVar[str] = "opo"
 

@@ -1,4 +1,11 @@
-"""REINFORCE++ with a baseline (arXiv:2501.03262): reward minus the group's mean, whitened over the batch's tokens."""
+"""REINFORCE++ with a baseline (Hu et al. 2025, arXiv:2501.03262): centred per group, normalised over the batch.
+
+Every trained token t of rollout i gets the centred reward, whitened over all such tokens of the batch:
+
+    d_t = r_i - mean(r of its group),    A_t = (d_t - mean_t(d)) / sqrt(var_t(d) + 1e-8)
+
+mean_t and var_t (unbiased) run over tokens, so a rollout counts once per trained token.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +20,9 @@ from atropos_exp.types import Floats
 
 @dataclass(frozen=True, kw_only=True)
 class ReinforcePlusPlusBaseline(VerlAdvantage):
-    """verl's `compute_reinforce_plus_plus_baseline_outcome_advantage`.
+    """The advantages of verl's `compute_reinforce_plus_plus_baseline_outcome_advantage`.
 
-    Whitening takes the trained tokens of the rollouts that get an advantage, and no others.
+    The batch's mean and variance are those of the rollouts that get an advantage.
     """
 
     verl_name: ClassVar[str] = "reinforce_plus_plus_baseline"

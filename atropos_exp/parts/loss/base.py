@@ -1,4 +1,18 @@
-"""What every policy loss shares: verl's loss by name, aggregated over the mini-batch, plus an optional KL term."""
+"""What all policy losses share: verl's loss by name, its average over the mini-batch, and an optional KL term.
+
+Each loss defines a cost l_it of token t of sequence i from its logprobs under the trained policy and under the policy
+before the update, whose ratio is rho_it = exp(logprob_it - old_logprob_it). If the sampler's weights were older, l_it
+is multiplied by the truncated importance weight min(exp(old_logprob_it - behaviour_logprob_it), cap). Over a mini-batch
+of N sequences with T_i trained tokens each, `agg_mode` (verl's `agg_loss`) averages the costs:
+
+    token_mean             sum_i sum_t l_it / sum_i T_i
+    token_sum              sum_i sum_t l_it
+    seq_mean_token_sum     sum_i sum_t l_it / N
+    seq_mean_token_mean    sum_i (sum_t l_it / T_i) / N
+
+With `kl_coef` > 0 the loss grows by kl_coef times the same average of an estimate of KL(policy || reference) per token.
+With d = logprob - reference_logprob: k1 = d, k2 = d^2 / 2, k3 = exp(-d) - 1 + d; k1+ and k3+ take the gradient of k2.
+"""
 
 from __future__ import annotations
 
@@ -41,10 +55,10 @@ class VerlPolicyLoss(ABC):
 
     @abstractmethod
     def aggregation(self) -> tuple[str, int | None]:
-        """verl's `agg_loss` mode and its `loss_scale_factor`."""
+        """The mode of verl's `agg_loss`, and the `loss_scale_factor` that goes with it."""
 
     def clip_settings(self) -> dict[str, float]:
-        """The fields of verl's ActorConfig that bound the ratio of new to old policy."""
+        """Those fields of verl's ActorConfig that bound the ratio of new to old policy."""
         return {}
 
     def __call__(
@@ -61,8 +75,7 @@ class VerlPolicyLoss(ABC):
         num_sequences: int,
         dp_size: int,
     ) -> tuple[Tensor, dict[str, float]]:
-        """The scalar to call `backward` on, and `policy_loss`, `supervised_loss`, `clip_fraction` (of trained tokens)
-        and `reference_kl` (nats per trained token) of this micro-batch, which add up in the same way.
+        """See `PolicyLoss`. `clip_fraction` is a part of the trained tokens, `reference_kl` nats per trained token.
 
         A supervised token costs -advantage * logprob (its advantage is 1, or 0 where it is to teach nothing).
         """
@@ -122,7 +135,7 @@ class VerlPolicyLoss(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class AveragedLoss(VerlPolicyLoss):
-    """A policy loss that is averaged in a way of choice."""
+    """A policy loss whose average over tokens and sequences is a setting."""
 
     agg_mode: str
 
@@ -136,7 +149,7 @@ class AveragedLoss(VerlPolicyLoss):
 
 @dataclass(frozen=True, kw_only=True)
 class ClippedRatio(VerlPolicyLoss):
-    """A policy loss that keeps the ratio new / old policy within [1 - clip_low, 1 + clip_high]."""
+    """A policy loss that bounds the ratio of new to old policy to [1 - clip_low, 1 + clip_high]."""
 
     clip_low: float
     clip_high: float

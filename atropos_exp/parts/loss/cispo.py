@@ -1,4 +1,9 @@
-"""CISPO (arXiv:2506.13585): clips the weight of a token, never its gradient, so every token keeps teaching."""
+"""CISPO (MiniMax 2025, arXiv:2506.13585): a token's weight is clipped, but never its gradient.
+
+    l_it = -stop_gradient(clip(rho_it, 1 - clip_low, 1 + clip_high)) * A_it * logprob_it
+
+PPO's clip, in contrast, gives a token whose ratio has left the interval no gradient at all.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +15,6 @@ from atropos_exp.parts.loss.base import AveragedLoss, ClippedRatio
 
 @dataclass(frozen=True, kw_only=True)
 class CISPO(ClippedRatio, AveragedLoss):
-    """-(clipped ratio * advantage * logprob), the ratio without gradient: verl's policy loss "cispo"."""
+    """verl's policy loss "cispo" (`compute_policy_loss_cispo`)."""
 
     verl_name: ClassVar[str] = "cispo"

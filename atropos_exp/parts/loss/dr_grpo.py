@@ -1,6 +1,9 @@
-"""Dr. GRPO (arXiv:2503.20783): PPO's clipped surrogate, summed over tokens and divided by a constant length.
+"""Dr. GRPO (Liu et al. 2025, arXiv:2503.20783): PPO's clipped cost, summed and divided by a constant length.
 
-Dividing by each sequence's own length would favour long wrong answers.
+    loss = sum_i (sum_t l_it / scale_factor) / N,    with l_it of `ppo_clip.py`
+
+Dividing by each sequence's own length T_i instead, as GRPO does, makes long wrong answers cheaper than short ones.
+`scale_factor` is `max_response_length` by default. The other half of Dr. GRPO is `advantage=dr_grpo`.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ from atropos_exp.parts.loss.ppo_clip import DualClip
 
 @dataclass(frozen=True, kw_only=True)
 class DrGRPO(DualClip):
-    """verl's policy loss "vanilla" with the aggregation "seq-mean-token-sum-norm"."""
+    """verl's policy loss "vanilla" with the average "seq-mean-token-sum-norm"."""
 
     scale_factor: int
 

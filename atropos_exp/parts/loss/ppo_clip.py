@@ -1,4 +1,12 @@
-"""PPO's clipped surrogate (arXiv:1707.06347) with a dual clip for negative advantages (arXiv:1912.09729)."""
+"""PPO's clipped cost (Schulman et al. 2017, arXiv:1707.06347) with a dual clip (Ye et al. 2019, arXiv:1912.09729).
+
+    c_it = -min(rho_it * A_it, clip(rho_it, 1 - clip_low, 1 + clip_high) * A_it)
+    l_it = c_it if A_it >= 0, else min(c_it, dual_clip * |A_it|)
+
+A token that has moved beyond the interval in the direction of its advantage gets no gradient. The dual clip bounds the
+cost where the advantage is negative, for there rho_it, and so the gradient, could grow without limit. In the first
+optimizer step of a batch rho_it is 1, and the gradient is that of -A_it * logprob_it.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +18,7 @@ from atropos_exp.parts.loss.base import AveragedLoss, ClippedRatio, require
 
 @dataclass(frozen=True, kw_only=True)
 class DualClip(ClippedRatio):
-    """-min(ratio * A, clipped ratio * A), and at most dual_clip * |A| where A < 0: verl's policy loss "vanilla"."""
+    """The cost l_it: verl's policy loss "vanilla" (`compute_policy_loss_vanilla`), its average left to subclasses."""
 
     dual_clip: float
 
@@ -26,4 +34,4 @@ class DualClip(ClippedRatio):
 
 @dataclass(frozen=True, kw_only=True)
 class PPOClip(DualClip, AveragedLoss):
-    """The surrogate, averaged as configured."""
+    """The cost l_it, averaged by `agg_mode`."""
