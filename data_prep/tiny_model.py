@@ -6,7 +6,7 @@ and then. That is what GRPO needs to start, and nothing but the reward tells the
 The corpus holds only the training problems of `data_prep.arithmetic` at its defaults, never a held-out one.
 
 Training runs on two threads, whatever the machine has, so that the same CPU and the same torch write the same bytes;
-`tests/model/test_tiny.py` checks the shipped ones. Rounding grows over hundreds of steps: a CPU with other vector
+`tests/parts/model/test_tiny.py` checks the shipped ones. Rounding grows over hundreds of steps: a CPU with other vector
 units, or another torch, ends at other weights that are as good.
 """
 

@@ -6,10 +6,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from atropos_exp.envs.sampler import SampledTurn
+from atropos_exp.parts.atropos.scored_data import IGNORED, NO_LOGPROB
 from atropos_exp.types import Finish
-
-IGNORED = -100  # mask of a token that is not trained
-NO_LOGPROB = 1.0  # where nothing was sampled
 
 
 class Episode:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from atropos_exp.types import Floats, Mask, TokenIds
 
 IGNORED = -100  # a token that is not trained
+NO_LOGPROB = 1.0  # in place of a logprob, where nothing was sampled
 ROUNDING = 1e-3  # nats above 0 that a logprob may have through rounding
 LARGEST = 1e18  # in size, of any number: its square still fits into float32
 DUMMY = np.arange(128)  # what atroposlib sends for tokens that it could not get (ATROPOS_ALLOW_DUMMY_MANAGED_SERVER)

@@ -19,7 +19,7 @@ def _positive(value: float) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class AtroposSettings:
-    """Read by `launch.start_atropos`."""
+    """The settings of `conf/atropos`, in seconds where they are times. `launch.start_programs` acts on them."""
 
     api_url: str | None
     launch: bool

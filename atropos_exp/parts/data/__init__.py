@@ -1,6 +1,6 @@
 """Where prompts come from: parquet files in verl's schema or Hugging Face data sets -> an exactly resumable stream.
 
-settings.py     conf/data: what to load; `DataSettings.loader(...)` opens it
+settings.py     conf/data: what to load; `verl.py` opens it
 loader.py       AtroposDataLoader: take / state / restore
 mix.py          which prompt stands at which position of the stream (pure arithmetic)
 source.py       one weighted source: read -> check -> filter -> tokenise, with counts

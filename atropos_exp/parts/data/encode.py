@@ -14,23 +14,22 @@ from atropos_exp.types import TokenIds
 if TYPE_CHECKING:
     import pyarrow as pa
 
-FORMATS = ("chat", "plain")
+    from atropos_exp.parts.data.settings import DataSettings
+
 _CHUNK = 2048  # prompts tokenised at a time: keeps the tokenizer's threads busy and memory flat
 
 
 class Encoder:
     """chat: `apply_chat_template` with the generation prompt; plain: the contents joined by blank lines."""
 
-    def __init__(
-        self, tokenizer: Any, *, prompt_format: str, system_prompt: str | None, template_arguments: dict[str, Any]
-    ) -> None:
-        assert prompt_format in FORMATS
-        if prompt_format == "chat" and not getattr(tokenizer, "chat_template", None):
+    def __init__(self, settings: DataSettings, tokenizer: Any) -> None:
+        """Raises UserError if the format is chat and the tokenizer has no chat template."""
+        if settings.format == "chat" and not getattr(tokenizer, "chat_template", None):
             raise UserError("data.format=chat needs a tokenizer with a chat template, and this one has none; use plain")
         self._tokenizer = tokenizer
-        self._format = prompt_format
-        self._system_prompt = system_prompt
-        self._template_arguments = template_arguments
+        self._format = settings.format
+        self._system_prompt = settings.system_prompt
+        self._template_arguments = settings.chat_template_arguments
 
     def texts(self, prompts: pa.Array) -> list[str]:
         """What the model will read of each row's messages."""

@@ -39,19 +39,14 @@ def keys_of(sources: Iterable[RawSource]) -> pa.Array | None:
 def eval_prompts(
     settings: DataSettings, tokenizer: Any, *, num_prompts: int, max_prompt_length: int, prepared_folder: Path | None
 ) -> list[Prompt]:
-    """A fixed choice of `num_prompts` (or all, if fewer) over all held-out sets. See DataSettings.eval_prompts."""
+    """A fixed choice of `num_prompts` (or all, if fewer) over all held-out sets. See `VerlData.eval_prompts`."""
     raws = read_eval(settings, prepared_folder)
     if not raws:
         raise UserError(
             "data.eval_paths: it is empty; expected held-out parquet files (or eval.num_prompts=0 for no eval)"
         )
     refuse_too_many_bad(raws, settings.max_bad_fraction)
-    encoder = Encoder(
-        tokenizer,
-        prompt_format=settings.format,
-        system_prompt=settings.system_prompt,
-        template_arguments=settings.chat_template_arguments,
-    )
+    encoder = Encoder(settings, tokenizer)
     sources = []
     for raw in raws:
         source = prepare_source(

@@ -36,12 +36,7 @@ class AtroposDataLoader:
         prepared_folder: Path | None = None,
     ) -> None:
         _check_context(tokenizer, max_prompt_length, max_response_length)
-        encoder = Encoder(
-            tokenizer,
-            prompt_format=settings.format,
-            system_prompt=settings.system_prompt,
-            template_arguments=settings.chat_template_arguments,
-        )
+        encoder = Encoder(settings, tokenizer)
         held_out = read_eval(settings, prepared_folder)
         raws = [
             read_source(entry.name, is_hub=entry.is_hub, key=entry.key, default_split=entry.split)

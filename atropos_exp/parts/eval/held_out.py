@@ -13,11 +13,7 @@ from atropos_exp.errors import UserError
 from atropos_exp.metrics import slug
 from atropos_exp.parts.eval.estimators import mean_interval, pass_at_k, wilson_interval
 from atropos_exp.runs.seeds import derive_seed
-from atropos_exp.types import (
-    Prompt,
-    RewardFailure,
-    SamplingParams,
-)
+from atropos_exp.types import Prompt, RewardFailure, SamplingParams
 
 if TYPE_CHECKING:
     from atropos_exp.interfaces import Engine, Scorer
@@ -49,46 +45,37 @@ class HeldOut:
         max_tokens: int,
         seed: int,
     ) -> HeldOutEvaluator:
-        return HeldOutEvaluator(self, prompts, engine, scorer, tokenizer, stop_token_ids, max_tokens, seed)
+        """The `Evaluator` of these settings: `seed` is the run's, `max_tokens` the limit of one answer."""
+        return HeldOutEvaluator(self, list(prompts), engine, scorer, tokenizer, stop_token_ids, max_tokens, seed)
 
 
+@dataclass(frozen=True, eq=False)
 class HeldOutEvaluator:
     """An `Evaluator`. The same prompts and seeds at every call, so two evaluations differ by the policy alone."""
 
-    def __init__(
-        self,
-        settings: HeldOut,
-        prompts: Sequence[Prompt],
-        engine: Engine,
-        scorer: Scorer,
-        tokenizer: Any,
-        stop_token_ids: tuple[int, ...],
-        max_tokens: int,
-        seed: int,
-    ) -> None:
-        self._settings = settings
-        self._prompts = list(prompts)
-        self._engine = engine
-        self._scorer = scorer
-        self._tokenizer = tokenizer
-        self._stop_token_ids = stop_token_ids
-        self._max_tokens = max_tokens
-        self._seed = seed
+    settings: HeldOut
+    prompts: list[Prompt]
+    engine: Engine
+    scorer: Scorer
+    tokenizer: Any
+    stop_token_ids: tuple[int, ...]
+    max_tokens: int
+    seed: int
 
     def __call__(self, policy_version: int) -> dict[str, float]:
         """Per data source: accuracy with its 95 % Wilson interval, pass@k, and how many answers could not be scored
         (those count as wrong)."""
-        if not self._prompts:
+        if not self.prompts:
             return {}
         greedy, num_failed = self._answer(temperature=0.0, num_samples=1)
-        num_sampled = self._settings.samples_per_prompt
+        num_sampled = self.settings.samples_per_prompt
         sampled = None
         if num_sampled:
-            sampled, failed = self._answer(temperature=self._settings.temperature, num_samples=num_sampled)
+            sampled, failed = self._answer(temperature=self.settings.temperature, num_samples=num_sampled)
             num_failed += failed
 
         values = {"eval/reward_failures": float(num_failed)}
-        sources = [prompt.data_source for prompt in self._prompts]
+        sources = [prompt.data_source for prompt in self.prompts]
         for name in dict.fromkeys(sources):
             rows = np.array([source == name for source in sources])
             values |= eval_metrics(
@@ -106,19 +93,19 @@ class HeldOutEvaluator:
             temperature=temperature,
             top_p=1.0,
             top_k=0,
-            max_tokens=self._max_tokens,
-            stop_token_ids=self._stop_token_ids,
-            seed=derive_seed(self._seed, "eval"),
+            max_tokens=self.max_tokens,
+            stop_token_ids=self.stop_token_ids,
+            seed=derive_seed(self.seed, "eval"),
         )
-        token_ids = [prompt.token_ids for prompt in self._prompts]
-        samples = self._engine.generate(token_ids, sampling, num_samples=num_samples)
+        token_ids = [prompt.token_ids for prompt in self.prompts]
+        samples = self.engine.generate(token_ids, sampling, num_samples=num_samples)
         flat = [sample.token_ids for group in samples for sample in group]
-        texts = self._tokenizer.batch_decode(flat, skip_special_tokens=True)
-        owners = [prompt for prompt in self._prompts for _ in range(num_samples)]
-        scores = self._scorer.score(list(zip(texts, owners, strict=True)))
+        texts = self.tokenizer.batch_decode(flat, skip_special_tokens=True)
+        owners = [prompt for prompt in self.prompts for _ in range(num_samples)]
+        scores = self.scorer.score(list(zip(texts, owners, strict=True)))
         num_failed = sum(isinstance(score, RewardFailure) for score in scores)
-        correct = [not isinstance(score, RewardFailure) and score >= self._settings.correct_at for score in scores]
-        return np.array(correct).reshape(len(self._prompts), num_samples), num_failed
+        correct = [not isinstance(score, RewardFailure) and score >= self.settings.correct_at for score in scores]
+        return np.array(correct).reshape(len(self.prompts), num_samples), num_failed
 
 
 def eval_metrics(

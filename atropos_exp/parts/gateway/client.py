@@ -41,8 +41,6 @@ class GatewayClient:
         doors: Doors,
         endpoints: Sequence[Endpoint],
         token: str | None,
-        start_timeout_seconds: float,
-        health_timeout_seconds: float,
         log_folder: Path,
     ) -> None:
         """Start the process. `options`: what it is told; `token`: what environments must send as their API key."""
@@ -56,8 +54,6 @@ class GatewayClient:
         self._options = options
         self._doors = doors
         self._engine_tokens = [endpoint.token for endpoint in endpoints]
-        self._start_timeout_seconds = start_timeout_seconds
-        self._health_timeout_seconds = health_timeout_seconds
         self._log = log_folder / "gateway.log"
         self._private_token = secrets.token_urlsafe(32)
         self._lock = threading.RLock()  # of what follows
@@ -180,7 +176,7 @@ class GatewayClient:
 
     def _wait_until_ready(self, process: Child) -> None:
         """Our socket accepts connections before the process does, so one request tells, whenever it is answered."""
-        seconds = self._start_timeout_seconds
+        seconds = self._options.start_timeout_seconds
         deadline = time.monotonic() + seconds
         while True:
             if process.poll() is not None:
@@ -200,7 +196,7 @@ class GatewayClient:
             raise EngineError(f"gateway: waited for {what}; got no message: {error}") from None
 
     def _exchange(self, method: str, path: str, body: bytes, *, what: str) -> bytes:
-        seconds = self._health_timeout_seconds
+        seconds = self._options.health_timeout_seconds
         waiting = f"gateway: waited for {what}"
         process = self._process
         try:

@@ -30,6 +30,8 @@ class Options:
     request_timeout_seconds: float
     engine_silence_seconds: float
     max_body_mb: int
+    start_timeout_seconds: float  # these two bound the trainer's waits; the process ignores them
+    health_timeout_seconds: float
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))

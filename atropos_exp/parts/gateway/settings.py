@@ -107,13 +107,7 @@ class GatewaySettings:
             request_timeout_seconds=self.request_timeout_seconds,
             engine_silence_seconds=self.engine_silence_seconds,
             max_body_mb=self.max_body_mb,
-        )
-        return GatewayClient(
-            options,
-            doors=doors,
-            endpoints=endpoints,
-            token=self.token,
             start_timeout_seconds=self.start_timeout_seconds,
             health_timeout_seconds=self.health_timeout_seconds,
-            log_folder=log_folder,
         )
+        return GatewayClient(options, doors=doors, endpoints=endpoints, token=self.token, log_folder=log_folder)

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    pass
-
 import shutil
+from pathlib import Path
+from typing import Any
 
 from atropos_exp.errors import UserError
 

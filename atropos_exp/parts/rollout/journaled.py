@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class JournaledSource:
-    """A `RolloutSource` around another one: what that one gives is on disk before it is trained on."""
+    """A `RolloutSource` around `inner`; the journals lie in `folder`, one Parquet file a step."""
 
     def __init__(self, inner: RolloutSource, folder: Path) -> None:
         self._inner = inner

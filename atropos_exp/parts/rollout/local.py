@@ -30,42 +30,29 @@ class LocalRollout:
         return local
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
 class LocalSource:
     """A `RolloutSource`: every group is sampled with the weights that the engine serves at that moment."""
 
-    def __init__(
-        self,
-        *,
-        loader: PromptLoader,
-        engine: Engine,
-        scorer: Scorer,
-        tokenizer: Any,
-        sampling: SamplingParams,
-        group_size: int,
-        seed: int,
-        mask_truncated: bool,
-    ) -> None:
-        self._mask_truncated = mask_truncated
-        self._loader = loader
-        self._engine = engine
-        self._scorer = scorer
-        self._tokenizer = tokenizer
-        self._sampling = sampling
-        self._group_size = group_size
-        self._seed = seed
+    loader: PromptLoader
+    engine: Engine
+    scorer: Scorer
+    tokenizer: Any
+    sampling: SamplingParams
+    group_size: int
+    seed: int
+    mask_truncated: bool
 
     def take(self, num_groups: int, *, step: int) -> tuple[list[RolloutGroup], Dropped]:
         """Sample `num_groups` prompts once. Rollouts whose reward failed are dropped and counted, never replaced:
         a step stays reproducible from (seed, step) alone."""
-        prompts = self._loader.take(num_groups)
-        sampling = replace(self._sampling, seed=derive_seed(self._seed, "rollout", step))
-        samples = self._engine.generate(
-            [prompt.token_ids for prompt in prompts], sampling, num_samples=self._group_size
-        )
+        prompts = self.loader.take(num_groups)
+        sampling = replace(self.sampling, seed=derive_seed(self.seed, "rollout", step))
+        samples = self.engine.generate([prompt.token_ids for prompt in prompts], sampling, num_samples=self.group_size)
         flat = [sample for group in samples for sample in group]
-        texts = self._tokenizer.batch_decode([sample.token_ids for sample in flat], skip_special_tokens=True)
+        texts = self.tokenizer.batch_decode([sample.token_ids for sample in flat], skip_special_tokens=True)
         owners = [prompt for prompt, group in zip(prompts, samples, strict=True) for _ in group]
-        scores = iter(self._scorer.score(list(zip(texts, owners, strict=True))))
+        scores = iter(self.scorer.score(list(zip(texts, owners, strict=True))))
 
         dropped: Counter[str] = Counter()
         groups = []
@@ -90,17 +77,17 @@ class LocalSource:
             if len(sample.token_ids) == 0:
                 dropped["empty_completion"] += 1
                 continue
-            rollouts.append(as_rollout(prompt, sample, score, mask_truncated=self._mask_truncated))
+            rollouts.append(as_rollout(prompt, sample, score, mask_truncated=self.mask_truncated))
         return rollouts
 
     def counters(self) -> Mapping[str, float]:
         return {}
 
     def state(self) -> JSON:
-        return {"loader": self._loader.state()}
+        return {"loader": self.loader.state()}
 
     def restore(self, state: JSON) -> None:
-        self._loader.restore(state["loader"])
+        self.loader.restore(state["loader"])
 
 
 def as_rollout(prompt: Prompt, sample: Sample, reward: float, *, mask_truncated: bool) -> Rollout:

@@ -189,6 +189,7 @@ def test_resume_is_exact_at_every_cursor(
     resumed = open_loader(**sources)
     for cursor, state in enumerate(states):
         resumed.restore(state)
+        assert resumed.state()["cursor"] == cursor
         assert same(resumed.take(7), stream[cursor : cursor + 7]) or cursor + 7 > len(stream)
         assert same(resumed.take(0), [])
     steps = open_loader(**sources)
