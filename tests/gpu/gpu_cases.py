@@ -108,8 +108,8 @@ def run(folder: Path, way: str, name: str, device: str) -> dict[str, Any]:
     return {
         "stats": [dataclasses.asdict(part) for part in stats],
         "logprobs": [score.tolist() for score in trainer.logprobs(sequences, temperature=0.8)],
-        "devices": sorted({parameter.device.type for parameter in trainer._engine.module.parameters()}),
-        "dtypes": sorted({str(parameter.dtype) for parameter in trainer._engine.module.parameters()}),
+        "devices": sorted({parameter.device.type for parameter in trainer._backend.module.parameters()}),
+        "dtypes": sorted({str(parameter.dtype) for parameter in trainer._backend.module.parameters()}),
     }
 
 

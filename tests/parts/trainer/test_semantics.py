@@ -44,7 +44,7 @@ def test_the_logits_that_predict_tool_tokens_have_a_gradient_of_exactly_zero(sta
     def watch(_module: Any, _input: Any, output: Tensor) -> None:
         output.register_hook(seen.append)
 
-    trainer._engine.module.model.norm.register_forward_hook(watch)
+    trainer._backend.module.model.norm.register_forward_hook(watch)
     batch = packed(groups)
     trainer.update(batch)
     (gradient_1SH,) = seen
