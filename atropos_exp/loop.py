@@ -1,4 +1,4 @@
-"""GRPO, one step per turn: restore, sample, weigh, pack, update, publish, evaluate, log, save."""
+"""The training loop: restore, sample, compare, pack, update, publish, evaluate, record, save."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Schedule:
+    """How long to train, and how often to evaluate and save. Steps count from 1."""
+
     max_steps: int
     groups_per_step: int
     eval_every: int  # 0: only before the first and after the last step
@@ -30,6 +32,7 @@ class Schedule:
     temperature: float  # of the sampler; the trainer scores under the same
 
     def is_due(self, every: int, step: int) -> bool:
+        """Whether something done every `every` steps is due after `step`; it always is after the last one."""
         return step == self.max_steps or (every > 0 and step % every == 0)
 
 

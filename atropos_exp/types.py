@@ -1,4 +1,4 @@
-"""The nouns: what flows between the parts. Pure data, no I/O, no framework.
+"""The nouns of a run: what its parts hand to each other. Plain data, without I/O or a framework.
 
     Prompt -> Rollout -> RolloutGroup -> TrainBatch -> UpdateStats -> StepMetrics
 
@@ -10,8 +10,8 @@ Shape suffixes: ``x_NT`` has shape [N, T].
     S = token positions of a whole batch, its sequences laid end to end (packed, no padding)
     R = trained tokens of one sequence, left-aligned
 
-A per-token array is *token-aligned*: entry t speaks of token t itself. The logits at t score
-token t + 1, so whoever needs logits reads them at t - 1; that shift happens in the trainer only.
+A per-token array is *token-aligned*: entry t is about token t itself. The logits at t score token t + 1,
+so those of token t are read at t - 1; that shift happens in the trainer only.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Finish(Enum):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prompt:
-    """One task, already tokenised."""
+    """One task for the policy, already tokenised."""
 
     prompt_id: str  # stable across runs: "<data_source>/<split>/<index>"
     data_source: str  # verl's name of the data set; rewards may dispatch on it
@@ -78,16 +78,16 @@ class Sample:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Endpoint:
-    """How another process of this run reaches the engine's server."""
+    """The address of one of the engine's servers, for the other processes of the run."""
 
     kind: str  # "hf": the binary protocol of `wire.py`; "vllm", "sglang": their HTTP interface
     address: str  # "http://127.0.0.1:PORT"
-    token: str | None = field(repr=False)  # of its Authorization header; None: the server asks for none
+    token: str | None = field(repr=False)  # in its Authorization header; None: it asks for none
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Provenance:
-    """What the gateway's ledger knows of a sequence that an environment sent back."""
+    """What the gateway's ledger knows about a sequence that an environment sent back."""
 
     policy_version: int  # the oldest weights that sampled a trained token
     logprobs: Floats  # [T] of the behaviour policy, nats; 0.0 where not trained
@@ -98,12 +98,12 @@ class Provenance:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Rollout:
-    """One scored sequence. The arrays align token by token.
+    """One scored sequence. Its arrays have one entry per token; a mismatch or a non-finite number is a ValueError.
 
     `trained` may be non-contiguous: in a multi-turn episode tool and user tokens are False.
 
-    A `supervised` one is an example to imitate, not an answer to judge: plain cross-entropy on its trained tokens
-    (temperature 1, no ratio, no importance weight, no KL). Its reward is reported and compared with nobody's.
+    A `supervised` rollout is an example to imitate: plain cross-entropy on its trained tokens (temperature 1, no
+    ratio, no importance weight, no KL). Its reward is reported but compared with no other.
     """
 
     token_ids: TokenIds  # [T] prompt, completion, and any tool output
@@ -139,12 +139,13 @@ class Rollout:
 
     @property
     def num_trained(self) -> int:
+        """The number of trained tokens."""
         return int(self.trained.sum())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class RolloutGroup:
-    """Rollouts of one prompt: the unit that rewards are compared within."""
+    """The rollouts of one prompt, whose rewards are compared with each other."""
 
     prompt_id: str
     source: str  # who sampled it: "local" or "atropos"
@@ -152,15 +153,17 @@ class RolloutGroup:
 
     @property
     def rewards(self) -> Floats:
+        """The rewards [G] of all rollouts."""
         return np.array([rollout.reward for rollout in self.rollouts], dtype=np.float32)
 
     @property
     def compared(self) -> tuple[Rollout, ...]:
-        """Those whose rewards are held against each other: all but the supervised ones."""
+        """The rollouts whose rewards are compared: all but the supervised ones."""
         return tuple(rollout for rollout in self.rollouts if not rollout.supervised)
 
     @property
     def has_own_advantages(self) -> bool:
+        """Whether the environment supplied advantages, which then replace the estimator's for the whole group."""
         return any(rollout.advantages is not None for rollout in self.rollouts)
 
 
@@ -173,14 +176,14 @@ class RewardFailure:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Dropped:
-    """Rollouts that did not reach a group, by reason. A bad rollout is data, not a crash."""
+    """How many rollouts did not reach a group, by reason."""
 
     reasons: Mapping[str, int]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class TrainBatch:
-    """What one optimizer step sees: sequences laid end to end, one row per rollout. Token-aligned."""
+    """What one update sees: the sequences of all rollouts, laid end to end and token-aligned."""
 
     token_ids_S: Tensor  # int64
     lengths_N: Tensor  # int64, sums to S
@@ -197,7 +200,7 @@ class TrainBatch:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class UpdateStats:
-    """What the trainer reports of one update. Logprobs and entropy in nats per trained token."""
+    """What the trainer reports about one update. Logprobs and entropy are in nats per trained token."""
 
     loss: float
     policy_loss: float
@@ -220,7 +223,7 @@ class UpdateStats:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SyncStats:
-    """What one proven weight sync cost and showed."""
+    """What one proven weight sync cost, and what its proof showed."""
 
     policy_version: int
     num_tensors: int
@@ -235,7 +238,7 @@ class SyncStats:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepMetrics:
-    """One step's numbers by their name in `metrics.py`."""
+    """One step's numbers, by their names in `metrics.py`."""
 
     step: int
     values: Mapping[str, float]

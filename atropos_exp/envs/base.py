@@ -1,4 +1,4 @@
-"""What the environments of this project have in common: a `BaseEnv` that knows the run it works for."""
+"""The base of this project's environments: an atroposlib `BaseEnv` that reads the run's configuration."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from atropos_exp.types import SamplingParams
 
 log = logging.getLogger(__name__)
 
-# Atropos' defaults (512 and 64) would make a large group or an evaluation wait for itself.
+# With Atropos' defaults (512 and 64) a large group or an evaluation would wait for its own requests.
 MAX_REQUESTS, MAX_EVAL_REQUESTS = 4096, 1024
 
 
 class RunEnvConfig(BaseEnvConfig):  # type: ignore[misc]
-    """The defaults of everything that the run's configuration says come from there."""
+    """Configuration of an environment; whatever the run's configuration contains has its default there."""
 
     run_config: str | None = Field(default=None, description="config.yaml of the run folder")
     process_index: int = Field(default=0, description="Which of num_processes this one is, from 0")
@@ -46,16 +46,15 @@ class RunEnvConfig(BaseEnvConfig):  # type: ignore[misc]
 
 
 class RunEnv(BaseEnv):  # type: ignore[misc]
-    """Subclasses add `prepare`, `collect`, `evaluate`."""
+    """Subclasses add `get_next_item`, `collect`, `evaluate`, and `prepare` if something takes long to load."""
 
     env_config_cls: ClassVar[type[RunEnvConfig]] = RunEnvConfig
     name: ClassVar[str]
 
     @classmethod
     def config_init(cls) -> tuple[RunEnvConfig, list[APIServerConfig]]:
-        """atroposlib calls this before it has parsed anything, so the path of the run is looked up here.
-
-        A list of servers, for atroposlib ignores the base_url of a bare one.
+        """The defaults of the environment and its server. atroposlib calls this before it parses the command line, so
+        the run's path is looked up here. Servers are a list, because atroposlib ignores the base_url of a single one.
         """
         flags, file = _given()
         path = flags.get("env.run_config") or (file.get("env") or {}).get("run_config")
@@ -94,7 +93,7 @@ class RunEnv(BaseEnv):  # type: ignore[misc]
 
     @classmethod
     def main(cls) -> None:
-        """The command line: serve, process or evaluate. Exit code 2 for a mistake of the user's."""
+        """The command line: serve, process or evaluate. A user's mistake ends it with one message and exit code 2."""
         logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
         logging.getLogger("atroposlib").setLevel(logging.WARNING)
         logging.getLogger("atroposlib.envs.base").setLevel(logging.WARNING)  # else ten lines a second
@@ -131,10 +130,10 @@ class RunEnv(BaseEnv):  # type: ignore[misc]
         self.dropped: Counter[str] = Counter()  # rollouts whose failure cost their group, by reason
 
     def prepare(self) -> None:
-        """Whatever takes long: runs in a thread, once, before the environment registers."""
+        """Load what takes long. Runs once, in a thread, before the environment registers."""
 
     async def collect(self, item: Any) -> dict[str, Any] | None:
-        """One group, or None if it was dropped."""
+        """Sample and score one group; None if it was dropped."""
         raise NotImplementedError
 
     async def setup(self) -> None:
@@ -145,9 +144,8 @@ class RunEnv(BaseEnv):  # type: ignore[misc]
         self.stream.start(step=self.curr_step, env_id=self.env_id)
 
     async def add_train_workers(self) -> None:
-        """A group that has just been delivered counts twice in atroposlib, as a worker and in the queue. It would take
-        that for one too many, cancel the group that has been sampled for longest, and sample it again: a batch would
-        wait for one group twice as long."""
+        """Keep atroposlib from cancelling a worker. It counts a group that is being delivered twice, as a worker and in
+        the queue, would take that for one too many, and would cancel and repeat the longest-running group."""
         config = self.config
         room = config.max_batches_offpolicy * self.derived_batch_size // config.group_size
         excess = len(self.workers) - min(self.max_num_workers, room - self.status_dict["queue_size"])
@@ -158,20 +156,21 @@ class RunEnv(BaseEnv):  # type: ignore[misc]
     async def collect_trajectories(self, item: Any) -> tuple[dict[str, Any] | None, list[Any]]:
         try:
             return await self.collect(item), []
-        except Exception as error:  # atroposlib logs it and goes on; here it is counted and its cause named
+        except Exception as error:  # atroposlib would log it and go on; here it is also counted by its cause
             self.drop(f"error:{type(_cause(error)).__name__}", detail=str(_cause(error)))
             if not hasattr(self, "env_id"):
-                raise  # `process`: it would repeat the same failure for ever
+                raise  # the command `process` would repeat the failure for ever
             return None, []
 
     def drop(self, reason: str, *, detail: str = "") -> None:
-        """Count what cost a group. The API holds a smaller group back until others make it up to the full size, which
-        may be never, and a made-up score would falsify the baseline: so the whole group goes."""
+        """Count the reason why a whole group is dropped. A smaller group might wait in the API for ever, and an
+        invented score would falsify the baseline."""
         if not self.dropped[reason]:
             log.warning("a group is dropped: %s%s (further ones are only counted)", reason, detail and f": {detail}")
         self.dropped[reason] += 1
 
     def training_params(self, place: StreamPosition) -> SamplingParams:
+        """How completions of a training rollout are sampled."""
         config = self.config
         return SamplingParams(
             temperature=config.temperature,
@@ -185,6 +184,7 @@ class RunEnv(BaseEnv):  # type: ignore[misc]
     def group(
         self, episodes: list[Episode], scores: list[float], advantages: list[list[float]] | None = None
     ) -> dict[str, Any]:
+        """The episodes as the ScoredDataGroup that goes to the API."""
         return scored_group(
             episodes,
             scores,
@@ -194,14 +194,14 @@ class RunEnv(BaseEnv):  # type: ignore[misc]
         )
 
     def decode(self, completions: list[SampledTurn]) -> list[str]:
-        """The text that is scored, as the trainer's own rollouts have it."""
+        """The texts to be scored, decoded as in the trainer's local rollouts."""
         texts: list[str] = self.tokenizer.batch_decode(
             [completion.token_ids for completion in completions], skip_special_tokens=True
         )
         return texts
 
     def _post_json_with_compression(self, session: Any, url: str, payload: Any, *, minimum_size: int = 1024) -> Any:
-        """To an API on this machine nothing is packed: no wire gets shorter, and all other groups wait meanwhile."""
+        """Send without compression to an API on this machine: it would gain nothing and delay all other groups."""
         if not _is_this_machine(url):
             return super()._post_json_with_compression(session, url, payload, minimum_size=minimum_size)
         return session.post(url, data=json.dumps(payload).encode(), headers={"Content-Type": "application/json"})
@@ -214,7 +214,7 @@ class RunEnv(BaseEnv):  # type: ignore[misc]
         return await super().create_rollout_table(wandb_metrics) if self.config.use_wandb else wandb_metrics
 
     async def add_rollouts_for_wandb(self, scored_data: Any, item: Any = None) -> None:
-        if self.config.use_wandb:  # atroposlib decodes every group even where nobody looks
+        if self.config.use_wandb:  # atroposlib would decode every group for nothing
             await super().add_rollouts_for_wandb(scored_data, item)
 
 
@@ -227,7 +227,7 @@ def _is_this_machine(url: str) -> bool:
 
 
 def _given() -> tuple[dict[str, Any], dict[str, Any]]:
-    """What the command line says, and the YAML file that its --config names."""
+    """The flags of the command line, and the contents of the YAML file that --config names."""
     flags = get_double_dash_flags()
     file: Any = {}
     if isinstance(name := flags.get("config"), str):
@@ -240,12 +240,12 @@ def _given() -> tuple[dict[str, Any], dict[str, Any]]:
 
 @lru_cache(maxsize=4)
 def _settings(path: str) -> RunSettings:
-    """atroposlib asks for the defaults three times before it parses the command line."""
+    """Cached: atroposlib asks for the defaults three times before it parses the command line."""
     return RunSettings.read(Path(path))
 
 
 def _cause(error: BaseException) -> BaseException:
-    """What a `tenacity.RetryError` hides."""
+    """The error inside a `tenacity.RetryError`, else the error itself."""
     attempt = getattr(error, "last_attempt", None)
     inner = attempt.exception() if attempt is not None else None
     return error if inner is None else _cause(inner)

@@ -1,8 +1,8 @@
-"""The task of the calculator environment: a chain of sums, and a calculator that answers between the turns. Pure.
+"""The task of the calculator environment: a chain of sums, with a calculator that answers between the turns.
 
-The policy reads "12+34=". What it writes is either a number, its answer to that sum, or an expression such as
-"10+30+6", which the calculator works out for it. After an answer the calculator carries its own result on into the
-next sum, "46+21=", so one slip does not spoil the rest and every episode of a group faces the same sums.
+The policy reads "12+34=" and writes either a number, its answer to that sum, or an expression such as "10+30+6", which
+the calculator evaluates for it. After an answer the calculator puts the right result into the next sum, "46+21=", so
+one mistake does not spoil the rest and every episode of a group faces the same sums.
 """
 
 from __future__ import annotations
@@ -21,28 +21,32 @@ LOWEST, HIGHEST = 10, 99  # of the operands and of every result
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Chain:
-    """operands (a, b, c, ...): the sums a+b, (a+b)+c, ..."""
+    """A chain of sums. The operands (a, b, c, ...) stand for a+b, (a+b)+c, ..."""
 
     operands: tuple[int, ...]
 
     @property
     def num_sums(self) -> int:
+        """The number of sums in the chain."""
         return len(self.operands) - 1
 
     def question(self, index: int) -> str:
+        """Sum number `index`, as the policy reads it."""
         return question(sum(self.operands[: index + 1]), self.operands[index + 1])
 
     def result(self, index: int) -> int:
+        """The right result of sum number `index`."""
         return sum(self.operands[: index + 2])
 
 
 def question(left: int, right: int) -> str:
+    """The sum as the policy reads it: "12+34=" for 12 and 34."""
     return f"{left}+{right}="
 
 
 def draw_chain(seed: int, num_sums: int, *, held_out: bool) -> Chain:
-    """Two-digit operands and results. `held_out`: made of sums that no run trains on
-    (`data_prep.arithmetic`), or of none of them."""
+    """A random chain with operands and results of two digits. With `held_out`, every sum in it is one that no run
+    trains on (see `data_prep.arithmetic`); without, none is."""
     from data_prep.arithmetic import is_held_out
 
     random = Random(seed)
@@ -64,20 +68,21 @@ class Dialogue:
 
     def __init__(self, chain: Chain) -> None:
         self.chain = chain
-        self.answered: list[bool] = []  # by sum: whether the answer was right
-        self.turn_sums: list[int] = []  # by turn of the policy: the sum it worked on
+        self.answered: list[bool] = []  # for each answered sum: whether the answer was right
+        self.turn_sums: list[int] = []  # for each turn of the policy: the sum it worked on
 
     @property
     def num_right(self) -> int:
+        """How many sums were answered right."""
         return sum(self.answered)
 
     @property
     def by_sum(self) -> list[bool]:
-        """[num_sums] right or not; one that was not reached is wrong."""
+        """For each sum of the chain whether it was answered right; one that was not reached counts as wrong."""
         return [*self.answered, *[False] * (self.chain.num_sums - len(self.answered))]
 
     def reply(self, text: str) -> str | None:
-        """What the calculator says to the policy's turn; None: the chain is done."""
+        """The calculator's answer to the policy's turn; None when the chain is finished."""
         at = len(self.answered)
         self.turn_sums.append(at)
         expression = _EXPRESSION.fullmatch(text)
@@ -89,8 +94,8 @@ class Dialogue:
 
 
 def turn_credit(group: Sequence[Dialogue]) -> list[list[float]]:
-    """One number per turn of each episode: 1 if the sum it worked on came out right, else 0, less the group's mean and
-    divided by its standard deviation for that sum; 0 where all are alike."""
+    """An advantage for each turn of each episode: (x - mean) / std over the group, where x is 1 if the sum that the
+    turn worked on came out right, else 0. It is 0 where all episodes are alike."""
     right_GK = np.array([dialogue.by_sum for dialogue in group], dtype=np.float64)
     std_K = right_GK.std(axis=0)
     credit_GK = np.where(std_K > 0, (right_GK - right_GK.mean(axis=0)) / np.where(std_K > 0, std_K, 1.0), 0.0)
@@ -98,5 +103,5 @@ def turn_credit(group: Sequence[Dialogue]) -> list[list[float]]:
 
 
 def evaluate(expression: str) -> int:
-    """Sums and differences of whole numbers, from left to right."""
+    """The value of a sum or difference of whole numbers, such as "10+30-6"."""
     return sum(int(term) for term in re.findall(r"[+-]?\d+", re.sub(r"\s", "", expression)))

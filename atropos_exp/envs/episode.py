@@ -1,4 +1,4 @@
-"""One sequence as it grows: what the environment said is context, what the policy sampled is trained on."""
+"""A sequence under construction: the environment's tokens are context, the policy's tokens are trained."""
 
 from __future__ import annotations
 
@@ -11,25 +11,27 @@ from atropos_exp.types import Finish
 
 
 class Episode:
-    """Token ids, masks and logprobs as the API wants them: unshifted, each [T]. No token is ever encoded again."""
+    """Token ids, masks and logprobs, each [T] and unshifted, as the API takes them. Tokens are never re-encoded."""
 
     def __init__(self) -> None:
         self.tokens: list[int] = []
         self.masks: list[int] = []
         self.logprobs: list[float] = []
-        self.turns: list[range] = []  # the positions that each completion takes
+        self.turns: list[range] = []  # the positions of each completion
         self.is_truncated = False  # whether the token limit cut one of them
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     def add_context(self, token_ids: Iterable[int]) -> None:
+        """Append tokens that are not trained."""
         ids = [int(token) for token in token_ids]
         self.tokens += ids
         self.masks += [IGNORED] * len(ids)
         self.logprobs += [NO_LOGPROB] * len(ids)
 
     def add_completion(self, completion: SampledTurn) -> None:
+        """Append a turn of the policy, which is trained."""
         self.turns.append(range(len(self.tokens), len(self.tokens) + len(completion.token_ids)))
         self.tokens += completion.token_ids
         self.masks += completion.token_ids
@@ -37,7 +39,7 @@ class Episode:
         self.is_truncated |= completion.finish is Finish.LENGTH
 
     def spread(self, values: Sequence[float]) -> list[float]:
-        """One value per turn as one per token [T]; 0 where nothing is trained."""
+        """Per-token values [T] from one value per turn; 0 where nothing is trained."""
         spread = [0.0] * len(self.tokens)
         for turn, value in zip(self.turns, values, strict=True):
             for position in turn:
@@ -53,7 +55,10 @@ def scored_group(
     mask_truncated: bool,
     advantages: list[list[float]] | None = None,
 ) -> dict[str, Any]:
-    """A `ScoredDataGroup`. `group_overrides` is left out, because atroposlib cannot bear it to be null."""
+    """A ScoredDataGroup for the API. `group_overrides` is left out, because atroposlib fails if it is null.
+
+    With `mask_truncated`, episodes that the token limit cut get no gradient.
+    """
     overrides = [
         {"set_advantage_to_zero": True} if mask_truncated and episode.is_truncated else {} for episode in episodes
     ]

@@ -1,4 +1,4 @@
-"""Chains of sums over several turns with a calculator in between: interleaved masks, and credit by turn if wanted.
+"""An Atropos environment: chains of sums over several turns with a calculator between, optionally with credit by turn.
 
 python -m atropos_exp.envs.multi_turn_calculator serve --env.run_config RUN/config.yaml \
     --env.token_advantages true --env.rollout_server_url … --openai.base_url …
@@ -33,6 +33,8 @@ from atropos_exp.types import SamplingParams
 
 
 class CalculatorConfig(RunEnvConfig):
+    """The environment's own settings."""
+
     num_sums: int = Field(default=2, ge=1, le=8, description="Of a chain; with two of `tiny`, 33 tokens suffice")
     max_turns: int = Field(default=4, ge=1, description="Of the policy; a turn that asks the calculator counts")
     tool_role: str = Field(default="user", description="Role of the calculator in the chat template: user or tool")
@@ -41,14 +43,14 @@ class CalculatorConfig(RunEnvConfig):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ChainTask:
-    """One chain to be worked out `group_size` times."""
+    """One chain, which every episode of a group works on."""
 
     place: StreamPosition
     chain: Chain
 
 
 class CalculatorEnv(RunEnv):
-    """The score of an episode is the share of its sums that were answered right."""
+    """An episode's score is the fraction of its sums that were answered right."""
 
     name: ClassVar[str] = "multi_turn_calculator"
     env_config_cls: ClassVar[type[RunEnvConfig]] = CalculatorConfig
@@ -93,7 +95,7 @@ class CalculatorEnv(RunEnv):
     async def play(
         self, chain: Chain, params: SamplingParams, *, num_episodes: int, split: str
     ) -> list[tuple[Episode, Dialogue]]:
-        """Episodes of one chain. They share their first prompt; after it each goes its own way."""
+        """Play `num_episodes` of one chain. They share the first prompt and diverge after it."""
         opening = self.encoder.first(chain.question(0))
         room = self.config.max_token_length - len(opening)
         first = replace(params, max_tokens=min(params.max_tokens, room))
@@ -131,7 +133,7 @@ class CalculatorEnv(RunEnv):
         return episode, dialogue
 
     async def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Greedy, on chains of held-out sums: whole chains, and each sum of the chain."""
+        """Greedy accuracy on chains of held-out sums: of whole chains, and of each sum in the chain."""
         started = time.time()
         chains = [
             draw_chain(derive_seed(0, "held-out calculator", index), self.config.num_sums, held_out=True)

@@ -1,4 +1,4 @@
-"""What an environment needs to know of a run, read from the run folder's config.yaml."""
+"""The part of a run's configuration that environments need, read from config.yaml in the run folder."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class RunSettings:
 
     @classmethod
     def read(cls, path: Path) -> RunSettings:
-        """Of a resolved configuration. Raises UserError with everything that is wrong in what is used of it."""
+        """Read a resolved configuration. Raises UserError that lists every mistake in the part that is used."""
         values = _read_yaml(path)
         mistakes: list[Mistake] = []
         shared = {field.name for field in fields(RunConfig)}
@@ -65,7 +65,7 @@ class RunSettings:
         )
 
     def model_folder(self) -> Path:
-        """Where the tokenizer is. The copy that is here already, for the trainer fetched it; else it is fetched."""
+        """The model's folder, for its tokenizer: the copy that the trainer fetched, or a new download."""
         folder = self.model.local_folder()
         return folder if folder is not None and folder.is_dir() else self.model.fetch()
 

@@ -1,4 +1,4 @@
-"""Completions of an engine behind atroposlib's server manager: token ids in, token ids and logprobs out."""
+"""Samples from the engine through atroposlib's server manager: token ids in, token ids and logprobs out."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import numpy as np
 from atropos_exp.runs.seeds import derive_seed
 from atropos_exp.types import Finish, Sample, SamplingParams, TokenIds
 
-MAX_COMPLETIONS = 8  # of one call: atroposlib would split a larger one into calls with equal seeds
-UNKNOWN_VERSION = 0  # an environment is not told which weights answered; the gateway's ledger knows
+MAX_COMPLETIONS = 8  # per call: atroposlib would split a larger one into calls with equal seeds
+UNKNOWN_VERSION = 0  # environments do not learn which weights answered; the gateway's ledger knows
 Ids = Sequence[int]
 
 
@@ -24,7 +24,7 @@ class SamplerError(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SampledTurn:
-    """Plain lists: this goes out as JSON."""
+    """One completion as an environment gets it. Its fields are plain lists, ready for JSON."""
 
     prompt_ids: list[int]  # as the server took it
     token_ids: list[int]  # [R], the stop token included when it ended the turn
@@ -33,7 +33,7 @@ class SampledTurn:
 
 
 class EnvSampler:
-    """`server` is a `ServerManager` of atroposlib whose servers speak the vLLM or the SGLang dialect."""
+    """Samples from `server`, an atroposlib ServerManager whose servers speak the vLLM or the SGLang dialect."""
 
     def __init__(self, server: Any) -> None:
         self._server = server
@@ -41,7 +41,9 @@ class EnvSampler:
     async def complete(
         self, prompt_ids: Ids, params: SamplingParams, *, num_samples: int, split: str = "train"
     ) -> list[SampledTurn]:
-        """`num_samples` completions of one prompt. Call c of several has the seed derive_seed(params.seed, c)."""
+        """`num_samples` completions of one prompt [P]. Each call that this takes has a seed of its own.
+
+        Raises SamplerError if the server's answer cannot be used."""
         sizes = [MAX_COMPLETIONS] * (num_samples // MAX_COMPLETIONS)
         if num_samples % MAX_COMPLETIONS:
             sizes.append(num_samples % MAX_COMPLETIONS)
@@ -81,7 +83,7 @@ def _completion(prompt_ids: list[int], token_ids: list[int], logprobs: list[floa
 
 
 class SamplerEngine:
-    """As much of an `Engine` as the held-out evaluator needs, for use in a thread beside the event loop `loop`."""
+    """The part of an `Engine` that held-out evaluation uses, for a thread beside the event loop `loop`."""
 
     def __init__(self, sampler: EnvSampler, loop: asyncio.AbstractEventLoop, *, timeout_seconds: float) -> None:
         self._sampler = sampler
@@ -89,7 +91,7 @@ class SamplerEngine:
         self._timeout_seconds = timeout_seconds
 
     def generate(self, prompts: Sequence[TokenIds], params: SamplingParams, *, num_samples: int) -> list[list[Sample]]:
-        """See `Engine.generate`. Prompt i is drawn with the seed derive_seed(params.seed, i)."""
+        """See `Engine.generate`. Prompt i has its own seed, derived from i. Raises SamplerError after the timeout."""
         waiting = asyncio.run_coroutine_threadsafe(self._generate(prompts, params, num_samples), self._loop)
         try:
             return waiting.result(self._timeout_seconds)

@@ -1,4 +1,4 @@
-"""Single-turn questions from any data source, scored by any reward: the trainer's own rollouts, through Atropos.
+"""An Atropos environment of single-turn questions, from the run's data and scored by its reward.
 
 python -m atropos_exp.envs.single_turn serve --env.run_config RUN/config.yaml \
     --env.rollout_server_url http://127.0.0.1:8000 --openai.base_url http://127.0.0.1:9004/v1
@@ -32,14 +32,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PromptTask:
-    """One prompt to be answered `group_size` times."""
+    """One prompt, which every rollout of a group answers."""
 
     place: StreamPosition
     prompt: Prompt
 
 
 class SingleTurnEnv(RunEnv):
-    """A real Atropos environment made of a run's `data` and `reward`."""
+    """Samples the same prompts as `rollout=local` and scores them alike, as a process of its own."""
 
     name: ClassVar[str] = "single_turn"
 
@@ -53,7 +53,7 @@ class SingleTurnEnv(RunEnv):
             timeout_seconds=settings.reward.timeout_seconds,
         )
         prepared_folder = _prepared(settings.data.prepare)
-        with tempfile.TemporaryDirectory() as folder:  # bad rows are the trainer's to list; they are the same
+        with tempfile.TemporaryDirectory() as folder:  # the trainer lists the bad rows, which are the same
             self.loader: PromptLoader = settings.data.loader(
                 self.tokenizer,
                 seed=run.seed,
@@ -70,7 +70,7 @@ class SingleTurnEnv(RunEnv):
                 max_prompt_length=run.max_prompt_length,
                 prepared_folder=prepared_folder,
             )
-        self.scorer.score([])  # a reward that cannot be loaded says so here
+        self.scorer.score([])  # raises now if the reward cannot be loaded
 
     async def get_next_item(self) -> PromptTask:
         place = self.stream.next()
@@ -105,7 +105,7 @@ class SingleTurnEnv(RunEnv):
         return texts, self.scorer.score([(text, prompt) for text in texts])
 
     async def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """The trainer's own held-out evaluation, through the server that this environment samples from."""
+        """The trainer's held-out evaluation, through the server that this environment samples from."""
         started, scorer = time.time(), _Listener(self.scorer)
         evaluator = self.settings.held_out.start(
             prompts=self.held_out,
@@ -135,7 +135,7 @@ class SingleTurnEnv(RunEnv):
 
 
 class _Listener:
-    """A `Scorer` that keeps what it was asked and what came out."""
+    """A `Scorer` that also records every answer and its score."""
 
     def __init__(self, scorer: Scorer) -> None:
         self._scorer = scorer
@@ -159,7 +159,7 @@ class _Listener:
 
 
 def _prepared(prepare: Any) -> Path | None:
-    """The folder of the data set that the run builds; whoever comes first builds it, the others wait."""
+    """The folder of the data set that the run builds. The first process builds it, the others wait."""
     if prepare is None:
         return None
     from data_prep.prepare import ensure

@@ -1,4 +1,4 @@
-"""Which task comes next, when several processes share one stream and any of them may be restarted."""
+"""Which task comes next when several processes share one stream of tasks and any of them may restart."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from atropos_exp.runs.seeds import derive_seed
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StreamPosition:
-    """A position of the stream that this process took."""
+    """A position of the stream, and the seed of what is sampled there."""
 
     position: int
-    seed: int  # of everything random about it
+    seed: int  # of all randomness of this task
 
 
 class Stream:
-    """Process i of n takes the positions i, n + i, 2 n + i, ...: no two share one.
+    """Process i of n takes the positions i, n + i, 2 n + i, ..., so that no two processes share one.
 
-    A start at step s of the trainer begins at position s × `tasks_per_step`, rounded up to a multiple of n, so that
-    a run that goes on does not see its first tasks again. Tasks that a process had taken ahead of the trainer when
-    it died may come again; their seeds differ, so their completions do. Same arguments: same places.
+    A process that starts at step s of the trainer begins at position s * `tasks_per_step`, rounded up to a multiple of
+    n, so that a resumed run does not repeat its first tasks. Tasks that a process had taken ahead of the trainer when
+    it died may repeat, but with other seeds. Equal arguments give equal positions.
     """
 
     def __init__(self, *, seed: int, process_index: int, num_processes: int, tasks_per_step: int) -> None:
@@ -31,11 +31,13 @@ class Stream:
         self.start(step=0, env_id=0)
 
     def start(self, *, step: int, env_id: int) -> None:
-        """`env_id` is new for every process that registers, so the place of a dead one is drawn with other seeds."""
+        """Start over at trainer step `step`. `env_id` is new for every process that registers, so the positions of a
+        dead process are sampled with other seeds."""
         self._life = (env_id, step)
         self._block = -(-step * self._tasks_per_step // self._num_processes)
 
     def next(self) -> StreamPosition:
+        """Take the next position."""
         position = self._block * self._num_processes + self._process_index
         self._block += 1
         return StreamPosition(position=position, seed=derive_seed(self._seed, "atropos", *self._life, position))

@@ -1,4 +1,4 @@
-"""Chat turns as token ids that continue what is there already: earlier turns are never encoded again."""
+"""Chat turns as token ids that continue a conversation: earlier turns are never re-encoded."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ from typing import Any
 
 from atropos_exp.errors import UserError
 
-_ANSWER = "@@answer@@"  # stands for the policy's turn while the template's own words are looked up
+_ANSWER = "@@answer@@"  # stands for the policy's turn while the template is rendered
 
 
 class TurnEncoder:
-    """`role`: of the messages that follow the policy's turns, such as user or tool."""
+    """Encodes an environment's messages with the chat template. `role`, such as user or tool, is that of the messages
+    after the policy's turns. Raises UserError if the template cannot be used."""
 
     def __init__(
         self, tokenizer: Any, *, system_prompt: str | None, template_arguments: dict[str, Any], role: str
@@ -23,12 +24,12 @@ class TurnEncoder:
         self._role = role
 
     def first(self, message: str) -> list[int]:
-        """The opening of a conversation, up to where the policy speaks."""
+        """The token ids of the first message, up to where the policy's turn begins."""
         return self._encode(self._render([*self._system, {"role": "user", "content": message}]))
 
     def following(self, message: str, *, last_token: int) -> list[int]:
-        """What comes after the policy's turn, up to where it speaks again. `last_token`: the last it sampled; if it
-        ended its turn with the template's own end marker, that is not repeated."""
+        """The token ids between two turns of the policy: the end of its turn, `message`, the start of its next turn.
+        `last_token` is the last that it sampled; if that is the template's end marker, it is not repeated."""
         conversation = [
             {"role": "user", "content": ""},
             {"role": "assistant", "content": _ANSWER},

@@ -1,4 +1,4 @@
-"""The Atropos API over HTTP, its answers told apart. Every call is bounded; a destructive one is never repeated."""
+"""A client of the Atropos API. Every call has a deadline, and one that takes data from a queue is never repeated."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-GREETING = "AtroposLib API"  # what GET / says
+GREETING = "AtroposLib API"  # the answer to GET /
 CONNECT_SECONDS = 2.0
-ANSWER_SECONDS = 10.0  # of every call but GET /batch
+ANSWER_SECONDS = 10.0  # for every call but GET /batch
 
 
 class ApiDown(RuntimeError):
-    """Nobody answers, or something else than an Atropos API does. The text says which."""
+    """Nothing answers, or something that is no Atropos API. The text says which."""
 
 
 class ApiLost(RuntimeError):
@@ -25,7 +25,7 @@ class BatchLost(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Registration:
-    """What POST /register wants, all of it required and never null."""
+    """The body of POST /register; the API requires every field."""
 
     wandb_group: str
     wandb_project: str
@@ -39,18 +39,20 @@ class Registration:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Registered:
-    """Whom the API serves now, as far as it tells."""
+    """Which run the API serves now, as far as it says."""
 
-    batch_size: int  # -1: nobody
+    batch_size: int  # -1: it serves no run
     max_token_len: int
     project: str | None
     group: str | None
 
     @property
     def nobody(self) -> bool:
+        """Whether the API serves no run."""
         return self.batch_size == -1
 
     def matches(self, registration: Registration) -> bool:
+        """Whether the API serves the run of `registration`."""
         return (self.batch_size, self.max_token_len, self.project, self.group) == (
             registration.batch_size,
             registration.max_token_len,
@@ -60,7 +62,10 @@ class Registered:
 
 
 class AtroposClient:
-    """One API server. Not thread-safe for `batch`; the rest may be called from any thread."""
+    """The client of one API server. `batch` must be called from one thread at a time, the rest from any.
+
+    Every method raises ApiDown if the API does not answer as one.
+    """
 
     def __init__(self, url: str, *, batch_seconds: float) -> None:
         """`batch_seconds`: deadline of GET /batch, which blocks the API's event loop for seconds when batches are
@@ -85,6 +90,7 @@ class AtroposClient:
             raise ApiDown(f"{self.url} answers, but is no Atropos API (GET / gave {str(greeting)[:80]!r})")
 
     def registered(self) -> Registered:
+        """Which run the API serves now."""
         info, wandb = self._json("GET", "/info"), self._json("GET", "/wandb_info")
         return Registered(
             batch_size=int(info["batch_size"]),
@@ -94,17 +100,17 @@ class AtroposClient:
         )
 
     def register(self, registration: Registration) -> None:
-        """A 200 proves nothing: an API that is in use ignores it. `registration.register` looks again."""
+        """Register. An API in use answers 200 and ignores it, so use `registration.register`, which verifies it."""
         import dataclasses
 
         self._json("POST", "/register", dataclasses.asdict(registration))
 
     def reset(self) -> None:
-        """Forget everything: registration, queue and environments, whose processes then end."""
+        """Make the API forget registration, queue and environments; the environments' processes then end."""
         self._send("GET", "/reset_data")
 
     def status(self) -> tuple[int, int]:
-        """(batches formed since the registration plus its starting step, groups queued)."""
+        """The API's step (its starting step plus the batches formed since) and the number of queued groups."""
         status = self._json("GET", "/status")
         return int(status["current_step"]), int(status["queue_size"])
 
@@ -113,11 +119,11 @@ class AtroposClient:
         return bool(self._json("GET", "/latest_example").get("tokens"))
 
     def has_environment(self, env_id: int) -> bool:
-        """Whether an environment with this number has registered (dead ones included)."""
+        """Whether an environment with this number has registered; dead ones count."""
         return self.environment(env_id) is not None
 
     def environment(self, env_id: int) -> Mapping[str, Any] | None:
-        """What the API tells the environment of this number (dead ones included); None if there is none."""
+        """What the API tells the environment with this number, even a dead one; None if there is none."""
         response = self._send("GET", "/status-env", {"env_id": env_id}, allow_error=True)
         if response.status_code != 200:
             return None
@@ -125,12 +131,12 @@ class AtroposClient:
         return status
 
     def disconnect(self, env_id: int) -> None:
-        """Take a dead environment out of the API's reckoning; nothing else ever does."""
+        """Deregister a dead environment, which the API would otherwise count for ever."""
         assert env_id >= 0, "the API counts negative numbers from the end"
         self._json("POST", "/disconnect-env", {"env_id": env_id})
 
     def batch(self) -> list[dict[str, Any]] | None:
-        """The next batch of groups, as they came; None while there is none.
+        """The next batch of groups, as the environments sent them; None while there is none.
 
         Raises ApiLost if this run is not registered, BatchLost if a batch was taken and is gone, ApiDown.
         """
@@ -163,6 +169,7 @@ class AtroposClient:
         return batch or None
 
     def close(self) -> None:
+        """Close the connections."""
         self._http.close()
 
     def _json(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:

@@ -1,4 +1,4 @@
-"""`conf/env`: how to start the processes of one Atropos environment, this project's own or anybody's."""
+"""`conf/env`: how to start the processes of an Atropos environment, from this project or elsewhere."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ SERVER_TYPES = ("vllm", "sglang", "openai")
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """What every environment process of a run is told, and what {name} stands for in its arguments."""
+    """What a run tells its environments' processes; arguments may refer to a field as {name}."""
 
     api_url: str
     gateway_url: str  # without /v1
-    gateway_token: str  # "x" if it asks for none
+    gateway_token: str  # "x" if the gateway asks for none
     model_name: str
     tokenizer: Path
     run_config: Path
@@ -33,7 +33,8 @@ class Facts:
 
 @dataclass(frozen=True, kw_only=True)
 class Environment:
-    """The command line is `python command… serve`, then flags for what `Facts` say, then `arguments`, which win."""
+    """The settings of `conf/env`. The command line is `python command… serve`, then a flag for each of the `Facts`,
+    which `arguments` and `server_arguments` may override."""
 
     name: str
     python: str | None
@@ -55,7 +56,7 @@ class Environment:
             )
 
     def preflight(self, *, launches_atropos: bool) -> Iterator[str]:
-        """What can be known to be wrong before the process is started."""
+        """Messages about what is wrong, as far as it can be known before the process is started."""
         if not launches_atropos:
             return
         if not self.command:
@@ -68,7 +69,7 @@ class Environment:
             yield f"command: got {script}, but there is no such file"
 
     def argv(self, facts: Facts, process: int) -> list[str]:
-        """The command line of process number `process`."""
+        """The command line of process number `process`. Raises UserError for an unknown {name}."""
         options: dict[str, Any] = {
             "env.rollout_server_url": facts.api_url,
             "env.tokenizer_name": facts.tokenizer,

@@ -1,4 +1,4 @@
-"""The border: from what environments sent to typed groups. A bad group is dropped and counted, and nothing else."""
+"""From what environments sent to typed groups. An invalid group is dropped and counted by reason."""
 
 from __future__ import annotations
 
@@ -19,12 +19,17 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-REMEMBERED_GROUPS = 8192  # whose digests are kept, to know a doubled group that the ledger cannot tell
-LOGPROB_TOLERANCE = 1e-3  # nats between an environment's logprob and what the sampler said
+REMEMBERED_GROUPS = 8192  # whose digests are kept, for repeated groups that the ledger does not know
+LOGPROB_TOLERANCE = 1e-3  # nats between an environment's logprob and the sampler's
 
 
 class Intake:
-    """Checks groups, completes them from the ledger, and counts. The counters are totals of this process."""
+    """Validates groups and completes them from the ledger. `counters` are totals of this process.
+
+    Example: if `raw` is a ScoredData of two sequences, `accept([raw], policy_version=4)` returns one group of two
+    rollouts with the versions and logprobs that the ledger knows; if a mask is wrong, it returns [] and counts
+    `groups_dropped_mask_value`.
+    """
 
     def __init__(
         self,
@@ -36,7 +41,8 @@ class Intake:
         stop_token_ids: Sequence[int],
         max_version_lag: int | None,
     ) -> None:
-        """`max_tokens`: of a whole sequence. `max_version_lag`: groups with older tokens are dropped; None: none."""
+        """`max_tokens` bounds a whole sequence. Groups sampled more than `max_version_lag` versions ago are dropped
+        (None: never)."""
         self._ledger = ledger
         self._vocab_size = vocab_size
         self._max_tokens = max_tokens
@@ -45,11 +51,11 @@ class Intake:
         self._max_version_lag = max_version_lag
         self._seen: OrderedDict[bytes, None] = OrderedDict()
         self._said: set[str] = set()
-        self.dropped_rollouts: Counter[str] = Counter()  # by reason, taken and cleared by the source
+        self.dropped_rollouts: Counter[str] = Counter()  # by reason; the source reads and clears it
         self.counters: Counter[str] = Counter()
 
     def accept(self, raw_groups: Sequence[Any], *, policy_version: int) -> list[RolloutGroup]:
-        """The groups that can be trained on by weights of `policy_version`, in the order given."""
+        """The valid groups among `raw_groups`, in order. `policy_version` is that of the weights to be trained."""
         scored: list[ScoredGroup] = []
         for raw in raw_groups:
             self.counters["groups_received"] += 1
@@ -132,8 +138,8 @@ class Intake:
         )
 
     def _refuse_doubled(self, group: ScoredGroup, provenances: Sequence[Provenance | None]) -> bytes:
-        """A digest of the group. The ledger tells a doubled group from an equal one that was sampled again; where it
-        knows nothing of a group, an equal one counts as doubled."""
+        """A digest of the group; raises Rejected if the group came before. The ledger tells a repeated group from an
+        equal one that was sampled again; if it does not know the group, an equal one counts as repeated."""
         digest = _digest(group)
         known = [provenance for provenance in provenances if provenance is not None]
         if len(known) == len(provenances):
@@ -180,6 +186,6 @@ def _digest(group: ScoredGroup) -> bytes:
 
 
 def _num_sequences(raw: object) -> int:
-    """How many rollouts a group that cannot be read claims to have, at least 1."""
+    """How many rollouts a group that cannot be read seems to have, at least 1."""
     tokens = raw.get("tokens") if isinstance(raw, dict) else None
     return max(1, len(tokens)) if isinstance(tokens, list) else 1

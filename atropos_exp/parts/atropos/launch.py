@@ -1,4 +1,4 @@
-"""Starts what `rollout=atropos|auto` needs: finds the API or launches it with its environments, under supervision."""
+"""Starts what `rollout=atropos|auto` needs: finds the API, or launches it and its environments under supervision."""
 
 from __future__ import annotations
 
@@ -19,14 +19,13 @@ from atropos_exp.processes.ports import HeldPort
 
 log = logging.getLogger(__name__)
 
-UNLIMITED_STEPS = (
-    2**31 - 1
-)  # the API counts batches formed, environments end at that count: the trainer decides instead
+# Environments end when the API has formed this many batches; the trainer decides instead.
+UNLIMITED_STEPS = 2**31 - 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class Programs:
-    """The API that a run uses, and the processes of it that belong to the run. `supervisor.stop` ends them."""
+    """The API that a run uses, and those programs that the run itself started; `supervisor.stop` ends them."""
 
     client: AtroposClient
     supervisor: ProgramSupervisor
@@ -34,9 +33,9 @@ class Programs:
 
 
 def start_programs(settings: AtroposSettings, environment: Environment, *, facts: Facts, log_folder: Path) -> Programs:
-    """The API at `settings.api_url` if one answers there; else one of our own with `environment`, if `settings.launch`.
+    """The API at `settings.api_url` if one answers there; else, if `settings.launch`, a new one with `environment`.
 
-    Returns at once: what is started loads in the background. `facts.api_url` is filled in here.
+    Returns at once; programs load in the background. `facts.api_url` is filled in here.
     """
     if settings.api_url is not None:
         client = AtroposClient(settings.api_url, batch_seconds=settings.batch_timeout)
@@ -55,7 +54,7 @@ def start_programs(settings: AtroposSettings, environment: Environment, *, facts
     supervisor.add(SupervisedProgram(name="Atropos API", launch=lambda: _start_api(port, log_folder), is_api=True))
     facts = replace(facts, api_url=client.url)
     for number in range(environment.num_processes):
-        environment.argv(facts, number)  # a placeholder that does not exist says so now
+        environment.argv(facts, number)  # raises now if a placeholder does not exist
         name = environment.name if environment.num_processes == 1 else f"{environment.name}_{number}"
         supervisor.add(
             SupervisedProgram(
@@ -77,7 +76,8 @@ def make_source(
     more_counters: Callable[[], Mapping[str, float]],
     group_size: int,
 ) -> AtroposSource:
-    """`falls_back`: somebody else takes over while the API is gone, so patience is short (`settings.timeout`)."""
+    """The source of a run's groups; see `AtroposSource` for what is not explained here. `falls_back`: local rollouts
+    replace the API while it is gone, so an outage is waited out for `settings.timeout`, not `settings.data_timeout`."""
     first = settings.start_timeout if programs.is_up else (0.0 if falls_back else settings.data_timeout)
     return AtroposSource(
         programs.client,

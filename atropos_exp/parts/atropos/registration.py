@@ -1,4 +1,4 @@
-"""Registering with an Atropos API so that it is certain afterwards whom the API serves."""
+"""Registering a run with an Atropos API, and making sure that the API serves it."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ class ForeignRun(UserError):
 
 
 def register(client: AtroposClient, registration: Registration, *, take_over: bool) -> str:
-    """Make the API serve `registration`, and look whether it does. Returns how: "new", "adopted" or "reset".
+    """Make the API serve `registration`, verify that it does, and return how: "new", "adopted" or "reset".
 
-    "adopted": it served this very run already (a resumed one), with its environments and its queue. "reset": what
-    was there has been forgotten first, as when a group arrived before any trainer did, after which the API takes
-    every registration with 200 and ignores it. Raises ForeignRun if another run has it and `take_over` is false.
+    "adopted": it served this run already (a resumed one), with environments and queue. "reset": it was made to forget
+    everything first, for instance because a group had arrived before any trainer, after which the API answers every
+    registration with 200 and ignores it. Raises ForeignRun if it serves another run and `take_over` is false.
     """
     found = client.registered()
     if found.matches(registration):

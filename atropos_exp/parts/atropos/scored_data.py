@@ -1,7 +1,7 @@
-"""One ScoredData dict as an environment sent it, checked field by field. Nothing in it is trusted.
+"""Validation of a ScoredData dict as an environment sent it, field by field. Nothing in it is trusted.
 
 Lengths: G sequences, the i-th of T_i tokens. `masks` are Hugging Face labels, unshifted: the token's own id where it
-is trained, -100 where not. `inference_logprobs` hold 1.0 where nothing was sampled. See atroposlib's api/README.
+is trained, -100 where not. `inference_logprobs` hold 1.0 where nothing was sampled. See atroposlib's api/README.md.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from atropos_exp.types import Floats, Mask, TokenIds
 
 IGNORED = -100  # a token that is not trained
 NO_LOGPROB = 1.0  # in place of a logprob, where nothing was sampled
-ROUNDING = 1e-3  # nats above 0 that a logprob may have through rounding
-LARGEST = 1e18  # in size, of any number: its square still fits into float32
+ROUNDING = 1e-3  # nats that rounding may put a logprob above 0
+LARGEST = 1e18  # the largest absolute value: its square still fits into float32
 DUMMY = np.arange(128)  # what atroposlib sends for tokens that it could not get (ATROPOS_ALLOW_DUMMY_MANAGED_SERVER)
 REFUSED_FIELDS = {
     "images": "multimodal",
@@ -34,7 +34,7 @@ KNOWN_GROUP_OVERRIDES = {"group_size", "sft"}
 
 
 class Rejected(ValueError):
-    """The group cannot be trained on. `reason` is one word that is counted; the text tells more."""
+    """The group cannot be trained on. It is counted under `reason`, one word; the text says more."""
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(f"{reason}: {detail}")
@@ -43,6 +43,8 @@ class Rejected(ValueError):
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class ScoredSequence:
+    """One valid sequence of T tokens."""
+
     token_ids: TokenIds  # [T]
     trained: Mask  # [T]
     score: float
@@ -56,13 +58,15 @@ class ScoredSequence:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class ScoredGroup:
+    """One valid group of sequences."""
+
     env_id: int | None
     sequences: tuple[ScoredSequence, ...]
-    unknown: tuple[str, ...]  # fields and overrides that this program does not know, and so does not follow
+    unknown: tuple[str, ...]  # fields and overrides that this program does not know, and so ignores
 
 
 def read_group(raw: object, *, vocab_size: int, max_tokens: int) -> ScoredGroup:
-    """The group in `raw`. Raises Rejected with the first thing that is wrong; never anything else."""
+    """The group in `raw`. Raises Rejected for the first thing that is wrong, and no other exception."""
     try:
         return _read(raw, vocab_size=vocab_size, max_tokens=max_tokens)
     except Rejected:
@@ -122,7 +126,7 @@ def _read(raw: object, *, vocab_size: int, max_tokens: int) -> ScoredGroup:
 
 
 def _check_tokens(ids: NDArray[Any], mask: NDArray[Any], at: int, *, vocab_size: int, max_tokens: int) -> Mask:
-    """[T] which tokens are trained. The first one has no prediction before it, so the shift drops it."""
+    """Which tokens are trained, [T]. The first has no prediction, so it is never trained."""
     if len(ids) != len(mask):
         raise Rejected("lengths", f"sequence {at} has {len(ids)} tokens and {len(mask)} mask values")
     if len(ids) > max_tokens:
@@ -155,7 +159,7 @@ def _row(rows: Sequence[Any] | None, name: str, at: int, ids: NDArray[Any], trai
 
 
 def _behaviour(logprobs: Floats | None, trained: Mask) -> Floats | None:
-    """None where a trained token has the sentinel, or another number that no logprob can be: then it is unknown."""
+    """The logprobs, or None (unknown) if a trained token has NO_LOGPROB or another positive number."""
     if logprobs is None or bool((logprobs[trained] > ROUNDING).any()):
         return None
     return _masked(np.minimum(logprobs, np.float32(0.0)), trained)
@@ -166,7 +170,7 @@ def _masked(values: Floats | None, trained: Mask) -> Floats | None:
 
 
 def _per_token(value: object, name: str, size: int) -> list[Any] | None:
-    """null and [] both mean that the environment did not supply it."""
+    """The value as a list with an entry per sequence; None if it was not supplied, which null and [] both mean."""
     if value is None or value == []:
         return None
     if not isinstance(value, list) or len(value) != size:

@@ -1,4 +1,5 @@
-"""Rollouts from an Atropos API: one batch an update, checked at the border; down, lost and silent APIs told apart."""
+"""Rollouts from an Atropos API: one batch an update. It tells an API that is down from one that forgot this run and
+one that is silent, and says which."""
 
 from __future__ import annotations
 
@@ -24,15 +25,15 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-FIRST_PAUSE, LONGEST_PAUSE = 0.05, 1.0  # seconds between two questions for a batch
-PATIENCE = 6  # the pause is this part of the wait so far, so that a batch lies ready for a twelfth of it on average
-WATCH_SECONDS = 5.0  # between looks at the engine while waiting
-PROBE_SECONDS = 1.0  # between looks at an API that was given up
-MAX_ENVIRONMENTS = 256  # that are counted
+FIRST_PAUSE, LONGEST_PAUSE = 0.05, 1.0  # seconds between two requests for a batch
+PATIENCE = 6  # the pause is the wait so far divided by this: a batch lies ready for a twelfth of the wait on average
+WATCH_SECONDS = 5.0  # between checks of the engine while waiting
+PROBE_SECONDS = 1.0  # between checks of an API that was given up
+MAX_ENVIRONMENTS = 256  # that an explanation looks at
 
 
 class AtroposSource:
-    """A `RemoteSource`. Rank 0 only."""
+    """A `RemoteSource` for rank 0."""
 
     def __init__(
         self,
@@ -49,11 +50,11 @@ class AtroposSource:
         data_timeout: float,
         take_over: bool,
     ) -> None:
-        """`registration(step)`: what to register with when `step` is trained next. `watch` raises if a wait is
-        pointless, as when the engine died. `more_counters`: metrics of what environments sample from.
+        """`registration(step)` is what to register with when `step` is trained next. `watch` raises if waiting is
+        pointless, for instance because the engine died. `more_counters` gives further metrics by name.
 
-        Seconds: `first_batch_timeout` from the first `take`, starting the programs included; `outage_timeout` since
-        the API was last reached, until it sends a batch again; `data_timeout` without a batch while all is well.
+        Deadlines in seconds: `first_batch_timeout` from the first `take`, while programs may still be starting;
+        `outage_timeout` from the loss of the API to its next batch; `data_timeout` without a batch otherwise.
         """
         self._client = client
         self._registration = registration
@@ -73,7 +74,7 @@ class AtroposSource:
         self._counters: Counter[str] = Counter()
 
     def take(self, num_groups: int, *, step: int) -> tuple[list[RolloutGroup], Dropped]:
-        """The groups of one batch, whatever their number; raises SourceUnavailable when a deadline passes.
+        """The groups of one batch, whatever their number. Raises SourceUnavailable when a deadline passes.
 
         Raises ForeignRun, a UserError, if another run has the API when this one starts; later it counts as an outage.
         """
@@ -97,15 +98,15 @@ class AtroposSource:
         return self._batches.pop(0), self._take_dropped()
 
     def is_ready(self, *, step: int) -> bool:
-        """Whether a batch is at hand, after one look at the API at most. Never raises for what the API does."""
+        """Whether a batch is at hand, after at most one request to the API. Failures of the API raise nothing."""
         if not self._batches and time.monotonic() >= self._next_probe:
             self._next_probe = time.monotonic() + PROBE_SECONDS
             self._ask(step)
         return bool(self._batches)
 
     def connect(self, *, step: int) -> str | None:
-        """Register now, so that environments can do so too; None, or why it failed. Raises UserError if another run
-        has the API."""
+        """Register now, so that environments can register too. Return None, or why it failed. Raises ForeignRun, a
+        UserError, if another run has the API."""
         try:
             self._connect(step)
         except ApiDown as error:
@@ -125,7 +126,7 @@ class AtroposSource:
     def restore(self, state: JSON) -> None: ...
 
     def _ask(self, step: int, *, refuse_foreign: bool = False) -> str | None:
-        """One attempt to get a batch into `_batches`. None if the API works; else what is wrong with it."""
+        """Try once to get a batch into `_batches`. Return None if the API works, else what is wrong with it."""
         try:
             if not self._connected:
                 self._connect(step)
@@ -160,8 +161,8 @@ class AtroposSource:
         self._fetch(step)  # only after a trainer asks for a batch does the API let environments in
 
     def _fetch(self, step: int) -> None:
-        """Whatever batches the API has formed. It forms as many as its queue holds when it has none, then hands the
-        newest out first; so all of them are fetched, and sorted."""
+        """Fetch all batches that the API has formed. When it has none, it forms as many as its queue allows and hands
+        out the newest first; so all are fetched, and sorted by age."""
         before = self._api_step
         batch = self._client.batch()
         if batch is None:

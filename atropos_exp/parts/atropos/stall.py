@@ -1,4 +1,4 @@
-"""Why no batch comes although the API answers: the cause by name, from what the API and the environments show."""
+"""Finds out why no batch comes although the API answers."""
 
 from __future__ import annotations
 
@@ -23,9 +23,12 @@ def explain(
     logs: Mapping[str, str],
     max_token_len: int,
 ) -> str:
-    """One sentence with the likeliest cause and what to do. `batch_size` counts sequences; `logs`: last lines by
-    environment; `has_minimum`: an environment wants a share of each batch; `silent`: numbers of those that have
-    nothing queued; `services`: how the supervised processes are, "" if none are."""
+    """The likeliest cause and what to do about it, in one sentence.
+
+    `batch_size` counts sequences. `has_minimum`: an environment demands a share of each batch. `silent`: the numbers of
+    the environments with nothing queued. `logs`: the last lines of each environment's log. `services`: the state of
+    the supervised programs, "" without any.
+    """
     head = f"the Atropos API has formed no batch for {seconds:.0f} s"
     if num_environments == 0:
         return f"{head}: no environment has registered with it{_with(services)}. Start one, or see its log"

@@ -1,7 +1,7 @@
-"""Keeps the API and the environments of a run alive: restarts with backoff, gives up loudly, leaves no process.
+"""Keeps the API and the environments of a run alive: restarts them with growing pauses, and gives up in the end.
 
-An environment ends by itself when its API restarts or is reset, and never comes back; the API in turn keeps a dead
-environment's share of every batch until it is told. Both are seen to here.
+An environment ends by itself when its API restarts or is reset, so it is started again; the API keeps a dead
+environment's share of every batch until it is deregistered, so it is.
 """
 
 from __future__ import annotations
@@ -21,38 +21,39 @@ from atropos_exp.processes.child import Child
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.2
-PROBE_SECONDS = 0.5  # between looks whether a starting environment has registered
+PROBE_SECONDS = 0.5  # between checks whether a starting environment has registered
 REGISTER_SECONDS = 120.0  # that a starting environment may keep the next one waiting
 LONGEST_BACKOFF = 30.0
-HEALTHY_SECONDS = 60.0  # of life after which earlier deaths no longer count
+HEALTHY_SECONDS = 60.0  # after which earlier deaths no longer count
 
 
 @dataclass(kw_only=True, eq=False)
 class SupervisedProgram:
-    """One program and how it fares. Changed by the supervisor only."""
+    """One program and its state, which only the supervisor changes."""
 
     name: str
     launch: Callable[[], Child]
     is_api: bool = False
     child: Child | None = None
     started: float = 0.0
-    not_before: float = 0.0  # of the next start
+    not_before: float = 0.0  # earliest time of the next start
     num_deaths: int = 0  # in a row
     env_id: int | None = None  # an environment's number at the API, once it has registered
     problem: str | None = None  # why it is not started again
 
     @property
     def is_alive(self) -> bool:
+        """Whether its process runs."""
         return self.child is not None and self.child.poll() is None
 
 
 class ProgramSupervisor:
-    """Owns the services; a thread of it looks after them from `start` to `stop`."""
+    """Owns the programs of a run. From `start` to `stop` a thread watches over them."""
 
     def __init__(
         self, client: AtroposClient, *, max_restarts: int, backoff_seconds: float = 1.0, stop_grace_seconds: float = 2.0
     ) -> None:
-        """`max_restarts`: of one service without a healthy minute in between; then it is given up."""
+        """A program is given up after `max_restarts` restarts in a row without a healthy minute in between."""
         self._client = client
         self._max_restarts = max_restarts
         self._backoff_seconds = backoff_seconds
@@ -67,14 +68,16 @@ class ProgramSupervisor:
         self.counters: Counter[str] = Counter()
 
     def add(self, service: SupervisedProgram) -> None:
+        """Supervise `service` too. To be called before `start`."""
         self._services.append(service)
 
     def start(self) -> None:
+        """Begin to start and watch the programs, in a thread."""
         self._thread = threading.Thread(target=self._run, name="supervisor", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
-        """End every service, environments first, and tell the API. May be called twice."""
+        """End every program, environments first, and deregister them. A second call does nothing."""
         self._stopping.set()
         if self._thread is not None:
             self._thread.join(timeout=30.0)
@@ -86,7 +89,7 @@ class ProgramSupervisor:
                     self._disconnect(service)
 
     def problem(self) -> str | None:
-        """What makes it pointless to wait: the API or every environment has been given up."""
+        """Why waiting is pointless: the API or every environment has been given up. None otherwise."""
         with self._lock:
             given_up = [service for service in self._services if service.problem is not None]
             api = next((service.problem for service in given_up if service.is_api), None)
@@ -98,12 +101,12 @@ class ProgramSupervisor:
             return None
 
     def state(self) -> str:
-        """For an error message: one clause per service."""
+        """The state of every program in one clause each, for an error message."""
         with self._lock:
             return "; ".join(f"{service.name}: {self._describe(service)}" for service in self._services)
 
     def restart_environments(self, reason: str) -> None:
-        """The API has forgotten them: their numbers are void, and each would end at its next question."""
+        """Restart the environments after the API has forgotten them: each would end at its next request anyway."""
         with self._lock:
             self._next_env_id = 0
             for service in self._services:
@@ -131,7 +134,7 @@ class ProgramSupervisor:
                 log.error("%s", error)
 
     def look(self) -> None:
-        """One round: note deaths, note registrations, start what is due."""
+        """One round: notice deaths and registrations, and start what is due."""
         for service in self._services:
             if service.child is not None and not service.is_alive:
                 self._note_death(service)
@@ -200,7 +203,7 @@ class ProgramSupervisor:
                 self.counters["environments_registered"] += 1
 
     def _is_registering(self, service: SupervisedProgram) -> bool:
-        """Started, not at the API yet, and not so slow that others should wait no longer."""
+        """Whether it has started recently and not registered yet, so that the next one should wait."""
         recent = time.monotonic() - service.started < REGISTER_SECONDS
         return not service.is_api and service.is_alive and service.env_id is None and recent
 

@@ -1,4 +1,4 @@
-"""Where prompts come from: parquet files in verl's schema or Hugging Face data sets -> an exactly resumable stream.
+"""Prompts from Parquet files in verl's schema or Hugging Face data sets, as an exactly resumable stream.
 
 settings.py     conf/data: what to load; `verl.py` opens it
 loader.py       AtroposDataLoader: take / state / restore

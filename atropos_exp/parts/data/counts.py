@@ -1,4 +1,4 @@
-"""How many rows became prompts, and what became of the others: nothing is dropped silently."""
+"""How many rows became prompts, and why the others did not."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SourceCounts:
-    """Rows of one source, or of several added up. `num_rows` is the sum of all the others."""
+    """The rows of one source, or the sums over several. `num_rows` is the sum of all other fields."""
 
     num_rows: int  # in the files
     num_quarantined: int = 0  # bad rows, listed in quarantine.jsonl
@@ -24,7 +24,7 @@ class SourceCounts:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataCounts:
-    """What a loader holds."""
+    """The counts of a loader."""
 
     total: SourceCounts
     sources: tuple[tuple[str, SourceCounts], ...]  # in the order of data.weights
@@ -35,13 +35,14 @@ class DataCounts:
 
     @property
     def num_prompts(self) -> int:
+        """The number of prompts of all sources."""
         return self.total.num_prompts
 
     def __str__(self) -> str:
         return "\n".join(self.lines())
 
     def lines(self) -> list[str]:
-        """One line per source, for people."""
+        """One line of text per source."""
         return [
             f"{name}: {one.num_prompts} prompts of {one.num_rows} rows, {share} an epoch{_left_out(one)}"
             for (name, one), share in zip(self.sources, self.shares, strict=True)
@@ -49,7 +50,7 @@ class DataCounts:
 
 
 def add(counts: Iterable[SourceCounts]) -> SourceCounts:
-    """Column sums."""
+    """The sums, field by field."""
     rows = [asdict(one) for one in counts]
     return SourceCounts(**{field.name: sum(row[field.name] for row in rows) for field in fields(SourceCounts)})
 

@@ -1,4 +1,4 @@
-"""From messages to token ids: the tokenizer's chat template, or plain text."""
+"""From messages to token ids, by the tokenizer's chat template or as plain text."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ _CHUNK = 2048  # prompts tokenised at a time: keeps the tokenizer's threads busy
 
 
 class Encoder:
-    """chat: `apply_chat_template` with the generation prompt; plain: the contents joined by blank lines."""
+    """Encodes prompts. `format=chat` applies the chat template with the generation prompt; `format=plain` joins the
+    contents with blank lines."""
 
     def __init__(self, settings: DataSettings, tokenizer: Any) -> None:
         """Raises UserError if the format is chat and the tokenizer has no chat template."""
@@ -32,7 +33,7 @@ class Encoder:
         self._template_arguments = settings.chat_template_arguments
 
     def texts(self, prompts: pa.Array) -> list[str]:
-        """What the model will read of each row's messages."""
+        """Each row's messages as the text that the model reads."""
         if self._format == "plain":
             if self._system_prompt is None:
                 plain: list[str] = join_contents(prompts, "\n\n").to_pylist()
@@ -53,7 +54,7 @@ class Encoder:
         return texts
 
     def encode(self, prompts: pa.Array) -> list[TokenIds]:
-        """Token ids [P] of each row. A chat template writes its own special tokens; plain text gets the tokenizer's."""
+        """Token ids [P] of each row. Plain text gets the tokenizer's special tokens; a chat template has its own."""
         ids: list[TokenIds] = []
         for start in range(0, len(prompts), _CHUNK):
             ids.extend(self._tokenise(self.texts(prompts.slice(start, _CHUNK))))
@@ -65,12 +66,12 @@ class Encoder:
             add_special_tokens=self._format == "plain",
             return_attention_mask=False,
             return_token_type_ids=False,
-            verbose=False,  # overlong prompts are counted here, not warned about there
+            verbose=False,  # overlong prompts are counted, so no warning is needed
         )
         return [np.array(ids, dtype=np.int32) for ids in encoded["input_ids"]]
 
     def _with_system(self, messages: list[dict[str, str]]) -> list[dict[str, str]]:
-        """The run's system prompt replaces the row's own."""
+        """The messages with the run's system prompt, if it has one, in place of the row's own."""
         if self._system_prompt is None:
             return messages
         rest = [message for message in messages if message["role"] != "system"]

@@ -18,10 +18,11 @@ if TYPE_CHECKING:
 
     from atropos_exp.parts.data.settings import DataSettings
 
-_SEED = 0  # not the run's: runs of different seeds are compared on the same prompts
+_SEED = 0  # fixed, so that runs of different seeds are compared on the same prompts
 
 
 def read_eval(settings: DataSettings, prepared_folder: Path | None) -> list[RawSource]:
+    """All held-out sources, read and checked."""
     return [
         read_source(entry.name, is_hub=entry.is_hub, key=entry.key, default_split=entry.split)
         for entry in settings.eval_sources(prepared_folder)
@@ -29,7 +30,7 @@ def read_eval(settings: DataSettings, prepared_folder: Path | None) -> list[RawS
 
 
 def keys_of(sources: Iterable[RawSource]) -> pa.Array | None:
-    """The normalised texts of all held-out prompts, or None if there are none."""
+    """The normalised texts of all held-out prompts; None without any."""
     import pyarrow as pa
 
     chunks = [chunk for source in sources for chunk in source.table.column("key").chunks]
@@ -39,7 +40,7 @@ def keys_of(sources: Iterable[RawSource]) -> pa.Array | None:
 def eval_prompts(
     settings: DataSettings, tokenizer: Any, *, num_prompts: int, max_prompt_length: int, prepared_folder: Path | None
 ) -> list[Prompt]:
-    """A fixed choice of `num_prompts` (or all, if fewer) over all held-out sets. See `VerlData.eval_prompts`."""
+    """A fixed random choice of `num_prompts` (or all, if fewer) of the held-out prompts. Raises UserError if none."""
     raws = read_eval(settings, prepared_folder)
     if not raws:
         raise UserError(

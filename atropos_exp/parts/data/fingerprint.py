@@ -1,7 +1,7 @@
-"""A hash of what a table says, not of how a file stores it.
+"""A hash of a table's content, independent of how a file stores it.
 
 Equal rows give equal hashes whatever the row groups, compression, chunking, dictionary encoding or writer version.
-Column-wise and vectorised: about a gigabyte a second.
+It works on whole columns, about a gigabyte a second.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def _feed(hasher: Any, array: pa.Array | pa.ChunkedArray) -> None:
         hasher.update(b"i" + pc.fill_null(array.cast(pa.int64(), safe=False), 0).to_numpy().tobytes())
     elif pa.types.is_floating(kind):
         hasher.update(b"f" + pc.fill_null(array.cast(pa.float64()), 0.0).to_numpy().tobytes())
-    else:  # timestamps, decimals, maps: rare in prompts, so slowly but surely
+    else:  # timestamps, decimals, maps: rare in prompts, so a slow way will do
         hasher.update(f"{kind}{array.to_pylist()!r}".encode())
 
 
@@ -71,7 +71,7 @@ def _is_bytes(kind: pa.DataType) -> bool:
 
 
 def _bytes_of(values: pa.Array) -> memoryview:
-    """The text bytes of a large_binary array, without what lies outside its slice."""
+    """The bytes of a large_binary array's texts, only those inside its slice."""
     _, offset_buffer, data = values.buffers()
     if data is None or len(values) == 0:
         return memoryview(b"")

@@ -1,4 +1,4 @@
-"""Hugging Face data sets: an id on the hub or a local copy -> an Arrow table. The only importer of `datasets`."""
+"""Hugging Face data sets, from the hub or a local copy, as Arrow tables. The only importer of `datasets`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LOCAL_BUILDERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".ar
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DatasetName:
-    """`openai/gsm8k`, `openai/gsm8k:main`, `openai/gsm8k:main@test`, or a local folder in place of the id."""
+    """The name of a data set: id[:config][@split], such as `openai/gsm8k:main@test`, or a folder instead of the id."""
 
     source: str  # hub id, or a folder
     config: str | None
@@ -27,6 +27,7 @@ class DatasetName:
 
     @classmethod
     def parse(cls, text: str) -> DatasetName:
+        """Split `text` into its parts. Raises UserError."""
         head, at, split = text.partition("@")
         source, colon, config = head.partition(":")
         if not source or (at and not split) or (colon and not config):
@@ -40,7 +41,7 @@ class DatasetName:
         return path if path.is_dir() or self.source.startswith(("/", "~", ".")) else None
 
     def problem(self) -> str | None:
-        """What is wrong that can be seen without a network."""
+        """What is wrong with the name, as far as it can be seen without a network; None if nothing."""
         if self.folder is not None and not self.folder.is_dir():
             return f"data set folder {self.source} does not exist"
         if self.folder is None and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", self.source):
@@ -49,7 +50,7 @@ class DatasetName:
 
 
 def read_verl(text: str, *, default_split: str) -> pa.Table:
-    """The data set `text` in verl's schema: as it is if it has it, else converted from a known raw format."""
+    """The data set named `text` in verl's schema, converted if it is in a known raw format. Raises UserError."""
     import pyarrow as pa
 
     name = DatasetName.parse(text)
@@ -69,7 +70,7 @@ def read_verl(text: str, *, default_split: str) -> pa.Table:
 
 
 def read_raw(source: str, config: str | None, split: str, *, revision: str | None = None) -> pa.Table:
-    """One split as it is. Raises UserError naming the data set, what was tried and what to do."""
+    """One split, unconverted. Raises UserError that names the data set, what was tried and what to do."""
     splits = read_splits(source, config, [split], revision=revision)
     if split not in splits:
         raise UserError(f"data set {source}: has no split {split!r}")
@@ -79,9 +80,9 @@ def read_raw(source: str, config: str | None, split: str, *, revision: str | Non
 def read_splits(
     source: str, config: str | None, wanted: list[str], *, revision: str | None = None, is_folder: bool = False
 ) -> dict[str, pa.Table]:
-    """Those of the `wanted` splits that exist. `is_folder`: never ask the hub.
+    """The `wanted` splits that exist, by name. `is_folder`: `source` is a folder, so never ask the hub.
 
-    An unreachable hub is tried a few times within about half a minute.
+    An unreachable hub is tried a few times within about half a minute. Raises UserError.
     """
     import datasets
 
@@ -110,7 +111,7 @@ def read_splits(
 
 
 def _read_folder(folder: Path, config: str | None, wanted: list[str]) -> dict[str, pa.Table]:
-    """`save_to_disk` output, a clone of a hub repository, or parquet/json/arrow files named after their split."""
+    """Read the output of `save_to_disk`, a clone of a hub repository, or files named after their split."""
     import datasets
 
     if config is not None and (folder / config).is_dir():
@@ -143,7 +144,7 @@ def _read_folder(folder: Path, config: str | None, wanted: list[str]) -> dict[st
 
 
 def _tables(loaded: Any, wanted: list[str], source: str) -> dict[str, pa.Table]:
-    """Plain Arrow tables in the order of their rows."""
+    """The `wanted` splits as Arrow tables, rows in order."""
     if not isinstance(loaded, dict):  # one Dataset without splits counts as its only split
         loaded = {str(loaded.split or wanted[0]): loaded}
     found = {split: loaded[split].with_format("arrow")[:] for split in wanted if split in loaded}

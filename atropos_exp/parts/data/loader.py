@@ -1,4 +1,4 @@
-"""AtroposDataLoader: an endless stream of prompts whose whole position is one number."""
+"""The endless stream of training prompts, whose position is a single number."""
 
 from __future__ import annotations
 
@@ -22,7 +22,11 @@ STATE_VERSION = 1
 
 
 class AtroposDataLoader:
-    """See interfaces.PromptLoader. Equal settings, data, tokenizer and seed give an equal stream."""
+    """A `PromptLoader`. Equal settings, data, tokenizer and seed give an equal stream.
+
+    Example: after `loader.take(4)` and `state = loader.state()`, a new loader continues with the fifth prompt after
+    `restore(state)`, or raises UserError if files, settings or tokenizer have changed.
+    """
 
     def __init__(
         self,
@@ -83,13 +87,13 @@ class AtroposDataLoader:
         )
 
     def take(self, num_prompts: int) -> list[Prompt]:
-        """The next `num_prompts` of the stream."""
+        """The next `num_prompts` prompts of the stream."""
         sources, rows = self._mix.at(self._cursor, num_prompts)
         self._cursor += num_prompts
         return [self._sources[source].prompt(row) for source, row in zip(sources.tolist(), rows.tolist(), strict=True)]
 
     def state(self) -> JSON:
-        """The position, and what it is a position in."""
+        """The position, with fingerprints of the stream that it belongs to."""
         return {
             "version": STATE_VERSION,
             "cursor": self._cursor,
@@ -100,7 +104,7 @@ class AtroposDataLoader:
         }
 
     def restore(self, state: JSON) -> None:
-        """Continue after `state`. Raises UserError that names what changed since: file, setting or tokenizer."""
+        """Continue after `state`. Raises UserError that names the file, setting or tokenizer that has changed."""
         now = self.state()
         if state.get("version") != STATE_VERSION:
             raise UserError(
@@ -132,7 +136,7 @@ def _stamps(raws: Any) -> list[dict[str, Any]]:
 
 
 def _check_files(before: list[dict[str, Any]], now: list[dict[str, Any]], word: str) -> None:
-    """Compared in order and by content: a folder may have moved."""
+    """Raise UserError unless the contents are equal, in order. Names may differ: a folder may have moved."""
     for old, new in zip(before, now, strict=False):
         if old["content_hash"] != new["content_hash"]:
             moved = "" if old["name"] == new["name"] else f" (then {old['name']})"
@@ -151,7 +155,7 @@ def _check_files(before: list[dict[str, Any]], now: list[dict[str, Any]], word: 
 
 
 def _caps(raws: list[RawSource], max_prompts: int | None) -> list[int | None]:
-    """max_prompts shared out in proportion to the sources' rows."""
+    """`max_prompts` divided among the sources in proportion to their rows."""
     sizes = [raw.table.num_rows for raw in raws]
     if max_prompts is None or max_prompts >= sum(sizes) or min(sizes) == 0:
         return [max_prompts] * len(raws)
@@ -159,7 +163,7 @@ def _caps(raws: list[RawSource], max_prompts: int | None) -> list[int | None]:
 
 
 def _prompts_hash(sources: list[Source]) -> str:
-    """Over what the policy and the reward see, in order."""
+    """A hash of all token ids and prompt ids, in order."""
     import numpy as np
     import xxhash
 
@@ -172,7 +176,7 @@ def _prompts_hash(sources: list[Source]) -> str:
 
 
 def _check_context(tokenizer: Any, max_prompt_length: int, max_response_length: int) -> None:
-    """Tokenizers that know their model's context say so; others claim an absurd number."""
+    """Raise UserError if sequences may exceed the model's context, which some tokenizers give as a huge number."""
     context = getattr(tokenizer, "model_max_length", None)
     if context and max_prompt_length + max_response_length > context:
         raise UserError(

@@ -1,6 +1,6 @@
-"""Which prompt stands at which position of the endless stream: pure arithmetic on (seed, epoch), no state.
+"""Which prompt stands at which position of the endless stream: a pure function of seed and position.
 
-The stream is cut into epochs as long as all sources together. Within an epoch source s gets an exact number of
+The stream is divided into epochs as long as all sources together. Within an epoch source s gets an exact number of
 places, spread evenly, so that every stretch of the stream holds its share to within about one prompt per source.
 Each source is walked in its own order: a fresh permutation whenever all of its prompts have been used.
 """
@@ -19,19 +19,22 @@ _ORDER, _MIX = 0, 1  # separate random streams for the order within a source and
 
 
 def random_words(seed: int, purpose: int, source: int, epoch: int, count: int) -> NDArray[np.uint64]:
-    """`count` uniform 64-bit words addressed by the four numbers (Philox: a counter, not a history)."""
+    """`count` uniform 64-bit words, a pure function of the four numbers before it (the generator is Philox)."""
     key = np.array([seed & (2**64 - 1), 0x6174726F706F73], dtype=np.uint64)
     counter = np.array([0, purpose, source, epoch], dtype=np.uint64)  # the last three never overlap: 2**64 blocks each
     return np.random.Philox(key=key, counter=counter).random_raw(count)
 
 
 def permutation(seed: int, source: int, epoch: int, size: int) -> Ints:
-    """A permutation of range(size). Sorting raw words keeps it equal across NumPy versions."""
+    """A random permutation of range(size), made by sorting random words, so that all versions of NumPy agree on it."""
     return np.argsort(random_words(seed, _ORDER, source, epoch, size), kind="stable").astype(np.int64)
 
 
 def apportion(total: int, weights: Sequence[float]) -> list[int]:
-    """Whole shares of `total` in proportion to `weights` (largest remainder), at least one each."""
+    """Divide `total` into whole shares in proportion to `weights`, at least one each, by largest remainder.
+
+    Example: `apportion(10, [2, 1])` gives [7, 3].
+    """
     assert total >= len(weights) and all(weight > 0 for weight in weights)
     exact = np.asarray(weights, dtype=np.float64) / float(np.sum(np.asarray(weights, dtype=np.float64))) * total
     shares = np.maximum(np.floor(exact).astype(np.int64), 1)
@@ -46,7 +49,8 @@ def apportion(total: int, weights: Sequence[float]) -> list[int]:
 
 
 class Mix:
-    """sizes: prompts per source; weights: relative, or None for one pass over everything per epoch."""
+    """The stream over sources of `sizes` prompts. `weights` are their relative shares of an epoch; None: one pass over
+    everything."""
 
     def __init__(self, sizes: Sequence[int], weights: Sequence[float] | None, seed: int) -> None:
         assert sizes and all(size > 0 for size in sizes)
@@ -58,7 +62,7 @@ class Mix:
         self._order = lru_cache(maxsize=2 * len(sizes))(self._source_order)
 
     def at(self, start: int, count: int) -> tuple[Ints, Ints]:
-        """(source, row within the source) of positions start .. start + count - 1; each [count]."""
+        """Source and row within the source of the positions from `start` on, each [count]."""
         positions = np.arange(start, start + count, dtype=np.int64)
         sources, rows = np.empty(count, np.int64), np.empty(count, np.int64)
         for epoch in range(start // self.epoch_length, (start + count - 1) // self.epoch_length + 1 if count else 0):
@@ -78,7 +82,7 @@ class Mix:
         return sources, rows
 
     def _epoch_places(self, epoch: int) -> tuple[Ints, Ints]:
-        """Source [L] and rank within the source's share [L] of every place of one epoch."""
+        """For the L places of an epoch: the source [L], and how many places of it came before [L]."""
         sources = np.repeat(np.arange(len(self.shares)), self.shares)
         ranks = np.concatenate([np.arange(share) for share in self.shares])
         phases = random_words(self.seed, _MIX, 0, epoch, len(self.shares)).astype(np.float64) / 2.0**64

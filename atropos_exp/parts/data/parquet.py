@@ -1,4 +1,4 @@
-"""Reading parquet so that a damaged file is told with its row, before training."""
+"""Reading Parquet files so that damage is reported with its row, before training."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def read_parquet(path: Path) -> pa.Table:
-    """The whole file. Raises UserError with file, row and reason if any part of it cannot be read.
+    """Read the whole file. Raises UserError with file, row and reason if any part cannot be read.
 
     Page checksums are verified where the writer stored them (`data_prep` does), so flipped bits are found too.
     """
@@ -33,14 +33,14 @@ def read_parquet(path: Path) -> pa.Table:
 
 
 def _damaged_row(path: Path) -> str:
-    """' from about row N' if the footer is intact, so that the damage can be narrowed down; else ''."""
+    """The clause " from row N on (...)", or "" if the footer is damaged, so that no row can be named."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         file = pq.ParquetFile(path, page_checksum_verification=True)
     except (pa.ArrowException, OSError):
-        return ""  # the footer itself is damaged or cut off: no row can be told
+        return ""  # the footer itself is damaged or cut off
     row = 0
     with file:
         for group in range(file.num_row_groups):
@@ -54,7 +54,7 @@ def _damaged_row(path: Path) -> str:
 
 
 def write_parquet(table: pa.Table, path: Path) -> None:
-    """Equal tables give equal bytes under one pyarrow version; pages carry checksums."""
+    """Write `table` with checksums. Equal tables give equal bytes under one version of pyarrow."""
     import pyarrow.parquet as pq
 
     pq.write_table(table, path, compression="zstd", write_page_checksum=True, row_group_size=16384)

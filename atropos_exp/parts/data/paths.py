@@ -1,4 +1,4 @@
-"""From what the user wrote (`~`, globs, a string or a list) to files that exist."""
+"""From paths as the user wrote them (`~`, globs, a string or a list) to existing files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from atropos_exp.errors import UserError
 
 
 def as_strings(value: Any, *, key: str) -> tuple[str, ...]:
-    """`null`, one string or a list of strings, as a tuple. Raises UserError on anything else."""
+    """null, a string or a list of strings as a tuple. Raises UserError for anything else."""
     if value is None:
         return ()
     items = [value] if isinstance(value, str) else value
@@ -22,7 +22,7 @@ def as_strings(value: Any, *, key: str) -> tuple[str, ...]:
 
 
 def files_of(pattern: str, *, key: str) -> list[Path]:
-    """The files that one path or glob names, sorted. Raises UserError with the nearest neighbours if there is none."""
+    """The files that a path or glob names, sorted. If there are none, raises UserError with similar names."""
     path = Path(pattern).expanduser()
     if path.is_file():  # also a file whose name happens to contain [ or *
         return [path]
@@ -42,7 +42,7 @@ def files_of(pattern: str, *, key: str) -> list[Path]:
 
 
 def _neighbours(path: Path) -> str:
-    """What stands where the path should have been: close names first, else the nearest folder that exists."""
+    """A hint for a missing path: similar names, else the contents of the nearest folder that exists."""
     parent = path.absolute().parent
     while not parent.is_dir():
         path, parent = parent, parent.parent

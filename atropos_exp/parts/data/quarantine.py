@@ -1,4 +1,4 @@
-"""Bad rows: written down one by one, and too many of them refused."""
+"""Bad rows: each is recorded in quarantine.jsonl, and too many are refused."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FILE_NAME = "quarantine.jsonl"
 
 
 def write_quarantine(run_folder: Path, sources: Iterable[RawSource]) -> int:
-    """One line {file, row, reason, content} per bad row. Replaced as a whole, so a resumed run does not repeat it."""
+    """Replace the file by a line {file, row, reason, content} per bad row. Return the number of lines."""
     lines = [json.dumps(asdict(bad), ensure_ascii=False, default=repr) for source in sources for bad in source.bad]
     if lines:
         write_atomic(run_folder / FILE_NAME, "".join(f"{line}\n" for line in lines).encode("utf-8", errors="replace"))

@@ -1,7 +1,7 @@
-"""Rows of well-known raw data sets -> verl's rows, recognised by their columns.
+"""Converts rows of well-known raw data sets, recognised by their columns, into verl's schema.
 
 Used by `data.hf_datasets` on the fly and by the builders of `data_prep`, so that both give the same prompts.
-A row without a usable answer gets ground_truth None: the schema check then quarantines it with its reason.
+A row without a usable answer gets the ground_truth None, and the schema check then quarantines it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ LETTERS = "ABCD"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RawFormat:
-    """How rows with these columns become verl's."""
+    """A raw format, and how its rows are converted."""
 
     name: str
     columns: frozenset[str]  # a table that has all of them is in this format
@@ -33,7 +33,7 @@ class RawFormat:
 
 
 def verl_row(raw: Mapping[str, Any], raw_format: RawFormat, *, split: str, index: int) -> VerlRow:
-    """One row in verl's schema. `index`: the row's place in its raw split."""
+    """`raw` as a row in verl's schema. `index` is its place in the raw split."""
     question, ground_truth, extra = raw_format.convert(raw)
     return make_row(
         data_source=raw_format.data_source, content=question, ability=raw_format.ability,
@@ -44,7 +44,7 @@ def verl_row(raw: Mapping[str, Any], raw_format: RawFormat, *, split: str, index
 def make_row(
     *, data_source: str, content: str, ability: str, ground_truth: str | None, split: str, index: int, **extra: Any
 ) -> VerlRow:
-    """verl's schema: a one-message prompt and a rule-based reward."""
+    """A row in verl's schema, with a prompt of one message and a rule-based reward."""
     return {
         "data_source": data_source,
         "prompt": [{"role": "user", "content": content}],
@@ -55,19 +55,19 @@ def make_row(
 
 
 def recognise(columns: Collection[str]) -> RawFormat | None:
-    """The format whose columns are all there, or None."""
+    """The format all of whose columns are present, or None."""
     return next((one for one in FORMATS if one.columns <= set(columns)), None)
 
 
 def gsm8k_answer(solution: str) -> str | None:
-    """The number after the last '####', without thousands separators."""
+    """The number after the last "####", without thousands separators; None if there is none."""
     found = re.findall(r"####\s*\$?\s*(-?[\d.,]+)", solution)
     answer = found[-1].replace(",", "").rstrip(".") if found else ""
     return answer or None
 
 
 def boxed_answer(solution: str) -> str | None:
-    r"""What stands in the last \boxed{...} (nested braces) or after the last '\boxed ' / '\fbox{...}'."""
+    r"""The content of the last \boxed{...} or \fbox{...}, or the word after \boxed; None if there is none."""
     start = max(solution.rfind("\\boxed"), solution.rfind("\\fbox"))
     if start < 0:
         return None
@@ -113,7 +113,7 @@ def _hellaswag(raw: Mapping[str, Any]) -> tuple[str, str | None, dict[str, Any]]
 
 
 def _clean(text: str) -> str:
-    """WikiHow texts carry '[title]', '[step]', '[substeps]': a title ends a sentence, the others say nothing."""
+    """The text without WikiHow's marks: "[title]" ends a sentence, "[step]" and "[substeps]" mean nothing."""
     text = re.sub(r"\[.*?\]", "", text.replace(" [title]", ". "))
     return re.sub(r"\s+", " ", text).strip()
 

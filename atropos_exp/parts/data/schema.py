@@ -1,9 +1,10 @@
-"""verl's row: what a file must hold, and why a single row is bad.
+"""verl's schema: what a file must contain, and why a single row is bad.
 
     data_source string | prompt list<struct<role, content>> | ability string | reward_model struct<ground_truth, ...>
     | extra_info struct (optional; `split` and `index` make the prompt id)
 
-A file without these columns is refused; a row without usable values is reported and left out. Column-wise throughout.
+A file without these columns is refused; a row without usable values is reported and left out. All checks work on whole
+columns.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ EXPECTED = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BadRow:
-    """One line of quarantine.jsonl."""
+    """A row that is left out: one line of quarantine.jsonl."""
 
     file: str
     row: int  # from 0
@@ -37,7 +38,7 @@ class BadRow:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class GoodRows:
-    """The good rows of one file, column-wise."""
+    """The good rows of one file, as columns."""
 
     table: pa.Table  # data_source, prompt, ability, ground_truth, text, key, prompt_id: no nulls; row: int64
     extra_info: pa.Array | None  # struct, row by row beside `table`
@@ -104,14 +105,14 @@ def check_rows(table: pa.Table, file: str, *, split: str) -> tuple[GoodRows, lis
 
 
 def normalised(texts: pa.Array) -> pa.Array:
-    """What two prompts are compared by: lower case, runs of white space as one space, none at the ends."""
+    """The form in which prompts are compared: lower case, runs of white space as one space, none at the ends."""
     import pyarrow.compute as pc
 
     return pc.utf8_trim_whitespace(pc.replace_substring_regex(pc.utf8_lower(texts), r"\s+", " "))
 
 
 def join_contents(prompt: pa.Array, separator: str) -> pa.Array:
-    """The contents of each row's messages as one string."""
+    """The contents of each row's messages, joined by `separator`."""
     import pyarrow.compute as pc
 
     lengths = pc.list_value_length(prompt).to_numpy().astype(np.int64)
@@ -162,7 +163,7 @@ def _has_text_fields(struct: pa.DataType, names: tuple[str, ...]) -> bool:
 
 
 def _is_scalar(kind: pa.DataType) -> bool:
-    """Something that is a string, or an integer to be written as one. Null: a column without any value."""
+    """Whether values are strings, or integers to be written as such. Null is the type of a column without values."""
     import pyarrow as pa
 
     if pa.types.is_dictionary(kind):
@@ -178,7 +179,7 @@ def _is_scalar(kind: pa.DataType) -> bool:
 
 
 def _undecodable(table: pa.Table, file: str) -> list[BadRow]:
-    """Rows whose text is no UTF-8: everything later assumes it is. Row by row only if the table holds such text."""
+    """The rows whose text is no valid UTF-8. Rows are only looked at one by one if the table has such text."""
     import pyarrow as pa
 
     try:
@@ -222,7 +223,7 @@ def _blank(array: pa.Array) -> NDArray[np.bool_]:
 
 
 def _any(flags: NDArray[np.bool_], offsets: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Per row: is any of its messages flagged?"""
+    """For each row, whether any of its messages is flagged."""
     counts = np.concatenate([[0], np.cumsum(flags)])
     return np.asarray(counts[offsets[1:]] > counts[offsets[:-1]], dtype=np.bool_)
 
@@ -243,7 +244,7 @@ def _joined(offsets: NDArray[np.int64], contents: pa.Array, separator: str) -> p
 
 
 def _prompt_ids(data_source: pa.Array, extra: pa.Array | None, split: str, row: NDArray[np.int64]) -> pa.Array:
-    """<data_source>/<split>/<index>, from extra_info where it says so, else from the file."""
+    """Prompt ids <data_source>/<split>/<index>; split and index come from extra_info if it has them, else the file."""
     import pyarrow as pa
     import pyarrow.compute as pc
 

@@ -1,4 +1,4 @@
-"""`conf/data`: which prompts a run sees, and in which form. Opens them as a loader and as an eval set."""
+"""The settings of `conf/data`: which prompts a run sees, and in which form."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FORMATS = ("chat", "plain")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PrepareSettings:
-    """A data set that is built when first needed: its train.parquet is the first source, its test.parquet held out."""
+    """A data set that is built when first needed. Its train.parquet is the first source, its test.parquet held out."""
 
     builder: str  # a module of data_prep
     folder: str  # parent; each choice of arguments gets a folder of its own inside
@@ -25,17 +25,17 @@ class PrepareSettings:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Entry:
-    """One name of the configuration and where it came from."""
+    """One entry of the configuration that names files or a data set."""
 
     name: str
     key: str  # the setting that names it
     is_hub: bool  # a data set name rather than a parquet path
-    split: str  # if the name does not say
+    split: str  # used if the name has none
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataSettings:
-    """The paths may each be a string or a list of strings."""
+    """The settings of `conf/data`, whose YAML explains each. Paths may be a string or a list of strings."""
 
     prepare: PrepareSettings | None
     parquet_paths: Any
@@ -86,15 +86,16 @@ class DataSettings:
 
     @property
     def abilities(self) -> tuple[str, ...]:
-        """Those to train on; empty: all."""
+        """The abilities to train on; empty means all."""
         return self._strings("ability")
 
     @property
     def has_eval(self) -> bool:
+        """Whether any prompts are held out."""
         return self.prepare is not None or bool(self._strings("eval_paths"))
 
     def sources(self, prepared_folder: Path | None) -> list[Entry]:
-        """What is trained on, in the order of `weights`."""
+        """The sources to train on, in the order of `weights`."""
         entries = [
             *(
                 Entry(name=name, key="data.parquet_paths", is_hub=False, split="")
@@ -108,7 +109,7 @@ class DataSettings:
         return [*self._prepared(prepared_folder, "train"), *entries]
 
     def eval_sources(self, prepared_folder: Path | None) -> list[Entry]:
-        """What is held out. A name that does not end in .parquet is a data set name."""
+        """The held-out sources. A name that does not end in .parquet is that of a data set."""
         entries = [
             Entry(name=name, key="data.eval_paths", is_hub=not name.endswith(".parquet"), split="test")
             for name in self._strings("eval_paths")
@@ -116,7 +117,7 @@ class DataSettings:
         return [*self._prepared(prepared_folder, "test"), *entries]
 
     def preflight(self) -> list[str]:
-        """Problems that can be seen without a tokenizer, a network or reading a file."""
+        """Messages about what is wrong, as far as it shows without tokenizer, network or reading a file."""
         from atropos_exp.parts.data.hub import DatasetName
 
         problems = []

@@ -1,4 +1,4 @@
-"""One weighted source: its files read, checked, filtered and tokenised."""
+"""One source of prompts: reads, checks, filters and tokenises its files."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _CHUNK = 8192  # rows tokenised before looking whether there are enough
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FileStamp:
-    """What a resumed run must find again."""
+    """A file as a resumed run must find it again."""
 
     name: str
     content_hash: str
@@ -37,22 +37,22 @@ class FileStamp:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class RawSource:
-    """Read and checked, not yet filtered."""
+    """A source that is read and checked, but not yet filtered."""
 
     name: str  # as in the configuration
     files: tuple[FileStamp, ...]
     bad: tuple[BadRow, ...]
-    table: pa.Table  # the good rows of all files, see schema.GoodRows; + `file`, its number
-    extra_info: tuple[pa.Array | None, ...]  # per file, beside its rows
+    table: pa.Table  # the good rows of all files (see schema.GoodRows), with the column `file`, its number
+    extra_info: tuple[pa.Array | None, ...]  # per file, aligned with its rows
     first_row: tuple[int, ...]  # per file, where its rows begin in `table`
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Source:
-    """Filtered and tokenised: `prompt(i)` for i in range(len)."""
+    """A source that is filtered and tokenised, with prompts 0 to len - 1."""
 
     raw: RawSource
-    table: pa.Table  # the kept rows, + `place`: their row in raw.table
+    table: pa.Table  # the kept rows, with the column `place`, their row in raw.table
     token_ids: list[TokenIds]
     counts: SourceCounts
 
@@ -60,6 +60,7 @@ class Source:
         return len(self.token_ids)
 
     def prompt(self, index: int) -> Prompt:
+        """Prompt number `index`."""
         row = {name: self.table.column(name)[index].as_py() for name in _PROMPT_COLUMNS}
         file = row.pop("file")
         extra = self.raw.extra_info[file]
@@ -72,7 +73,7 @@ _PROMPT_COLUMNS = ("prompt_id", "data_source", "text", "ground_truth", "ability"
 
 
 def read_source(name: str, *, is_hub: bool, key: str, default_split: str) -> RawSource:
-    """Read everything that one entry of the configuration names. Raises UserError with file, row and reason."""
+    """Read all files that one entry of the configuration names. Raises UserError with file, row and reason."""
     import pyarrow as pa
 
     tables: list[tuple[str, str, pa.Table]] = []  # file name, split for prompt ids, rows
@@ -105,9 +106,9 @@ def prepare_source(
     abilities: Sequence[str],
     excluded: pa.Array | None,  # keys of eval prompts
     max_prompt_length: int,
-    cap: int | None,  # at most so many prompts, the first ones
+    cap: int | None,  # at most this many prompts, the first ones; None: all
 ) -> Source:
-    """Filter, then tokenise until there are `cap` prompts."""
+    """Filter the rows, then tokenise until there are `cap` prompts. Raises UserError for a prompt without tokens."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -150,7 +151,7 @@ def prepare_source(
 
 
 def unique_ids(sources: Sequence[Source]) -> tuple[list[Source], int]:
-    """The same sources with prompt ids made unique: the second bearer of an id gets '~2'. And how many that were."""
+    """The sources with unique prompt ids (the second prompt of an id gets "~2"), and how many ids were changed."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -173,7 +174,7 @@ def unique_ids(sources: Sequence[Source]) -> tuple[list[Source], int]:
 
 
 def refuse_empty(source: Source, abilities: Sequence[str], max_prompt_length: int) -> None:
-    """Raise UserError if nothing is left, with what became of the rows."""
+    """Raise UserError if no prompt is left, with the reasons by number of rows."""
     if len(source):
         return
     counts = source.counts

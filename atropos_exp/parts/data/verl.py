@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class VerlData(DataSettings):
-    """Opens what its settings name: as a stream of training prompts, and as a held-out set."""
+    """The settings of `conf/data`, with methods that open the training prompts and the held-out prompts."""
 
     def loader(
         self,
@@ -27,7 +27,7 @@ class VerlData(DataSettings):
     ) -> AtroposDataLoader:
         """Read, check, filter and tokenise everything. Raises UserError with file, row and reason.
 
-        Bad rows are listed in run_folder/quarantine.jsonl. `prepared_folder`: what `data_prep.prepare.ensure` returned.
+        Bad rows are listed in run_folder/quarantine.jsonl. `prepared_folder` is from `data_prep.prepare.ensure`.
         """
         from atropos_exp.parts.data.loader import AtroposDataLoader
 
@@ -39,7 +39,7 @@ class VerlData(DataSettings):
     def eval_prompts(
         self, tokenizer: Any, *, num_prompts: int, max_prompt_length: int, prepared_folder: Path | None = None
     ) -> list[Prompt]:
-        """The held-out prompts: the same ones for every seed; all, if there are fewer. Raises UserError if none."""
+        """`num_prompts` held-out prompts (or all of fewer), the same for every seed. Raises UserError if none."""
         from atropos_exp.parts.data.evalset import eval_prompts
 
         return eval_prompts(

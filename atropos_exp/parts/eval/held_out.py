@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class HeldOut:
-    """Settings of `eval=default`."""
+    """The settings of `conf/eval`."""
 
     every: int  # steps between evaluations
     num_prompts: int
@@ -63,8 +63,8 @@ class HeldOutEvaluator:
     seed: int
 
     def __call__(self, policy_version: int) -> dict[str, float]:
-        """Per data source: accuracy with its 95 % Wilson interval, pass@k, and how many answers could not be scored
-        (those count as wrong)."""
+        """Accuracy and pass@k of each data source with 95 % intervals, by metric name, and the number of answers that
+        could not be scored; those count as wrong."""
         if not self.prompts:
             return {}
         greedy, num_failed = self._answer(temperature=0.0, num_samples=1)
@@ -88,7 +88,7 @@ class HeldOutEvaluator:
         return values
 
     def _answer(self, *, temperature: float, num_samples: int) -> tuple[NDArray[np.bool_], int]:
-        """[prompts, samples] bool, correct or not; and the number of answers without a score."""
+        """Which answers are correct, bool [prompts, samples], and the number of answers without a score."""
         sampling = SamplingParams(
             temperature=temperature,
             top_p=1.0,
@@ -118,8 +118,8 @@ def eval_metrics(
 ) -> dict[str, float]:
     """Metrics of the held-out set `name`, with 95 % intervals.
 
-    `correct` [N]: the greedy answer was right. `num_correct` [N]: right ones of `num_samples` sampled answers, for
-    pass@k; None: off.
+    `correct` [N] says which greedy answers were right. `num_correct` [N] counts the right ones among `num_samples`
+    sampled answers, for pass@k; None leaves it out.
     """
     prefix, num = f"eval/{slug(name)}", len(correct)
     accuracy = float(np.mean(correct)) if num else float("nan")

@@ -1,4 +1,4 @@
-"""What only the trainer may ask: the ledger, the hold, the counters. Messages of `wire.py`."""
+"""The routes that only the trainer may call: ledger, hold, counters. Their messages are those of `wire.py`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from atropos_exp.types import Provenance
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Admin:
-    """The routes by their path."""
+    """Answers the trainer's requests; each method is named after its route."""
 
     ledger: CompletionLedger
     gate: Gate
@@ -24,12 +24,12 @@ class Admin:
     incarnation: int
 
     def check(self, message: Message) -> None:
-        """A message may have waited on the trainer's socket since before this process: it is not for this one."""
+        """Raise Refusal for a message to an earlier process: it may have waited in the trainer's socket since then."""
         if message.get("incarnation") != self.incarnation:
             raise Refusal(400, "value", f"meant for process {message.get('incarnation')}, not {self.incarnation}")
 
     def lookup(self, message: Message) -> Message:
-        """Sequences in order, one after the other: of two equal ones in a message the second sees the first's claim."""
+        """What the ledger knows about each sequence, in order: of two equal ones the second sees the first's claim."""
         sequences = split(message["token_ids"], message["lengths"])
         masks = split(message["trained"], message["lengths"])
         hints = split(message["logprobs_hint"], message["lengths"])
@@ -40,15 +40,17 @@ class Admin:
         return pack_provenances(found)
 
     def hold(self, message: Message) -> Message:
+        """Make new requests wait, and report how many are in flight."""
         self.gate.hold()
         return {"in_flight": self.counters.in_flight}
 
     def release(self, message: Message) -> Message:
+        """Let the waiting requests go on, and report how many are in flight."""
         self.gate.release()
         return {"in_flight": self.counters.in_flight}
 
     def values(self) -> dict[str, float]:
-        """Every counter as of now."""
+        """The present value of every counter, by its name."""
         ledger = self.ledger
         return {
             **self.counters.totals,
@@ -66,6 +68,7 @@ class Admin:
 
 
 def pack_provenances(found: list[Provenance | None]) -> Message:
+    """The answer to a lookup as one message; None becomes `found` = False."""
     known = [provenance for provenance in found if provenance is not None]
     flat, lengths = flatten([provenance.logprobs for provenance in known], np.float32)
     return {
@@ -83,6 +86,7 @@ def pack_provenances(found: list[Provenance | None]) -> Message:
 
 
 def unpack_provenances(message: Message) -> list[Provenance | None]:
+    """The inverse of `pack_provenances`."""
     if not message["keys"]:
         return [None] * len(message["found"])
     known = iter(

@@ -1,4 +1,4 @@
-"""The HTTP face: which route goes where, who may call it, how errors look, what is counted."""
+"""The HTTP application: its routes, who may call them, how errors are answered, and what is counted."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 class App:
-    """The routes. `make` builds the aiohttp application."""
+    """The gateway's routes. Environments must send `client_token` (None: nothing), the trainer `private_token`."""
 
     def __init__(
         self, sampler: Sampler, admin: Admin, *, model_name: str, client_token: str | None, private_token: str
@@ -41,13 +41,14 @@ class App:
         self._started = int(time.time())
 
     def make(self, *, max_body_bytes: int) -> web.Application:
+        """The aiohttp application. Larger bodies than `max_body_bytes` are answered with 413."""
         from aiohttp import web
 
         app = web.Application(client_max_size=max_body_bytes)
         add = app.router.add_route
         for path, work in (("/v1/completions", self._completions), ("/v1/chat/completions", self._chat)):
             add("POST", path, self._guarded(self._json(work)))
-        for path in ("/generate", "//generate"):  # the second: of a base URL that ends in a slash
+        for path in ("/generate", "//generate"):  # the second: base URLs that end in a slash
             add("POST", path, self._guarded(self._json(self._generate)))
         add("GET", "/v1/models", self._guarded(self._models))
         for path in ("/health", "//health"):
@@ -71,7 +72,7 @@ class App:
         private: bool = False,
         open_to_all: bool = False,
     ) -> Callable[[web.Request], Awaitable[web.Response]]:
-        """Checks the token, and turns every outcome into an answer and a count."""
+        """`handler` behind a check of the token; every outcome becomes an answer and a count."""
         from aiohttp import web
 
         expected = self._private_token if private else None if open_to_all else self._client_token
@@ -92,7 +93,7 @@ class App:
             except asyncio.CancelledError:
                 self._counters.add("disconnected")
                 raise
-            except Exception as error:  # the sender is told, the log has the trace
+            except Exception as error:  # the sender gets the error, the log its traceback
                 logger.exception("%s failed", request.path)
                 self._counters.add("internal_errors")
                 message = f"{type(error).__name__}: {error}"

@@ -1,4 +1,4 @@
-"""The trainer's side of the gateway: its process, its sockets, and what the trainer asks of it."""
+"""The trainer's side of the gateway: starts, restarts and stops its process, and sends it the trainer's requests."""
 
 from __future__ import annotations
 
@@ -32,7 +32,11 @@ POLL_SECONDS = 0.1  # how soon the end of the process is noticed while an answer
 
 
 class GatewayClient:
-    """Owns the gateway's process. Safe to use from several threads."""
+    """Owns the gateway's process. A `Ledger`. Its methods may be called from several threads.
+
+    Example: between `hold()` and `release()` no new request reaches the engine; `lookup(sequences, claim=True)` tells
+    which weights sampled the sequences that an environment sent back.
+    """
 
     def __init__(
         self,
@@ -43,7 +47,9 @@ class GatewayClient:
         token: str | None,
         log_folder: Path,
     ) -> None:
-        """Start the process. `options`: what it is told; `token`: what environments must send as their API key."""
+        """Start the process with `options` and wait until it answers. Environments must send `token` as their API key.
+
+        Raises EngineError if it does not start, UserError for an engine that it cannot talk to."""
         if options.engine_kind not in KINDS:
             raise UserError(
                 f"the gateway cannot talk to an engine of kind {options.engine_kind!r} yet; got that, expected one of "
@@ -64,11 +70,12 @@ class GatewayClient:
 
     @property
     def address(self) -> str:
-        """Environments get `f"{address}/v1"` as base URL."""
+        """The gateway's URL. Environments use `f"{address}/v1"` as their base URL."""
         return self._doors.address
 
     @property
     def process(self) -> Child:
+        """The present process."""
         return self._process
 
     def lookup(
@@ -78,10 +85,10 @@ class GatewayClient:
         claim: bool,
         logprobs: Sequence[Floats | None] | None = None,
     ) -> list[Provenance | None]:
-        """Who sampled these sequences (token ids [T], trained [T]); None for one that the gateway does not know.
+        """What is known about each sequence (token ids [T], trained [T]); None for one that was not sampled here.
 
-        `logprobs` [T] of each, where known, tell equal completions of different weights apart. One exchange for all.
-        With `claim` they count as returned from now on. Raises EngineError.
+        `logprobs` [T] of each, where known, tell equal completions of different weights apart. `claim` marks the
+        completions as returned. All sequences travel in one exchange. Raises EngineError.
         """
         if not sequences:
             return []
@@ -102,18 +109,19 @@ class GatewayClient:
         return found
 
     def hold(self) -> None:
-        """New requests wait from now on; those that the engine has already are finished. Raises EngineError."""
+        """Make new requests wait; those that the engine already has are finished. Raises EngineError."""
         with self._lock:
             self._held = True
             self._binary("/hold", {}, what="requests to be held")
 
     def release(self) -> None:
+        """Let the waiting requests go on. Raises EngineError."""
         with self._lock:
             self._held = False
             self._binary("/release", {}, what="requests to go on")
 
     def counters(self) -> Mapping[str, float]:
-        """Totals since `start` (over restarts) and gauges, see counters.py. Raises EngineError."""
+        """Totals since the start of the run, restarts included, and gauges: see counters.py. Raises EngineError."""
         with self._lock:
             values: dict[str, float] = json.loads(self._exchange("GET", "/counters", b"", what="its counters"))
             self._seen = values
@@ -122,11 +130,12 @@ class GatewayClient:
             return {**totals, **gauges, "restarts": self.restarts}
 
     def check(self) -> None:
-        """Raise EngineError unless it answers now."""
+        """Raise EngineError unless the process answers within `gateway.health_timeout_seconds`."""
         self._exchange("GET", "/counters", b"", what="an answer as a sign of health")
 
     def restart_if_dead(self) -> bool:
-        """Start a new process if this one has ended or hangs: same ports, same hold, empty ledger. True if it did."""
+        """Start a new process if this one has ended or hangs. The new one has the same ports and hold, and an empty
+        ledger. Return whether one was started."""
         with self._lock:
             try:
                 self.check()
@@ -142,7 +151,7 @@ class GatewayClient:
             return True
 
     def stop(self) -> None:
-        """May be called twice."""
+        """End the process and close the sockets. A second call does nothing."""
         self._process.stop()
         self._doors.close()
 
@@ -175,7 +184,7 @@ class GatewayClient:
         return environment
 
     def _wait_until_ready(self, process: Child) -> None:
-        """Our socket accepts connections before the process does, so one request tells, whenever it is answered."""
+        """Ask until there is an answer: the socket belongs to us, so it accepts connections before the process runs."""
         seconds = self._options.start_timeout_seconds
         deadline = time.monotonic() + seconds
         while True:
@@ -212,8 +221,8 @@ class GatewayClient:
         return answer
 
     def _request(self, process: Child, method: str, path: str, body: bytes, *, seconds: float) -> tuple[int, bytes]:
-        """Raises TimeoutError, another OSError, or HTTPException; ConnectionError as soon as the process has ended,
-        because our own socket would keep the connection open for ever."""
+        """Status and body of the answer. Raises TimeoutError, another OSError or HTTPException, and ConnectionError as
+        soon as the process has ended: the socket is ours, so the connection itself would never break."""
         deadline = time.monotonic() + seconds
         connection = http.client.HTTPConnection(self._doors.host, self._doors.port, timeout=seconds)
         try:

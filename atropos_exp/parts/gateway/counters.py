@@ -1,4 +1,4 @@
-"""What the gateway counts. Totals only grow; gauges say how it is now."""
+"""What the gateway counts. Totals only grow; gauges are present values."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 
 class Counters:
-    """`totals[name]` for the names above."""
+    """The gateway's counters: `totals` by the names in TOTALS, and the number of requests in flight."""
 
     def __init__(self) -> None:
         self.totals: dict[str, float] = dict.fromkeys(TOTALS, 0)
@@ -40,23 +40,27 @@ class Counters:
         self.max_in_flight = 0
 
     def add(self, name: str, amount: float = 1) -> None:
+        """Add `amount` to the total `name`."""
         self.totals[name] += amount
 
     def begin(self) -> None:
+        """Count a request in."""
         self.in_flight += 1
         self.max_in_flight = max(self.max_in_flight, self.in_flight)
 
     def end(self) -> None:
+        """Count a request out."""
         self.in_flight -= 1
 
 
 def resident_bytes() -> int:
+    """Memory of this process in bytes, as the kernel counts it."""
     with open("/proc/self/statm", encoding="ascii") as file:
         return int(file.read().split()[1]) * _PAGE_BYTES
 
 
 def prometheus(values: Mapping[str, float]) -> str:
-    """The text form that Prometheus reads."""
+    """`values` in Prometheus' text format."""
     lines = []
     for name, value in values.items():
         full = f"atropos_exp_gateway_{name}" + ("" if name in GAUGES else "_total")

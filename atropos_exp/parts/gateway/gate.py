@@ -1,4 +1,4 @@
-"""Holds requests while weights change: they wait and then go on; none is refused before `max_hold_seconds`."""
+"""Holds requests while weights change: they wait, then go on. Only after `max_hold_seconds` are they refused."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from atropos_exp.parts.gateway.refusal import Refusal
 
 
 class Gate:
-    """Open or closed. Used by one event loop."""
+    """A gate that is open or closed, for the requests of one event loop. `held`: whether it starts closed."""
 
     def __init__(self, counters: Counters, *, max_hold_seconds: float, held: bool) -> None:
         self._counters = counters
@@ -24,19 +24,22 @@ class Gate:
 
     @property
     def is_holding(self) -> bool:
+        """Whether the gate is closed."""
         return self._closed_at is not None
 
     @property
     def held_seconds(self) -> float:
-        """Of the hold in progress."""
+        """How long the gate has been closed; 0 while it is open."""
         return 0.0 if self._closed_at is None else time.monotonic() - self._closed_at
 
     def hold(self) -> None:
+        """Close the gate. Does nothing if it is closed."""
         if self._closed_at is None:
             self._closed_at = time.monotonic()
             self._opened.clear()
 
     def release(self) -> None:
+        """Open the gate. Does nothing if it is open."""
         if self._closed_at is not None:
             self._counters.add("held_seconds", self.held_seconds)
             self._closed_at = None
@@ -49,7 +52,7 @@ class Gate:
         self._counters.add("held_requests")
         try:
             async with asyncio.timeout(self._max_hold_seconds):
-                while self._closed_at is not None:  # it may have closed again before this request had its turn
+                while self._closed_at is not None:  # it may have closed again before this request ran
                     await self._opened.wait()
         except TimeoutError:
             raise Refusal(

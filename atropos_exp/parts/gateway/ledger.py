@@ -1,4 +1,4 @@
-"""What was sampled and by which weights, so that a sequence that comes back can be recognised."""
+"""The memory of what was sampled and by which weights, so that sequences that come back are recognised."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import xxhash
 
 from atropos_exp.types import Floats, Mask, Provenance, TokenIds
 
-ENTRY_TOKENS = 48  # what the bookkeeping of one completion weighs, in tokens of 8 bytes
+ENTRY_TOKENS = 48  # memory of one entry's bookkeeping, in tokens of 8 bytes
 _ID_BYTES = _LOGPROB_BYTES = 4
 
 
 @dataclass(kw_only=True, slots=True, eq=False)
 class LedgerEntry:
-    """One sampled completion of a prompt. The arrays lie in bytes: little memory, and comparing them is one call."""
+    """One sampled completion of a prompt. Arrays are kept as bytes, which are small and quick to compare."""
 
     prompt_key: bytes
     token_ids: bytes  # int32 [R]
@@ -29,11 +29,17 @@ class LedgerEntry:
 
     @property
     def num_tokens(self) -> int:
+        """The length R of the completion."""
         return len(self.token_ids) // _ID_BYTES
 
 
 class CompletionLedger:
-    """The newest completions, up to `max_tokens` (each counts its tokens and ENTRY_TOKENS)."""
+    """The newest completions, up to `max_tokens`; each counts its tokens plus ENTRY_TOKENS.
+
+    Example: after `add([1, 2], [7, 8], logprobs, policy_version=3, temperature=1.0)`, a lookup of [1, 2, 7, 8] with the
+    last two tokens trained gives version 3 and their logprobs. A multi-turn sequence is found turn by turn: each run of
+    trained tokens must continue a prompt that the ledger has seen.
+    """
 
     def __init__(self, *, max_tokens: int, name: str) -> None:
         """`name` makes the keys of this ledger differ from those of an earlier process."""
@@ -51,7 +57,7 @@ class CompletionLedger:
     def add(
         self, prompt: TokenIds, token_ids: TokenIds, logprobs: Floats, *, policy_version: int, temperature: float
     ) -> None:
-        """`temperature` is the one that `logprobs` [R] hold under."""
+        """Keep a completion [R] of `prompt` [P]. Its `logprobs` [R] are nats at `temperature`."""
         assert len(token_ids) == len(logprobs) > 0
         completion = LedgerEntry(
             prompt_key=_key(prompt.astype(np.int32, copy=False).tobytes()),
@@ -71,9 +77,9 @@ class CompletionLedger:
     def lookup(
         self, token_ids: TokenIds, trained: Mask, *, claim: bool, logprobs_hint: Floats | None = None
     ) -> Provenance | None:
-        """What is known of a sequence [T]: every trained token must have been sampled here, after what stands
-        before it. `claim` marks its completions as returned. `logprobs_hint` [T] tells equal completions of
-        different weights apart. None (a miss) if any trained token is unknown."""
+        """What is known about a sequence [T]; None (a miss) unless every trained token was sampled here, after exactly
+        the tokens before it. `claim` marks its completions as returned. `logprobs_hint` [T] tells equal completions
+        of different weights apart."""
         raw = token_ids.astype(np.int32, copy=False).tobytes()
         hint = b"" if logprobs_hint is None else logprobs_hint.astype(np.float32, copy=False).tobytes()
         logprobs = np.zeros(len(token_ids), dtype=np.float32)
@@ -106,7 +112,7 @@ class CompletionLedger:
         return provenance
 
     def _cover(self, raw: bytes, hint: bytes, start: int, end: int) -> list[LedgerEntry] | None:
-        """Completions that end to end give tokens start..end of a sequence; the last one may be longer."""
+        """Completions that, laid end to end, give tokens start..end of a sequence; the last one may be longer."""
         path: list[LedgerEntry] = []  # one less than `open`
         open_: list[tuple[int, Iterator[LedgerEntry]]] = [(start, self._candidates(raw, hint, start, end))]
         failed: set[int] = set()
@@ -128,9 +134,9 @@ class CompletionLedger:
         return None
 
     def _candidates(self, raw: bytes, hint: bytes, start: int, end: int) -> Iterator[LedgerEntry]:
-        """Completions of the prompt raw[:start] that agree with what follows, the likeliest first: one whose logprobs
-        are the hint's, that has not come back yet, that covers most, that was not cut, that is newest (an older one
-        like it was probably part of an evaluation, or of a group that its environment dropped)."""
+        """Completions of the prompt raw[:start] that agree with what follows, best first. Better, in this order, is one
+        with the hint's logprobs, one that has not been returned, one that covers more, one that was not cut, and a
+        newer one (an older equal one was probably for evaluation, or its environment dropped its group)."""
         rest = raw[start * _ID_BYTES : end * _ID_BYTES]
         fitting = [
             completion
@@ -158,7 +164,7 @@ class CompletionLedger:
 
 
 def _key(prompt: bytes) -> bytes:
-    """128 bits: two of the prompts that are kept never share one by chance, and answers are compared in full."""
+    """A 128-bit hash: prompts never share one by chance, and completions are compared in full."""
     return xxhash.xxh3_128_digest(prompt)
 
 

@@ -1,4 +1,4 @@
-"""What the trainer tells the gateway's process on its command line, as one JSON object. Secrets go elsewhere."""
+"""The options of the gateway's process: JSON on its command line. Secrets travel in its environment instead."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ import dataclasses
 import json
 from dataclasses import dataclass
 
-PRIVATE_TOKEN = "ATROPOS_EXP_GATEWAY_TOKEN"  # in its environment: the trainer's own token
-CLIENT_TOKEN = "ATROPOS_EXP_GATEWAY_CLIENT_TOKEN"  # of environments, where one is asked for
-ENGINE_TOKENS = "ATROPOS_EXP_ENGINE_TOKENS"  # JSON: of each of the engine's servers, null where it asks for none
+PRIVATE_TOKEN = "ATROPOS_EXP_GATEWAY_TOKEN"  # environment variable with the trainer's own token
+CLIENT_TOKEN = "ATROPOS_EXP_GATEWAY_CLIENT_TOKEN"  # with the token that environments must send, if any
+ENGINE_TOKENS = "ATROPOS_EXP_ENGINE_TOKENS"  # with the tokens of the engine's servers, as JSON; null: none
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Options:
-    """See `GatewaySettings` for what has the same name there."""
+    """Fields that `GatewaySettings` has too mean the same here."""
 
-    socket_fds: tuple[int, ...]  # listening
+    socket_fds: tuple[int, ...]  # inherited listening sockets
     engine_kind: str
-    engine_addresses: tuple[str, ...]  # of its servers
+    engine_addresses: tuple[str, ...]  # one per server
     model_folder: str
     model_name: str
     stop_token_ids: tuple[int, ...]
@@ -34,10 +34,12 @@ class Options:
     health_timeout_seconds: float
 
     def to_json(self) -> str:
+        """The options as the process's command-line argument."""
         return json.dumps(dataclasses.asdict(self))
 
     @classmethod
     def from_json(cls, text: str) -> Options:
+        """The inverse of `to_json`."""
         values = json.loads(text)
         for name in ("socket_fds", "engine_addresses", "stop_token_ids"):
             values[name] = tuple(values[name])

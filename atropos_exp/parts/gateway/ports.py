@@ -1,4 +1,4 @@
-"""Listening sockets that belong to the trainer: they outlive a gateway process, and connections queue meanwhile."""
+"""Listening sockets that the trainer owns: they outlive the gateway's process, and connections wait in them."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ BACKLOG = 2048
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Doors:
+    """The listening sockets of a gateway."""
+
     sockets: tuple[socket.socket, ...]  # the gateway's own one first
 
     @classmethod
     def open(cls, host: str, port: int | None, extra_ports: Sequence[int]) -> Doors:
-        """The first one on `port` (None: a free one), then one for each extra port. Raises UserError."""
+        """Listen on `port` (None: a free one) and on each extra port. Raises UserError if one is not available."""
         wanted = [(port, "gateway.port"), *((extra, "atropos.extra_ports") for extra in extra_ports)]
         with contextlib.ExitStack() as undo:
             sockets = []
@@ -31,20 +33,22 @@ class Doors:
 
     @property
     def host(self) -> str:
-        """As a program on this machine reaches it."""
+        """The host by which programs on this machine reach the gateway."""
         bound = str(self.sockets[0].getsockname()[0])
         return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(bound, bound)
 
     @property
     def port(self) -> int:
+        """The port of the gateway's own socket."""
         return int(self.sockets[0].getsockname()[1])
 
     @property
     def address(self) -> str:
-        """Environments get `f"{address}/v1"` as base URL."""
+        """The gateway's URL. Environments use `f"{address}/v1"` as their base URL."""
         return f"http://[{self.host}]:{self.port}" if ":" in self.host else f"http://{self.host}:{self.port}"
 
     def close(self) -> None:
+        """Close all sockets."""
         for listener in self.sockets:
             listener.close()
 

@@ -1,4 +1,4 @@
-"""A request that is not served, and what its sender is told."""
+"""The error for a request that is not served."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ REASONS = ("parameter", "value", "length", "body", "route", "token", "hold", "en
 
 
 class Refusal(Exception):
-    """Answered with `status` and an error in the OpenAI form; counted under `reason`, one of REASONS."""
+    """A request that is answered with HTTP `status` and an error in OpenAI's form, and counted under `reason`.
+
+    `reason` is one of REASONS; `param` names the parameter at fault; `retry_seconds` is sent as Retry-After.
+    """
 
     def __init__(
         self, status: int, reason: str, message: str, *, param: str | None = None, retry_seconds: int | None = None
@@ -17,21 +20,23 @@ class Refusal(Exception):
         self.status = status
         self.reason = reason
         self.param = param
-        self.retry_seconds = retry_seconds  # sent as Retry-After
+        self.retry_seconds = retry_seconds
 
     def body(self) -> dict[str, object]:
+        """The error as OpenAI's clients read it."""
         kind = "invalid_request_error" if self.status < 500 else "server_error"
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.reason}}
 
 
 def unsupported(name: str, value: object, instead: str) -> Refusal:
-    """A parameter that asks for something the gateway does not do."""
+    """The refusal of a parameter that asks for something the gateway does not do; `instead` says what to do."""
     shown = repr(value)
     shown = shown if len(shown) <= 80 else shown[:77] + "..."
     return Refusal(400, "parameter", f"{name}={shown} is not supported; {instead}", param=name)
 
 
 def invalid(name: str, value: object, expected: str) -> Refusal:
+    """The refusal of a value; `expected` says what it must be."""
     shown = repr(value)
     shown = shown if len(shown) <= 80 else shown[:77] + "..."
     return Refusal(400, "value", f"{name} must be {expected}; got {shown}", param=name)

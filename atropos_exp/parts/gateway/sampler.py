@@ -1,4 +1,4 @@
-"""From a request to completions: hold, engine, stop strings, ledger."""
+"""From a request to completions: wait for the gate, ask the engine, cut at stop strings, record in the ledger."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LOWEST_LOGPROB = -9999.0  # in the place of minus infinity, which JSON cannot ca
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Sampler:
-    """What all dialects share."""
+    """Serves the requests of all dialects from the engine behind `upstream`."""
 
     upstream: Upstreams
     gate: Gate
@@ -35,7 +35,7 @@ class Sampler:
     request_timeout_seconds: float
 
     async def sample(self, request: SamplingRequest) -> list[list[Completion]]:
-        """`num_samples` completions per prompt, in order. Raises Refusal."""
+        """The `num_samples` completions of each prompt, in order. Raises Refusal."""
         started = time.monotonic()
         room = self._room(request)
         max_tokens = room if request.max_tokens is None else min(room, request.max_tokens)
@@ -60,7 +60,7 @@ class Sampler:
         return self._completions(request, answer)
 
     async def score(self, sequence: TokenIds, *, num_top: int) -> TokenScores:
-        """Logprobs of a prompt's own tokens, at temperature 1, and of the `num_top` likeliest at each place."""
+        """Logprobs of a sequence's own tokens, at temperature 1, and of the `num_top` likeliest at each position."""
         started = time.monotonic()
         await self.gate.enter()
         scored = await self.upstream.score(
@@ -76,7 +76,7 @@ class Sampler:
         return max(1.0, self.request_timeout_seconds - (time.monotonic() - started))
 
     def _room(self, request: SamplingRequest) -> int:
-        """Tokens that fit behind the longest prompt."""
+        """The number of tokens that fit behind the longest prompt. Raises Refusal if there is no room."""
         longest = max(len(prompt) for prompt in request.prompts)
         room = self.max_sequence_length - longest
         if room < 1:
@@ -139,7 +139,7 @@ class Sampler:
         )
 
     def _finite(self, logprobs: Floats) -> Floats:
-        """Within [LOWEST_LOGPROB, 0]; what was outside is counted. NaN means broken weights: nobody may train on it."""
+        """`logprobs` within [LOWEST_LOGPROB, 0]; changed ones are counted. NaN means broken weights and is refused."""
         outside = ~((logprobs <= 0) & (logprobs >= LOWEST_LOGPROB))
         if not outside.any():
             return logprobs
@@ -150,7 +150,7 @@ class Sampler:
 
 
 class Seeds:
-    """One seed of 63 bits per request that brought none; no two alike."""
+    """Draws a seed of 63 bits for each request without one; no two are alike."""
 
     def __init__(self, seed: int, incarnation: int) -> None:
         """`incarnation` tells a restarted gateway from the one before it."""

@@ -1,6 +1,6 @@
-"""The gateway's process: `python -m atropos_exp.parts.gateway.server '{"socket_fds": …}'` (started by client.py).
+"""The gateway's process, started by `client.py`: `python -m atropos_exp.parts.gateway.server '{"socket_fds": …}'`.
 
-It listens on sockets inherited from its parent, writes no files, and lives in its parent's guard (`child.py`).
+It listens on sockets inherited from its parent, writes no files, and ends with its parent (`processes/child.py`).
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 
 
 def main() -> None:
+    """Read the options from the command line and serve."""
     options = Options.from_json(sys.argv[1])
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     lifeline.ignore()

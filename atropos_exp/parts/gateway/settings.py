@@ -1,4 +1,4 @@
-"""`gateway=default`: the one address that environments talk to."""
+"""`gateway=default`: the settings of the gateway, the one address that environments talk to."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ENVIRONMENT_LIMIT = 600.0  # seconds after which an Atropos environment gives a 
 
 @dataclass(frozen=True, kw_only=True)
 class GatewaySettings:
-    """Settings of `gateway`."""
+    """The settings of `conf/gateway`, whose YAML explains each; `start` starts the gateway that they describe."""
 
     host: str
     port: int | None
@@ -67,8 +67,8 @@ class GatewaySettings:
             )
 
     def listen(self, extra_ports: Sequence[int]) -> Doors:
-        """Bind the ports, so that environments can be told where to connect before anybody answers there. Raises
-        UserError for a port that is taken."""
+        """Bind the ports, so that environments know where to connect before the gateway runs. Raises UserError for a
+        port that is taken."""
         from atropos_exp.parts.gateway.ports import Doors
 
         return Doors.open(self.host, self.port, extra_ports)
@@ -85,8 +85,8 @@ class GatewaySettings:
         seed: int,
         log_folder: Path,
     ) -> GatewayClient:
-        """Start the process at `doors` and wait until it answers; raises EngineError if it does not. The caller stops
-        it, which closes the doors. `endpoints`: of the engine's servers, which share the requests."""
+        """Start the process at `doors` and wait until it answers; raises EngineError if it does not. Stopping it closes
+        the doors. `endpoints` are the engine's servers, which share the requests."""
         from atropos_exp.parts.gateway.client import GatewayClient
         from atropos_exp.parts.gateway.options import Options
 

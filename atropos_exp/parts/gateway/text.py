@@ -1,4 +1,4 @@
-"""Between text and token ids: the model folder's tokenizer and chat template."""
+"""Text to token ids and back, with the model folder's tokenizer and chat template."""
 
 from __future__ import annotations
 
@@ -14,31 +14,33 @@ from atropos_exp.types import TokenIds
 
 
 class Text:
-    """Of one model folder; reads only its files and runs no code from it."""
+    """The tokenizer of one model folder. It reads only files and runs no code of the folder."""
 
     def __init__(self, folder: Path) -> None:
         from transformers import AutoTokenizer
 
         self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        # Those of the file: some tokenizer classes add tokens of their own, which the model may have no row for.
+        # From the file: some tokenizer classes add tokens of their own, for which the model may have no row.
         added = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")).get("added_tokens", ())
         self._special = {str(token["content"]): int(token["id"]) for token in added if token.get("special")}
 
     def encode(self, text: str, *, add_special_tokens: bool) -> TokenIds:
+        """The token ids [P] of `text`."""
         return np.array(self._tokenizer.encode(text, add_special_tokens=add_special_tokens), dtype=np.int32)
 
     def decode(self, token_ids: TokenIds, *, skip_special_tokens: bool) -> str:
+        """The text of `token_ids` [R]."""
         text: str = self._tokenizer.decode(token_ids.tolist(), skip_special_tokens=skip_special_tokens)
         return text
 
     def special_token(self, text: str) -> int | None:
-        """The id of a special token that is written so."""
+        """The id of the special token written `text`; None if there is none."""
         return self._special.get(text)
 
     def chat(
         self, messages: Any, *, tools: Any, add_generation_prompt: bool, continue_final_message: bool, extra: Any
     ) -> TokenIds:
-        """The prompt that the folder's chat template makes of messages. Raises Refusal for what it cannot render."""
+        """The prompt [P] that the chat template makes of `messages`. Raises Refusal for what it cannot render."""
         from jinja2 import TemplateError
 
         template = self._tokenizer.chat_template
@@ -61,7 +63,7 @@ class Text:
         return self.encode(text, add_special_tokens=False)
 
     def cut(self, token_ids: TokenIds, stops: Sequence[str], *, skip_special_tokens: bool) -> tuple[int, str] | None:
-        """The number of tokens whose text first contains a stop string, and that string. None if none does."""
+        """The smallest number of tokens whose text contains a stop string, and that string; None if there is none."""
         text = self.decode(token_ids, skip_special_tokens=skip_special_tokens)
         if not any(stop in text for stop in stops):
             return None
@@ -79,7 +81,7 @@ class Text:
 
 
 def checked(messages: Any) -> list[dict[str, Any]]:
-    """Messages with text content. Raises Refusal."""
+    """The messages with their content as plain text. Raises Refusal if that is not possible."""
     if not isinstance(messages, list) or not messages:
         raise invalid("messages", messages, "a list of at least one message")
     rendered = []

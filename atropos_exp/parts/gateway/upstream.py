@@ -1,4 +1,4 @@
-"""The gateway's side of the engine: one bounded exchange per call, on kept connections."""
+"""The gateway's client of one of the engine's servers: every call is one exchange with a deadline."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from atropos_exp.parts.gateway.refusal import Refusal
 from atropos_exp.processes.wire import HEARTBEAT, Message, flatten, pack, unpack
 from atropos_exp.types import Endpoint, Floats, Mask, SamplingParams, TokenIds
 
-KINDS = ("hf",)  # engines whose protocol is spoken here
-RETRY_SECONDS = 2  # told to a client whose engine is not there
-HEALTH_SECONDS = 1.0  # an answer about the engine's health is good for so long
+KINDS = ("hf",)  # engines whose protocol this client speaks
+RETRY_SECONDS = 2  # sent as Retry-After while the engine is gone
+HEALTH_SECONDS = 1.0  # how long an answer about the engine's health is valid
 CONNECT_SECONDS = 5.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Answer:
-    """N completions end to end: those of the first prompt, of the second, …"""
+    """N completions, laid end to end: those of the first prompt, of the second, and so on."""
 
     token_ids: TokenIds  # [sum of lengths]
     logprobs: Floats
@@ -32,7 +32,7 @@ class Answer:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class TokenScores:
-    """Of one sequence [T]: its tokens from the second on, and the likeliest tokens at each of their places."""
+    """Logprobs of one sequence [T]: of its own tokens from the second on, and of the likeliest tokens there."""
 
     logprobs: Floats  # [T - 1]
     top_token_ids: NDArray[np.int32]  # [T - 1, K], likeliest first
@@ -40,10 +40,10 @@ class TokenScores:
 
 
 class Upstream:
-    """An engine of kind hf. Every failure is a Refusal that says what was wrong."""
+    """One server of an engine. Every failure is a Refusal that says what was wrong."""
 
     def __init__(self, endpoint: Endpoint, *, silence_seconds: float) -> None:
-        """The engine counts as hung when nothing comes for `silence_seconds`; it beats more often than that."""
+        """A server that sends nothing for `silence_seconds`, not even a heartbeat, counts as hung."""
         import aiohttp
 
         assert endpoint.kind in KINDS
@@ -60,11 +60,13 @@ class Upstream:
         self._problem: str | None = None
 
     async def close(self) -> None:
+        """Close the connections."""
         await self._session.close()
 
     async def generate(
         self, prompts: tuple[TokenIds, ...], params: SamplingParams, *, num_samples: int, seconds: float
     ) -> Answer:
+        """`num_samples` completions of each prompt, within `seconds`."""
         flat, lengths = flatten(prompts, np.int32)
         message = {
             "token_ids": flat,
@@ -87,6 +89,7 @@ class Upstream:
         )
 
     async def score(self, sequence: TokenIds, *, num_top: int, temperature: float, seconds: float) -> TokenScores:
+        """Logprobs of `sequence`'s own tokens and of the `num_top` likeliest at each position, within `seconds`."""
         flat, lengths = flatten([sequence], np.int32)
         message = {"token_ids": flat, "lengths": lengths, "temperature": temperature, "num_top": num_top}
         answer = await self._exchange("/score", message, seconds)
@@ -98,11 +101,11 @@ class Upstream:
         return TokenScores(logprobs=logprobs, top_token_ids=top_token_ids, top_logprobs=top_logprobs)
 
     async def check(self) -> None:
-        """A real token, generated now."""
+        """Raise Refusal unless the server generates a real token now."""
         await self._exchange("/health", {}, self._silence_seconds)
 
     async def problem(self) -> str | None:
-        """Why the engine is gone, or None. Many callers at once share one question to it."""
+        """Why the server does not answer, or None if it does. Concurrent callers share one request to it."""
         loop = asyncio.get_running_loop()
         if loop.time() - self._checked_at > HEALTH_SECONDS:
             if self._check is None:

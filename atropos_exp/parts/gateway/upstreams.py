@@ -1,4 +1,4 @@
-"""The engine's servers as the gateway sees them: which one answers a request, and who steps in for one that is gone."""
+"""The engine's servers together: which one gets a request, and which one replaces a server that is gone."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from atropos_exp.parts.gateway.upstream import Answer, TokenScores, Upstream
 from atropos_exp.types import SamplingParams, TokenIds
 
 Value = TypeVar("Value")
-BLOCK_TOKENS = 64  # a prompt is remembered by its first block, its first two, …, and as a whole
+BLOCK_TOKENS = 64  # prefixes are remembered in multiples of this
 MAX_PREFIXES = 1 << 17  # remembered; the oldest are forgotten
-MAX_AHEAD_ROWS = 64  # a server with so many more rows than the idlest gets no request for its prefix's sake
-AVOID_SECONDS = 5.0  # a server that was gone is asked last for so long
+MAX_AHEAD_ROWS = 64  # a server this much busier than the idlest gets no request because of its cache
+AVOID_SECONDS = 5.0  # for how long a server that was gone is asked last
 
 
 class Upstreams:
     """One or more servers of the same weights, used by one event loop.
 
-    The same prompt, and a longer one of which at least half has been seen, goes to the server that has it in its prefix
-    cache; everything else to the one with the fewest rows in work. Where that one is gone, another steps in.
+    A prompt of which at least half has been seen goes to the server that has that prefix in its cache; any other to the
+    one that has the fewest completions in progress. If that server is gone, the request goes to the next.
     """
 
     def __init__(self, servers: Sequence[Upstream], counters: Counters) -> None:
@@ -36,6 +36,7 @@ class Upstreams:
         self._known: OrderedDict[int, int] = OrderedDict()  # hash of a prefix -> server
 
     async def close(self) -> None:
+        """Close all connections."""
         for server in self._servers:
             await server.close()
 
@@ -50,27 +51,29 @@ class Upstreams:
         return await self._ask(prompts[0], len(prompts) * num_samples, work, seconds)
 
     async def score(self, sequence: TokenIds, *, num_top: int, temperature: float, seconds: float) -> TokenScores:
+        """See `Upstream.score`."""
+
         def work(server: Upstream, seconds: float) -> Awaitable[TokenScores]:
             return server.score(sequence, num_top=num_top, temperature=temperature, seconds=seconds)
 
         return await self._ask(sequence, 1, work, seconds)
 
     async def check(self) -> None:
-        """A real token, generated now, by one of them at least."""
+        """Raise Refusal unless at least one server generates a real token now."""
         outcomes = await asyncio.gather(*(server.check() for server in self._servers), return_exceptions=True)
         errors = [outcome for outcome in outcomes if outcome is not None]
         if len(errors) == len(outcomes):
             raise errors[0]
 
     async def problem(self) -> str | None:
-        """Why no server is there, or None."""
+        """Why no server answers, or None if one does."""
         problems = await asyncio.gather(*(server.problem() for server in self._servers))
         return None if None in problems else problems[0]
 
     async def _ask(
         self, prompt: TokenIds, rows: int, work: Callable[[Upstream, float], Awaitable[Value]], seconds: float
     ) -> Value:
-        """`work` by the best server; by the next ones if it is gone."""
+        """The result of `work` by the best server, or by the next ones if it is gone."""
         deadline = time.monotonic() + seconds
         if len(self._servers) == 1:
             return await work(self._servers[0], seconds)
@@ -120,7 +123,7 @@ class Upstreams:
 
 
 def prefix_keys(prompt: TokenIds) -> list[tuple[int, int]]:
-    """(hash, number of tokens) of the prompt's first block, its first two blocks, …, and of all of it."""
+    """(hash, number of tokens) of the prompt's first block, of its first two blocks, and so on up to the whole."""
     import xxhash
 
     state = xxhash.xxh3_64()

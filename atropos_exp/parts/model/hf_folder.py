@@ -1,4 +1,4 @@
-"""What a Hugging Face model folder says of itself, read from its JSON files without loading the model."""
+"""Facts about a Hugging Face model folder, read from its JSON files without loading the model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _LENGTH_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_le
 
 
 def problems(folder: Path) -> list[str]:
-    """Why `folder` cannot be trained from, one message each; empty if nothing is missing."""
+    """Why the model in `folder` cannot be trained, one message each; empty if nothing is missing."""
     if not folder.is_dir():
         return [f"path: got {folder}, which does not exist; expected a folder, or a hub id such as org/name"]
     messages = []
@@ -41,7 +41,7 @@ def problems(folder: Path) -> list[str]:
 
 
 def context_length(folder: Path) -> int | None:
-    """Longest sequence in tokens; None if the configuration does not say."""
+    """The longest sequence in tokens; None if the configuration does not say."""
     config = read_json(folder / "config.json")
     for section in (config, config.get("text_config") or {}):
         for key in _LENGTH_KEYS:
@@ -86,6 +86,7 @@ def chat_template(folder: Path) -> str:
 
 
 def read_json(path: Path, *, optional: bool = False) -> dict[str, Any]:
+    """The JSON object in `path`; {} for a missing file if `optional`. Raises UserError."""
     if optional and not path.is_file():
         return {}
     try:
@@ -106,6 +107,6 @@ def copy_description(folder: Path, target: Path) -> None:
 
 
 def vocab_size(model_folder: Path) -> int:
-    """Rows of the model's embedding: more than the tokenizer has tokens where the model pads them."""
+    """The number of rows of the model's embedding, which may exceed the tokenizer's number of tokens."""
     config = json.loads((model_folder / "config.json").read_text())
     return int(config.get("vocab_size") or config["text_config"]["vocab_size"])

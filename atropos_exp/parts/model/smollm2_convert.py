@@ -24,7 +24,7 @@ def convert(gguf: Path, folder: Path) -> None:
 
 
 def read_fields(gguf: Path) -> dict[str, Any]:
-    """The metadata of the file by GGUF's names."""
+    """The metadata of the file, by GGUF's names."""
     from gguf import GGUFReader
 
     reader = GGUFReader(gguf)
@@ -32,7 +32,7 @@ def read_fields(gguf: Path) -> dict[str, Any]:
 
 
 def write_tokenizer(fields: dict[str, Any], folder: Path) -> None:
-    """Byte-level BPE after splitting off single digits, as in the original's tokenizer.json."""
+    """Write a byte-level BPE that splits off single digits first, as the original tokenizer.json does."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     assert fields["tokenizer.ggml.model"] == "gpt2" and fields["tokenizer.ggml.pre"] == "smollm"

@@ -15,7 +15,7 @@ WEIGHTS = Path(__file__).parent / "tiny_weights"
 
 @dataclass(frozen=True, kw_only=True)
 class TinyModel(HubModel):
-    """`path: null` is the copy in this package; with a path it is that model instead, as in `HubModel`."""
+    """With `path: null` it is the copy in this package; with a path it is a `HubModel` like any other."""
 
     def fetch(self) -> Path:
         if self.path is not None:

@@ -1,4 +1,4 @@
-"""What the settings of every reward share: how it is run."""
+"""The settings that all rewards share: how their processes are run."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from atropos_exp.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class PooledReward:
-    """Settings of a reward as `RewardPool` runs it. Subclasses add `__call__(answer, prompt) -> float`, and may
-    add `warm_up()`, which imports what the first call would, before any time limit runs."""
+    """A reward that `RewardPool` runs. Subclasses add `__call__(answer, prompt) -> float`, and may add `warm_up()`,
+    which imports what the first call would need, before any time limit runs."""
 
     num_workers: int
     timeout_seconds: float

@@ -1,4 +1,4 @@
-"""1 if the answer is the ground truth, letter by letter."""
+"""`reward=exact`: 1 if the answer is the ground truth letter by letter, else 0."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Exact(PooledReward):
         return float(part is not None and self._normalise(part) == expected)
 
     def _part(self, answer: str) -> str | None:
-        """The last match of `extract` (its first group, if it has one), or the last line that is not blank."""
+        """What is compared: the last match of `extract` (its first group, if any), or the last line with text."""
         if self.extract is not None:
             matches = list(re.finditer(self.extract, answer))
             if not matches:

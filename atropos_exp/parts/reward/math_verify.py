@@ -1,4 +1,4 @@
-"""1 if the answer is mathematically equal to the ground truth (the library math-verify, over sympy)."""
+"""`reward=math_verify`: 1 if the answer is mathematically equal to the ground truth (library math-verify), else 0."""
 
 from __future__ import annotations
 
@@ -58,5 +58,5 @@ class MathVerify(PooledReward):
 
 
 def _letters(text: str) -> str:
-    """Without white space: a first, cheap comparison."""
+    """`text` without white space, for a first, cheap comparison."""
     return "".join(text.split())

@@ -1,4 +1,4 @@
-"""Numbers in text, exactly: as people and LaTeX write them."""
+"""Exact numbers in text, as people and LaTeX write them."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ _CHARACTERS = str.maketrans({"\u2212": "-", "\u2013": "-", "\u2044": "/", "\u00a
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Number:
-    """One number of a text, with its percent sign."""
+    """One number in a text, and whether a percent sign follows it."""
 
     value: Fraction  # as written: 50 for "50%"
     percent: bool
 
     def close_to(self, expected: Number, tolerance: float) -> bool:
-        """Within `tolerance`, absolute below 1 and relative above. A percentage equals its value and its hundredth
-        (50% = 50 = 0.5), unless both are percentages."""
+        """Whether both are equal within `tolerance`, which is absolute below 1 and relative above. A percentage equals
+        its value and its hundredth (50% = 50 = 0.5), unless both are percentages."""
         mine, theirs = [self.value], [expected.value]
         if self.percent != expected.percent:
             (mine if self.percent else theirs).append((self if self.percent else expected).value / 100)
@@ -41,7 +41,7 @@ class Number:
 
 
 def last_number(text: str) -> Number | None:
-    """None if there is none, if it has no value (1/0), or if it is absurdly long."""
+    """The last number in `text`; None if there is none, if it has no value (1/0), or if it is absurdly long."""
     text = _plain(text)
     last = None
     for match in _NUMBER.finditer(text):
@@ -50,7 +50,7 @@ def last_number(text: str) -> Number | None:
 
 
 def first_number(text: str, *, only: bool = False) -> Number | None:
-    """As `last_number`, but the first; with `only`, None as well if others follow."""
+    """The first number in `text`, as in `last_number`. With `only`, None also if other numbers follow."""
     text = _plain(text)
     matches = (match for match in _NUMBER.finditer(text) if _is_value(text, match))
     first = next(matches, None)
@@ -64,14 +64,14 @@ def _is_value(text: str, match: re.Match[str]) -> bool:
 
 
 def last_boxed(text: str) -> str | None:
-    """What stands in the last \\boxed{...}."""
+    """The content of the last \\boxed{...}; None if there is none."""
     start = text.rfind("\\boxed{")
     return None if start < 0 else _braced(text, start + len("\\boxed"))
 
 
 def final_number(text: str, *, require_marker: bool) -> Number | None:
-    """The number that `text` gives as its answer: the one after the last "####" or in the last \\boxed{...},
-    whichever comes later; without either the last of all. None if there is none, or a box holds several."""
+    """The number that `text` gives as its answer: the one after the last "####" or in the last \\boxed{...}, whichever
+    comes later. Without either it is the last number, or None with `require_marker`. A box with several gives None."""
     hashes, boxed = text.rfind("####"), last_boxed(text)
     if hashes > text.rfind("\\boxed{"):
         return first_number(text[hashes + len("####") :].lstrip().partition("\n")[0])
@@ -81,7 +81,7 @@ def final_number(text: str, *, require_marker: bool) -> Number | None:
 
 
 def _braced(text: str, start: int) -> str:
-    """Between the brace at `start` and its partner; to the end of the text if there is none."""
+    """The text between the brace at `start` and its partner, or to the end of the text without one."""
     depth = 0
     for place in range(start, len(text)):
         depth += {"{": 1, "}": -1}.get(text[place], 0)
@@ -91,7 +91,7 @@ def _braced(text: str, start: int) -> str:
 
 
 def _plain(text: str) -> str:
-    """LaTeX's ways to write numbers, as plain text."""
+    """`text` with LaTeX's notations of numbers as plain text."""
     text = text.translate(_CHARACTERS)
     text = re.sub(r"\\[!,;: ]", "", text.replace("{,}", ",")).replace("\\$", "$").replace("\\%", "%")
 

@@ -1,4 +1,4 @@
-"""1 if the answer's number is the ground truth's."""
+"""`reward=numeric`: 1 if the answer's number equals the ground truth's, else 0."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Scores answers in processes that can be killed: an answer is model output, and its scoring may do anything."""
+"""Scores answers in processes that can be killed: scoring model output may hang, crash, or eat all memory."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
     from atropos_exp.interfaces import Reward
 
 LOAD_SECONDS = 180.0  # to import a reward's libraries
-REPLY_SECONDS = 30.0  # for a fork, or to take a chunk
+REPLY_SECONDS = 30.0  # to fork, or to accept a chunk
 LONGEST_CHUNK = 64
-MEMORY_BYTES = 2 << 30  # that a worker may allocate beyond what loading the reward took
-# What a child sees of the environment. Everything else stays out: keys and tokens live there.
+MEMORY_BYTES = 2 << 30  # that a worker may allocate beyond the loaded reward
+# The environment variables that a child sees. Others may hold keys and tokens.
 ENVIRONMENT = (
     "PATH", "HOME", "LANG", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "CONDA_PREFIX", "PYTHONHOME",
     "PYTHONHASHSEED", "PYTHONDONTWRITEBYTECODE", "PYTHONPYCACHEPREFIX", "HF_HOME", "HF_HUB_OFFLINE",
@@ -47,17 +47,21 @@ class _Worker:
 
 
 class RewardPool:
-    """Runs `reward` over many answers. A `Scorer`, and a context manager.
+    """A `Scorer` that runs `reward` in `num_workers` processes. It is a context manager.
 
-    An answer that takes longer than `timeout_seconds` costs its worker, killed with all it started, and nothing
-    else. Of `reward`, only its class must be importable and its settings picklable.
+    If an answer takes longer than `timeout_seconds`, its worker is killed with everything it started, and replaced; no
+    other answer is affected. The class of `reward` must be importable, and its settings must be picklable. Example:
+
+        with RewardPool(reward, num_workers=2, timeout_seconds=5.0) as pool:
+            pool.score([("42", prompt), ("never ends", prompt)])  # [1.0, RewardFailure(reason="timeout")]
     """
 
     def __init__(
         self, reward: Reward, *, num_workers: int, timeout_seconds: float, memory_bytes: int = MEMORY_BYTES
     ) -> None:
-        """Returns at once; the first `score` waits until the reward is loaded. Raises UserError if `reward`
-        cannot be sent to another process."""
+        """Start loading the reward; the first `score` waits for it. `memory_bytes` bounds what a worker may allocate.
+
+        Raises UserError if `reward` cannot be pickled."""
         assert num_workers >= 1 and timeout_seconds > 0
         self._name = type(reward).__name__
         try:
@@ -73,9 +77,9 @@ class RewardPool:
         self._start_template()
 
     def score(self, items: Sequence[tuple[str, Prompt]]) -> list[float | RewardFailure]:
-        """The score of each (answer, prompt), in order; a RewardFailure where there is none. Thread-safe.
+        """The score of each (answer, prompt), in order, or a RewardFailure. May be called from several threads.
 
-        Raises UserError if the reward did (it does not fit the data) or cannot be loaded.
+        Raises UserError if the reward cannot be loaded, or raised one itself because it does not fit the data.
         """
         with self._lock:
             if not self._ready:
@@ -130,7 +134,7 @@ class RewardPool:
         try:
             worker.channel.settimeout(REPLY_SECONDS)
             worker.channel.sendall(wire.SIZE.pack(len(message)) + message)
-        except OSError:  # it died while it was idle: nobody's fault
+        except OSError:  # it died while it was idle, so no answer is at fault
             self._drop(worker)
             return False
         worker.channel.setblocking(False)
@@ -139,7 +143,7 @@ class RewardPool:
         return True
 
     def _read(self, worker: _Worker, results: list[float | RewardFailure | None]) -> bool:
-        """Take what the worker has reported. False if it is gone or talks nonsense."""
+        """Read the worker's results. Return False if it is gone or sends something else."""
         try:
             data = worker.channel.recv(1 << 16)
         except BlockingIOError:
@@ -166,7 +170,7 @@ class RewardPool:
     def _abandon(
         self, worker: _Worker, reason: str, results: list[float | RewardFailure | None], pending: deque[int]
     ) -> None:
-        """The answer being scored has failed; the ones queued behind it are scored elsewhere."""
+        """Record a failure of the answer being scored, drop the worker, and queue its other answers again."""
         if worker.chunk:
             results[worker.chunk.popleft()] = RewardFailure(reason=reason)
         pending.extendleft(reversed(worker.chunk))

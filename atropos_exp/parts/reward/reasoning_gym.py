@@ -1,4 +1,4 @@
-"""The score of a reasoning_gym task, by the task's own verifier."""
+"""`reward=reasoning_gym`: the score that a reasoning_gym task's own verifier gives."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class ReasoningGym(PooledReward):
         import reasoning_gym  # noqa: F401
 
     def __call__(self, answer: str, prompt: Prompt) -> float:
-        """In [0, 1]; several tasks give partial credit. Raises UserError if the prompt is not of reasoning_gym."""
+        """A score in [0, 1], partial for some tasks. Raises UserError if the prompt is not from reasoning_gym."""
         from reasoning_gym.utils import extract_answer
 
         info = prompt.extra_info

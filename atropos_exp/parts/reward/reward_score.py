@@ -1,4 +1,4 @@
-"""verl's own scorers, chosen by the prompt's data source: the scores that published verl runs report."""
+"""`reward=reward_score`: verl's own scorers, chosen by the prompt's data source, as in published verl runs."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
 """The processes of a reward pool: `python -m atropos_exp.parts.reward.worker FD`.
 
 The *template* loads the reward once and then only forks, kills and reaps. Each *worker* is a fork of it, so a new
-one costs milliseconds however heavy the reward's libraries are, and their memory is shared. Workers score; whatever
-an answer makes them do (hang, crash, eat memory, print) ends with their process group.
+one costs milliseconds however heavy the reward's libraries are, and their memory is shared. Workers score; if an answer
+makes one hang, crash or eat memory, its whole process group is killed.
 
-Nobody outlives the run: the template kills all workers and leaves when the pool's end of its socket closes, which
+No process outlives the run: the template kills all workers and leaves when the pool's end of its socket closes, which
 the kernel does for a killed pool; a worker is killed by the kernel when the template is gone.
 """
 
@@ -38,8 +38,8 @@ LONGEST_PACKET = 1 << 20
 
 
 def main(control: socket.socket) -> None:
-    """The template. Its commands are pickled tuples, one a packet: (reward, bytes of memory), "fork" with the
-    worker's socket attached, ("kill", process id)."""
+    """Run the template. Its commands are pickled objects, one a packet: first (reward, bytes of memory), then "fork"
+    with the worker's socket attached, or ("kill", process id)."""
     lifeline.ignore()
     packet = control.recv(LONGEST_PACKET)
     if not packet:
@@ -77,7 +77,7 @@ def main(control: socket.socket) -> None:
 
 
 def _commands(control: socket.socket) -> Iterator[tuple[Any, list[int]]]:
-    """Until the pool closes its end or its process is gone."""
+    """The pool's commands with their file descriptors, until the pool closes its end or its process is gone."""
     parent = os.getppid()
     while os.getppid() == parent:
         if select.select([control], [], [], 1.0)[0]:
@@ -88,7 +88,7 @@ def _commands(control: socket.socket) -> Iterator[tuple[Any, list[int]]]:
 
 
 def _kill(process: int) -> None:
-    """A worker with everything it started. It is reaped here and nowhere else, so its id is still its own."""
+    """Kill a worker with everything it started. Only this function reaps it, so its id still belongs to it."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process, signal.SIGKILL)
     for _ in range(200):  # a killed process in an uninterruptible read may linger; it must not hold up the others
@@ -98,7 +98,7 @@ def _kill(process: int) -> None:
 
 
 def _work(reward: Reward, channel: socket.socket, memory_bytes: int, template: int) -> NoReturn:
-    """A worker: scores chunks until its socket closes, and never returns into the template's code."""
+    """Run a worker: score chunks until its socket closes, then exit without returning to the template's code."""
     try:
         os.setpgid(0, 0)
         lifeline.die_with_parent()
@@ -136,7 +136,7 @@ def _result(kind: int, score: float = 0.0, text: str = "") -> bytes:
 
 
 def _receive(channel: socket.socket, size: int) -> bytes | None:
-    """Exactly `size` bytes; None at the end of the stream."""
+    """Read exactly `size` bytes; None at the end of the stream."""
     parts = bytearray()
     while len(parts) < size:
         part = channel.recv(min(size - len(parts), 1 << 20))

@@ -1,4 +1,4 @@
-"""`rollout=atropos`: every group comes from an Atropos API; without one the run ends, with the reason."""
+"""`rollout=atropos`: every group comes from an Atropos API; without one the run ends and says why."""
 
 from __future__ import annotations
 
@@ -19,5 +19,6 @@ class AtroposRollout:
     falls_back: ClassVar[bool] = False
 
     def choose(self, *, local: RolloutSource, remote: RemoteSource | None) -> RolloutSource:
+        """The source to train from: Atropos."""
         assert remote is not None
         return remote

@@ -1,4 +1,4 @@
-"""`rollout=auto`: Atropos while it delivers, this process's own rollouts while it does not. Groups never mix."""
+"""`rollout=auto`: rollouts from Atropos while it delivers, local ones while it does not."""
 
 from __future__ import annotations
 
@@ -27,12 +27,13 @@ class AutoRollout:
     falls_back: ClassVar[bool] = True
 
     def choose(self, *, local: RolloutSource, remote: RemoteSource | None) -> RolloutSource:
+        """The source to train from: Atropos, with local rollouts in reserve."""
         assert remote is not None
         return AutoSource(remote, local)
 
 
 class AutoSource:
-    """A `RolloutSource` of two. A step is sampled by one of them, never by both."""
+    """A `RolloutSource` that uses one of two for each step; a step never mixes them."""
 
     def __init__(self, remote: RemoteSource, local: RolloutSource) -> None:
         self._remote = remote
@@ -41,7 +42,7 @@ class AutoSource:
         self._counters: Counter[str] = Counter()
 
     def take(self, num_groups: int, *, step: int) -> tuple[list[RolloutGroup], Dropped]:
-        """From Atropos if it has a batch, or had until now; waits for it within the deadlines of `atropos`."""
+        """Groups from Atropos if it delivered the last step (then waiting for it) or has some now; else local ones."""
         if self._is_remote or self._remote.is_ready(step=step):
             try:
                 taken = self._remote.take(num_groups, step=step)

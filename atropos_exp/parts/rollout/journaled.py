@@ -1,4 +1,4 @@
-"""A rollout source whose steps are on disk before they are trained on, and are replayed from there after a crash."""
+"""A rollout source that writes every step to disk before it is trained on, and replays it after a crash."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class JournaledSource:
         self._folder = folder
 
     def take(self, num_groups: int, *, step: int) -> tuple[list[RolloutGroup], Dropped]:
-        """The journalled groups of `step` if an interrupted process had written them, else new ones."""
+        """The groups of `step` from its journal if an interrupted process wrote one, else new ones."""
         path = self._folder / f"step_{step:06d}.parquet"
         journal = read_journal(path)
         if journal is not None:

@@ -1,4 +1,4 @@
-"""Single-turn rollouts of this process: prompts from the data, completions from the engine, scores from the reward."""
+"""`rollout=local`: prompts from the data, completions from the engine, scores from the reward; one turn each."""
 
 from __future__ import annotations
 
@@ -26,13 +26,14 @@ class LocalRollout:
     falls_back: ClassVar[bool] = False
 
     def choose(self, *, local: RolloutSource, remote: RemoteSource | None) -> RolloutSource:
+        """The source to train from: this process's own rollouts."""
         assert remote is None
         return local
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LocalSource:
-    """A `RolloutSource`: every group is sampled with the weights that the engine serves at that moment."""
+    """A `RolloutSource` that samples every group with the weights that the engine serves at that moment."""
 
     loader: PromptLoader
     engine: Engine
@@ -44,8 +45,8 @@ class LocalSource:
     mask_truncated: bool
 
     def take(self, num_groups: int, *, step: int) -> tuple[list[RolloutGroup], Dropped]:
-        """Sample `num_groups` prompts once. Rollouts whose reward failed are dropped and counted, never replaced:
-        a step stays reproducible from (seed, step) alone."""
+        """Sample `group_size` rollouts of each of the next `num_groups` prompts. Those whose reward failed are dropped
+        and counted, not replaced, so that a step depends on nothing but seed, step and weights."""
         prompts = self.loader.take(num_groups)
         sampling = replace(self.sampling, seed=derive_seed(self.seed, "rollout", step))
         samples = self.engine.generate([prompt.token_ids for prompt in prompts], sampling, num_samples=self.group_size)
@@ -91,7 +92,7 @@ class LocalSource:
 
 
 def as_rollout(prompt: Prompt, sample: Sample, reward: float, *, mask_truncated: bool) -> Rollout:
-    """Prompt and completion end to end, the ids exactly as sampled; trained where the policy sampled."""
+    """Prompt and completion end to end, with the token ids as sampled; trained where the policy sampled."""
     num_prompt = len(prompt.token_ids)
     return Rollout(
         token_ids=np.concatenate([prompt.token_ids, sample.token_ids]).astype(np.int32),

@@ -1,1 +1,1 @@
-"""`trainer=…`: who owns the weights and improves them. verl's FSDP2 engine behind the `PolicyTrainer` protocol."""
+"""`trainer=…`: owns the weights and trains them. verl's FSDP2 backend behind the `PolicyTrainer` protocol."""

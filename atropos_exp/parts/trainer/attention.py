@@ -25,7 +25,7 @@ ULYSSES_SAFE = (NAME, "flash_attention_2", "flash_attention_3")
 
 
 def register() -> str:
-    """Make the attention known to transformers. Returns its name for `attn_implementation`."""
+    """Register `packed_attention` with transformers and return its name for `attn_implementation`."""
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -35,7 +35,7 @@ def register() -> str:
 
 
 def _no_mask(*_: Any, **__: Any) -> None:
-    """The packing says all that a mask would."""
+    """No mask: the packing holds the same information."""
 
 
 def packed_attention(
@@ -51,7 +51,10 @@ def packed_attention(
     sliding_window: int | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """[1, S, heads, D]. The signature is that of transformers' attention functions, plus `packing`."""
+    """Attention output [1, S, heads, D]. transformers calls it for every layer; `packing` is passed through the model.
+
+    Raises UserError for features of a model that it does not support.
+    """
     if packing is None:
         raise RuntimeError(f"{NAME} attention was called outside of the trainer, or the model drops keyword arguments")
     unsupported = [name for name in ("softcap", "s_aux") if options.get(name) is not None]
@@ -78,7 +81,7 @@ def packed_attention(
 
 
 def _to_full_sequence(query: Tensor, key: Tensor, value: Tensor, sp_size: int) -> tuple[Tensor, ...]:
-    """From all heads of a part of the sequence to a part of the heads of all of it."""
+    """Trade all heads of this rank's part of the sequence for a part of the heads of the whole sequence."""
     from verl.utils.ulysses import gather_seq_scatter_heads
 
     if (repeats := sp_size // key.size(1)) > 1:  # fewer key-value heads than ranks
@@ -88,7 +91,7 @@ def _to_full_sequence(query: Tensor, key: Tensor, value: Tensor, sp_size: int) -
 
 @cache
 def _grouped_query_option() -> dict[str, bool]:
-    """torch 2.11's kernel does grouped queries unasked, 2.13's has an argument for it."""
+    """The argument for grouped queries: torch 2.11's kernel needs none, 2.13's does."""
     from torch.nn.attention.varlen import varlen_attn
 
     return {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
@@ -120,7 +123,7 @@ def _variable_length(
 def _padded(
     query: Tensor, key: Tensor, value: Tensor, packing: Packing, scaling: float | None, sliding_window: int | None
 ) -> Tensor:
-    """[S, heads, D] through one dense causal attention per length bucket."""
+    """Attention output [S, heads, D], by one dense causal attention per length bucket."""
     outputs = []
     for num_rows, length, source in packing.buckets:
         rows = [

@@ -1,4 +1,4 @@
-"""The ranks: one process per device, started by python (one rank), torchrun or srun."""
+"""Joining the ranks (one process per device, started by python, torchrun or srun), and collectives over them."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from atropos_exp.errors import UserError
 
 
 def join_process_group(device: str, *, timeout_s: float) -> torch.device:
-    """Join the ranks named by the environment, or be the only one. Returns this rank's device.
+    """Join the ranks that the environment variables name, or be the only one. Return this rank's device.
 
-    A group that already exists is used as it is. CPU tensors always travel over gloo, CUDA tensors over NCCL.
+    A process group that already exists is used as it is. CPU tensors always travel over gloo, CUDA tensors over NCCL.
+    Raises UserError if `device` cannot be used.
     """
     if device == "cuda":
         if not torch.cuda.is_available():
@@ -46,14 +47,14 @@ def _keep_to_loopback() -> None:
 
 
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
-    """In place; every rank gets the same bits."""
+    """The sum over all ranks, in place; every rank gets the same bits. Collective."""
     if dist.get_world_size() > 1:
         dist.all_reduce(values, op=dist.ReduceOp.SUM)
     return values
 
 
 def max_over_ranks(values: torch.Tensor) -> torch.Tensor:
-    """In place."""
+    """The maximum over all ranks, in place. Collective."""
     if dist.get_world_size() > 1:
         dist.all_reduce(values, op=dist.ReduceOp.MAX)
     return values

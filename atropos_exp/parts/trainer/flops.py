@@ -1,4 +1,4 @@
-"""The arithmetic that an update needs, over what the devices could do: what `throughput/mfu` is made of."""
+"""The FLOPs that an update needs and the devices' peak, from which `throughput/mfu` is computed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-# Dense bfloat16 FLOP/s by the vendors' data sheets; the first name that is part of the device's counts.
+# Dense bfloat16 FLOP/s from the vendors' data sheets; the first name that is contained in the device's applies.
 PEAK_FLOPS = {
     "H100 PCIe": 756e12,
     "H100 NVL": 835e12,
@@ -27,7 +27,7 @@ PEAK_FLOPS = {
 
 
 def peak_flops(device: torch.device) -> float:
-    """Of one device, dense bfloat16; NaN where it is not known."""
+    """Dense bfloat16 FLOP/s of one device; NaN if unknown."""
     if device.type != "cuda":
         return math.nan
     name = torch.cuda.get_device_name(device)
@@ -35,11 +35,11 @@ def peak_flops(device: torch.device) -> float:
 
 
 class UpdateFlops:
-    """FLOPs of the forward and backward passes, two per multiplication and addition.
+    """FLOPs of the forward and backward passes; a multiplication and an addition are two.
 
-    Counted is what an update must do: all packed tokens through the blocks, the output head on trained tokens only,
-    causal attention within each sequence. Not counted: recomputation, passes for old or reference logprobs, the
-    optimizer, adapters. Mixtures of experts have no such count here (NaN).
+    They count what an update must do: all packed tokens through the blocks, the output head on trained tokens only,
+    causal attention within each sequence. They do not count recomputation, passes
+    for old or reference logprobs, the optimizer, or adapters. For a mixture of experts the result is NaN.
     """
 
     def __init__(self, module: nn.Module, config: Any, *, lora: bool) -> None:
@@ -58,12 +58,12 @@ class UpdateFlops:
         self._passes = 2.0 if lora else 3.0
 
     def __call__(self, lengths: Sequence[int], num_trained: int) -> float:
-        """Of one update over sequences of these lengths."""
+        """FLOPs of one update over sequences of these `lengths` in tokens, `num_trained` of which are trained."""
         pairs = sum(length * (length + 1) / 2 for length in lengths)
         forward: float = self._per_token * sum(lengths) + self._per_trained_token * num_trained + self._per_pair * pairs
         return self._passes * forward
 
     def peak_seconds(self, lengths: Sequence[int], num_trained: int, device: torch.device) -> float:
-        """Seconds that all ranks' devices would take at their peak; NaN where that is not known."""
+        """Seconds that the devices of all ranks would need at their peak; NaN if that is unknown."""
         seconds = self(lengths, num_trained) / (peak_flops(device) * dist.get_world_size())
         return seconds if math.isfinite(seconds) else math.nan

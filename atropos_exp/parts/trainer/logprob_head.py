@@ -1,4 +1,4 @@
-"""Log-probabilities in the output head itself, only where a token is trained.
+"""An output head that returns log-probabilities instead of logits, and only for trained tokens.
 
 The head of a language model normally turns every hidden state into logits over the vocabulary, the largest
 tensor of the whole step. Here it gathers the hidden states that predict a trained token, makes their logits
@@ -27,7 +27,7 @@ SCALED_LOGITS = ("final_logit_softcapping", "logits_scaling", "logit_scale", "lm
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LogprobRequest:
-    """What the next forward pass of the head is to compute."""
+    """What the head computes in the next forward pass."""
 
     positions_M: Tensor  # int64 into the packed sequence: the hidden state before each trained token
     targets_M: Tensor  # int64, the trained tokens
@@ -36,7 +36,10 @@ class LogprobRequest:
 
 
 class LogprobHead:
-    """Serves one request at a time. Without a request, the head returns plain logits."""
+    """Replaces the output head of `model`. While `request` is set it answers that; otherwise it returns plain logits.
+
+    Raises UserError for models that change their logits after the head.
+    """
 
     def __init__(self, model: Any) -> None:
         config: Any = model.config
@@ -68,7 +71,7 @@ class LogprobHead:
         return torch.cat(chunks, dim=1)
 
     def _chunk(self, request: LogprobRequest, hidden_MH: Tensor, part: slice) -> Tensor:
-        """[1, M, 2] of `part` of the request."""
+        """Logprobs and entropies [1, M, 2] of one part of the request."""
         targets_M, temperature = request.targets_M[part], request.temperature
         logits = self._logits(hidden_MH).float()
         if isinstance(temperature, Tensor):

@@ -1,4 +1,4 @@
-"""How sequences are laid end to end: the plan of micro-batches, and the layout of one of them.
+"""How sequences are packed end to end: which ones share a micro-batch, and how one micro-batch is laid out.
 
 Shape suffixes beside those of `types.py`:
     M = trained tokens of a micro-batch, in packed order
@@ -21,7 +21,7 @@ from atropos_exp.types import TokenIds, TrainBatch
 
 
 def split_balanced(lengths: Sequence[int], num_bins: int) -> list[list[int]]:
-    """Indices of `lengths` in `num_bins` bins of about equal sums: longest first into the emptiest bin."""
+    """Indices of `lengths` in `num_bins` bins of about equal sums: the longest first, each into the emptiest bin."""
     bins: list[list[int]] = [[] for _ in range(num_bins)]
     loads = [(0, number) for number in range(num_bins)]
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
@@ -32,10 +32,10 @@ def split_balanced(lengths: Sequence[int], num_bins: int) -> list[list[int]]:
 
 
 def plan_micro_batches(lengths: Sequence[int], *, dp_size: int, max_tokens: int) -> list[list[list[int]]]:
-    """[data-parallel rank][micro-batch] -> indices of `lengths`.
+    """Assign sequences to micro-batches: result[data-parallel rank][micro-batch] is a list of indices of `lengths`.
 
-    No micro-batch holds more than `max_tokens`. All ranks get equally many, since each is a collective; some
-    may be empty. Every rank computes the same plan, so nothing is communicated.
+    No micro-batch holds more than `max_tokens`. All ranks get equally many, since each is a collective; some may be
+    empty. Every rank computes the same plan, without communication. Raises UserError if a sequence is too long.
     """
     if max(lengths) > max_tokens:
         raise UserError(
@@ -56,7 +56,7 @@ def plan_micro_batches(lengths: Sequence[int], *, dp_size: int, max_tokens: int)
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Packing:
-    """Where the sequences of one forward pass lie. Handed through the model to `packed_attention`."""
+    """Where the sequences of one forward pass lie. The model passes it on to `packed_attention`."""
 
     lengths: tuple[int, ...]  # of the sequences, the alignment padding as a last one
     device: torch.device
@@ -64,24 +64,26 @@ class Packing:
 
     @cached_property
     def starts(self) -> Tensor:
-        """[N + 1] int32, the offset of each sequence and the total: what variable-length kernels take."""
+        """Offsets of the sequences and the total, int32 [N + 1], as variable-length kernels take them."""
         offsets = torch.tensor((0, *self.lengths), dtype=torch.int32).cumsum(0, dtype=torch.int32)
         return offsets.to(self.device)
 
     @property
     def max_length(self) -> int:
+        """The length of the longest sequence."""
         return max(self.lengths)
 
     @property
     def uniform(self) -> bool:
+        """Whether all sequences have the same length."""
         return min(self.lengths) == max(self.lengths)
 
     @cached_property
     def buckets(self) -> list[tuple[int, int, Tensor]]:
-        """(sequences n, padded length T, source positions [n * T]) of each length bucket.
+        """Each length bucket as (number of sequences n, padded length T, source positions [n * T]).
 
         Lengths of one bucket differ by less than a factor of two, so less than half of it is padding. A padded
-        position reads position 0: causal attention from valid positions never looks at it.
+        position reads position 0, which causal attention never reaches from a valid position.
         """
         lengths = torch.tensor(self.lengths)
         starts = lengths.cumsum(0) - lengths
@@ -97,7 +99,7 @@ class Packing:
 
     @cached_property
     def bucketed_positions(self) -> Tensor:
-        """[S] where each packed position lies in the concatenated buckets [B]."""
+        """The place [S] of each packed position in the concatenated buckets [B]."""
         lengths = torch.tensor(self.lengths)
         starts = lengths.cumsum(0) - lengths
         classes = torch.tensor([(length - 1).bit_length() for length in self.lengths])
@@ -116,7 +118,7 @@ class Packing:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class MicroBatch:
-    """One packed forward pass of one data-parallel rank, on its device."""
+    """The input of one forward pass of one data-parallel rank, on its device."""
 
     token_ids_S: Tensor  # int64, padded so that the ranks of a sequence-parallel group share it evenly
     position_ids_S: Tensor  # int64, 0 where a sequence starts
@@ -135,20 +137,20 @@ class MicroBatch:
     empty: bool  # a stand-in that only keeps the ranks in step: contributes nothing
 
     def rows(self, values_M: Tensor) -> Tensor:
-        """[N, R]: one row per sequence, trained tokens left-aligned, 0 elsewhere. Differentiable."""
+        """`values_M` as [N, R]: one row per sequence, trained tokens left-aligned, 0 elsewhere. Differentiable."""
         num_rows, num_columns = self.shape_NR
         flat = values_M.new_zeros(num_rows * num_columns)
         return flat.index_copy(0, self.rows_M * num_columns + self.columns_M, values_M).view(self.shape_NR)
 
     def mask(self) -> Tensor:
-        """[N, R] bool, True where `rows` holds a value."""
+        """Bool [N, R], True where `rows` holds a value."""
         return self.rows(torch.ones_like(self.rows_M, dtype=torch.bool))
 
 
 def make_micro_batch(
     batch: TrainBatch, sequences: Sequence[int], *, device: torch.device, sp_size: int = 1
 ) -> MicroBatch:
-    """Pack `sequences` of `batch` (indices in order). Vectorised: no Python per token."""
+    """Pack the sequences of `batch` with these indices, in this order, onto `device`. No Python runs per token."""
     if not sequences:
         return _stand_in(device, sp_size)
     chosen = torch.tensor(sequences)
@@ -195,7 +197,7 @@ def make_micro_batch(
 
 
 def scoring_batch(sequences: Sequence[TokenIds], temperature: float) -> TrainBatch:
-    """Every token but the first of each sequence, as if it were trained."""
+    """A batch for scoring: every token but the first of each sequence counts as trained."""
     token_ids_S = torch.from_numpy(np.concatenate(sequences).astype(np.int64))
     lengths_N = torch.tensor([len(ids) for ids in sequences])
     scored_S = torch.ones(len(token_ids_S), dtype=torch.bool)
@@ -217,8 +219,8 @@ def scoring_batch(sequences: Sequence[TokenIds], temperature: float) -> TrainBat
 
 
 def _temperature(temperature_N: Tensor, sequence_M: Tensor, device: torch.device) -> float | Tensor:
-    """One number where the whole batch has one: dividing by it takes no tensor. It must not depend on how the batch
-    was split."""
+    """One number if the whole batch has one temperature, so that dividing needs no tensor; else one per token. Decided
+    on the whole batch, so that the result does not depend on how it was split."""
     first = float(temperature_N[0])
     return first if bool((temperature_N == first).all()) else temperature_N[sequence_M].to(device, torch.float32)
 

@@ -46,7 +46,7 @@ class _CpuDeviceModule(types.ModuleType):
 
 
 class PlatformCPU(PlatformBase):  # type: ignore[misc]  # verl is untyped
-    """Gloo collectives, the host's memory."""
+    """The CPU as verl's platform: gloo collectives and the host's memory. See verl's `PlatformBase`."""
 
     _device_module = _CpuDeviceModule("verl_cpu_device")
 
@@ -122,7 +122,7 @@ class PlatformCPU(PlatformBase):  # type: ignore[misc]  # verl is untyped
 
 
 def install() -> None:
-    """Make the CPU verl's device for this process. May be called again."""
+    """Make the CPU verl's device in this process. Further calls do nothing."""
     from verl.plugin.platform import platform_manager
 
     if not isinstance(platform_manager._current_platform, PlatformCPU):

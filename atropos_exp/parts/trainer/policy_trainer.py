@@ -1,4 +1,4 @@
-"""The `PolicyTrainer`: batches in, better weights out."""
+"""The trainer itself: splits a batch into optimizer steps and micro-batches, and runs them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class TrainerCounters:
-    """Counters that a checkpoint carries."""
+    """The trainer's counters, which a checkpoint carries."""
 
     updates: int = 0  # calls of `update`, skipped ones included
     optimizer_steps: int = 0  # applied
@@ -38,7 +38,7 @@ class TrainerCounters:
 
 
 class FSDP2Trainer:
-    """Owns the weights. Every method is collective: all ranks call it with equal arguments."""
+    """A `PolicyTrainer`. Every method is collective: all ranks call it with equal arguments."""
 
     def __init__(
         self,
@@ -130,7 +130,7 @@ class FSDP2Trainer:
         return stats
 
     def logprobs(self, sequences: Sequence[TokenIds], *, temperature: float) -> list[Floats]:
-        """For each sequence [T] the logprobs [T - 1] of tokens 1.., nats, under the current weights."""
+        """For each sequence [T] the logprobs [T - 1] of all tokens but the first, nats, under the current weights."""
         longer = [index for index, ids in enumerate(sequences) if len(ids) > 1]
         lengths = [len(ids) - 1 for ids in sequences]
         flat = torch.zeros(sum(lengths), dtype=torch.float32)
@@ -148,8 +148,7 @@ class FSDP2Trainer:
         return [part.astype(np.float32) for part in np.split(flat.numpy(), np.cumsum(lengths)[:-1])]
 
     def parameters(self) -> Iterator[tuple[str, Tensor]]:
-        """Full float32 tensors one by one under their Hugging Face names, LoRA merged; other ranks than 0 get empty
-        ones. Consume all of it on every rank."""
+        """See `PolicyTrainer.parameters`; float32, and empty tensors on other ranks than 0."""
         return weights.full_parameters(self._backend.module, self._device)
 
     def adapter(self, *, with_base: bool) -> Iterator[tuple[str, Tensor]]:
@@ -157,15 +156,15 @@ class FSDP2Trainer:
         return weights.adapter_parameters(self._backend.module, self._device, with_base=with_base)
 
     def save(self, folder: Path) -> None:
-        """Write model, optimizer, counters and RNG into `folder` (rank 0 writes), as safetensors and JSON."""
+        """Write weights, optimizer, counters and random streams to `folder` (safetensors and JSON). Rank 0 writes."""
         state.save(Path(folder), self._backend, vars(self._progress), self._device)
 
     def load(self, folder: Path) -> None:
-        """Continue exactly after `save`, with any number of ranks. Raises UserError if `folder` does not fit."""
+        """Continue exactly after `save`, with any number of ranks. Raises UserError if the checkpoint does not fit."""
         self._progress = TrainerCounters(**state.load(Path(folder), self._backend, self._device))
 
     def _plan(self, batch: TrainBatch, sequences: Sequence[int]) -> list[list[list[int]]]:
-        """[data-parallel rank][micro-batch] -> sequences of the batch."""
+        """Which sequences share a micro-batch: result[data-parallel rank][micro-batch] lists their indices."""
         lengths = batch.lengths_N.tolist()
         plan = plan_micro_batches(
             [lengths[index] for index in sequences],
@@ -181,14 +180,14 @@ class FSDP2Trainer:
         return make_micro_batch(batch, sequences, device=self._device, sp_size=self._backend.sp_size)
 
     def _num_trained(self, batch: TrainBatch, sequences: Sequence[int]) -> int:
-        """Trained tokens of a mini-batch, all ranks."""
+        """The number of trained tokens of a mini-batch, over all ranks."""
         if len(sequences) == len(batch.lengths_N):
             return batch.num_trained_tokens
         owner_S = torch.repeat_interleave(torch.arange(len(batch.lengths_N)), batch.lengths_N)
         return int((batch.trained_S & torch.isin(owner_S, torch.tensor(sequences))).sum())
 
     def _reference_logprobs(self, micros: Sequence[MicroBatch], batch: TrainBatch) -> Sequence[Tensor | None]:
-        """[M] of each micro-batch: those that came with the batch, the rest computed; None without a KL term."""
+        """Reference logprobs [M] of each micro-batch, from the batch or else computed; None without a KL term."""
         if not self._uses_reference:
             return [None] * len(micros)
         if bool((batch.has_reference_N | batch.supervised_N).all()):  # the same on every rank
@@ -213,7 +212,7 @@ class FSDP2Trainer:
         num_sequences: int,
         sums: Sums,
     ) -> Tensor:
-        """The loss of one micro-batch, with its graph."""
+        """The loss of one micro-batch, ready for `backward`."""
         logprobs_M, entropy_M = self._backend.forward(micro, with_entropy=True)
         if micro.empty:
             return (logprobs_M * 0.0).sum()
@@ -250,7 +249,7 @@ class FSDP2Trainer:
         )
 
     def _report_bad_batch(self, batch: TrainBatch, stats: UpdateStats) -> None:
-        """Keep the batch for inspection; raise after too many in a row."""
+        """Write the batch to a file for inspection. Raises RuntimeError after too many in a row."""
         path = self._dump_folder / f"bad_batch_{self._progress.updates:06d}.safetensors"
         if dist.get_rank() == 0:
             _dump(path, batch, stats)

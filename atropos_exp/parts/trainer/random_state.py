@@ -1,4 +1,4 @@
-"""The random streams of a process (torch, numpy, Python) as tensors, for all ranks."""
+"""The random streams (torch, NumPy, Python) of all ranks as tensors, for checkpoints."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DTYPES = {
 
 
 def capture() -> dict[str, Tensor]:
-    """Of this process."""
+    """The state of this process's random streams, by the names in `DTYPES`."""
     legacy: Any = np.random.get_state(legacy=True)
     _, keys, position, has_gauss, gauss = legacy
     version, internal, python_gauss = random.getstate()
@@ -39,7 +39,7 @@ def capture() -> dict[str, Tensor]:
 
 
 def gather() -> dict[str, Tensor]:
-    """[ranks, ...] of each stream. Collective."""
+    """The state of each stream for all ranks, [ranks, ...]. Collective."""
     streams = {}
     for key, mine in capture().items():
         everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
@@ -52,7 +52,7 @@ def gather() -> dict[str, Tensor]:
 
 
 def restore(streams: Mapping[str, Tensor]) -> None:
-    """Continue this rank's streams; with another number of ranks than were saved, those of rank modulo theirs."""
+    """Set this rank's streams. If fewer ranks were saved, rank r continues those of rank r modulo their number."""
     mine: dict[str, Any] = {key: values[dist.get_rank() % len(values)] for key, values in streams.items()}
     torch.set_rng_state(mine["torch_cpu"].contiguous())
     if torch.cuda.is_available() and mine["torch_cuda"].numel():

@@ -8,7 +8,7 @@ SCHEDULERS = ("constant", "linear", "cosine")
 
 
 def learning_rate_factor(step: int, *, scheduler: str, warmup_steps: int, total_steps: int, min_ratio: float) -> float:
-    """Multiplier of the peak learning rate at optimizer step `step`, counted from 0.
+    """The factor on the peak learning rate at optimizer step `step`, counted from 0.
 
     The warm-up climbs from 1 / warmup_steps to 1, so no step is spent at zero. After it the rate stays (constant)
     or falls, in a line or half a cosine wave, and reaches `min_ratio` at `total_steps`.

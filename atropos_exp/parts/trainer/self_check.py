@@ -1,4 +1,4 @@
-"""Proof at start that packing is invisible: two sequences packed score as each does alone.
+"""Proof at start that packing changes nothing: two packed sequences score as each does alone.
 
 An architecture or attention that lets packed sequences see each other, or a rank only its own shard, trains
 without any error on wrong log-probabilities. So each start compares a packed pass with plain logits once.
@@ -40,7 +40,7 @@ def check_packing(backend: PackedBackend, device: torch.device) -> None:
 
 
 def _plain_logprobs(backend: PackedBackend, token_ids: Tensor) -> Tensor:
-    """[T - 1] of one sequence from its logits, the whole of it on this rank."""
+    """Logprobs [T - 1] of one sequence from its plain logits, the whole sequence on this rank."""
     with backend.without_sequence_parallelism():
         logits = backend.module(
             input_ids=token_ids[None],

@@ -12,7 +12,7 @@ from atropos_exp.types import LoraSettings
 
 
 class ModelChoice(Protocol):
-    """What the trainer needs to know of `conf/model`."""
+    """The settings of `conf/model` that the trainer reads."""
 
     @property
     def attn_implementation(self) -> str: ...
@@ -27,7 +27,8 @@ class ModelChoice(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainerSettings:
-    """One process per device; weights, gradients and Adam's moments are sharded over all of them."""
+    """The settings of `conf/trainer`, whose YAML explains each. One process per device; weights, gradients and Adam's
+    moments are sharded over all of them."""
 
     max_steps: int
     num_mini_batches: int

@@ -36,7 +36,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 @dataclass(frozen=True, kw_only=True)
 class Slot:
-    """A tensor of the trainer and where it is stored."""
+    """A tensor of the trainer and where it is stored: under `key`, in the files that begin with `stem`."""
 
     stem: str
     key: str
@@ -44,7 +44,7 @@ class Slot:
 
 
 def save(folder: Path, backend: PackedBackend, counters: Mapping[str, int], device: torch.device) -> None:
-    """Write everything that `load` needs. Collective. `folder` is created if need be."""
+    """Write everything that `load` needs into `folder`, which is created if missing. Collective."""
     writes = dist.get_rank() == 0
     if writes:
         folder.mkdir(parents=True, exist_ok=True)
@@ -67,7 +67,9 @@ def save(folder: Path, backend: PackedBackend, counters: Mapping[str, int], devi
 
 
 def load(folder: Path, backend: PackedBackend, device: torch.device) -> dict[str, int]:
-    """Restore weights, moments and random streams in place; return the counters. Collective."""
+    """Restore weights, moments and random streams in place and return the counters. Collective.
+
+    Raises UserError if the checkpoint is damaged or belongs to another model."""
     ranks = Ranks.of_group()
     stored: dict[str, Any] = json.loads(ranks.broadcast(_describe(folder) if ranks.is_zero else ""))
     if error := stored.get("error"):
@@ -104,7 +106,7 @@ def _slots(backend: PackedBackend) -> list[Slot]:
 
 
 def _describe(folder: Path) -> str:
-    """What is stored in `folder`, or what is wrong with it, as JSON: all ranks must come to the same decision."""
+    """What `folder` stores, or what is wrong with it, as JSON, so that all ranks come to the same decision."""
     from safetensors import SafetensorError
 
     try:
@@ -133,7 +135,7 @@ def _require_same(folder: Path, slots: list[Slot], shapes: Mapping[str, Mapping[
 
 
 def _from_rank_zero(reader: TensorReader, slot: Slot, device: torch.device) -> Tensor:
-    """The full stored tensor on every rank."""
+    """The full tensor that `slot` stores, on every rank. Collective."""
     if dist.get_rank() == 0:
         full = reader.get(slot.key).to(device, slot.tensor.dtype)
     else:
@@ -144,7 +146,7 @@ def _from_rank_zero(reader: TensorReader, slot: Slot, device: torch.device) -> T
 
 
 def _streams(folder: Path, shapes: Mapping[str, list[int]]) -> dict[str, Tensor]:
-    """Random streams of all ranks of the run that was saved, on every rank."""
+    """The saved random streams of all ranks, on every rank. Collective."""
     streams = {}
     with TensorReader(folder, "random") as reader:
         for key in sorted(shapes):

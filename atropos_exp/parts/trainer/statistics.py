@@ -1,4 +1,4 @@
-"""What is measured while training: sums over micro-batches, ranks and mini-batches, then one `UpdateStats`."""
+"""What an update measures: sums over micro-batches and ranks, kept on the device, for one `UpdateStats`."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ MAX_LOG_RATIO = 20.0  # beyond it the k3 estimate only overflows
 
 
 def importance_weights(log_ratio_M: Tensor, has_behaviour_M: Tensor, cap: float) -> Tensor:
-    """Truncated importance weights min(exp(old - behaviour), cap), detached; 1 without behaviour logprobs."""
+    """Truncated importance weights [M], min(exp(log_ratio), cap), without gradient; 1 without behaviour logprobs.
+
+    `log_ratio_M` is the old policy's logprob minus the behaviour policy's, in nats."""
     weights_M = log_ratio_M.detach().clamp(max=math.log(cap)).exp()
     return torch.where(has_behaviour_M, weights_M, 1.0)
 
 
 class Sums:
-    """Running sums of one update, on the device until `collect`: no wait for it per micro-batch."""
+    """Running sums of one update, on the device until collected: no micro-batch waits for a transfer."""
 
     TOKENS = ("tokens", "entropy", "behaviour_tokens", "mismatch_kl", "gap", "truncated")
     LOSSES = ("loss", "policy_loss", "supervised_loss", "clip_fraction", "reference_kl")
@@ -30,7 +32,7 @@ class Sums:
         self._gap_max = torch.zeros((), dtype=torch.float32, device=device)
 
     def add_tokens(self, entropy_M: Tensor, log_ratio_M: Tensor, has_behaviour_M: Tensor, cap: float | None) -> None:
-        """`log_ratio_M` is the trainer's logprob minus the sampler's."""
+        """Add the tokens [M] of a micro-batch. `log_ratio_M` is the trainer's logprob minus the sampler's, nats."""
         known = has_behaviour_M.float()
         clamped = log_ratio_M.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
         gap = log_ratio_M.abs() * known
@@ -47,20 +49,20 @@ class Sums:
         self._gap_max = torch.maximum(self._gap_max, gap.max())
 
     def add_losses(self, loss: Tensor, parts: dict[str, float]) -> None:
-        """The scalar that was differentiated, and what the policy loss says of it."""
+        """Add the scalar `loss` of a micro-batch, and the parts that the policy loss reports."""
         self._losses[0] += loss.detach()
         self._losses[1:] += torch.tensor(
             [parts.get(name, 0.0) for name in self.LOSSES[1:]], dtype=torch.float64, device=self._losses.device
         )
 
     def collect_losses(self, num_ranks: int) -> dict[str, float]:
-        """Mean over ranks of the sums since the last call. Collective."""
+        """The means over ranks of the loss sums since the last call, which start from 0 again. Collective."""
         values = sum_over_ranks(self._losses.clone()) / num_ranks
         self._losses.zero_()
         return dict(zip(self.LOSSES, values.tolist(), strict=True))
 
     def collect_tokens(self) -> dict[str, float]:
-        """Means over all trained tokens of all ranks. Collective."""
+        """The means over all trained tokens of all ranks, by their names in `UpdateStats`. Collective."""
         totals = dict(zip(self.TOKENS, sum_over_ranks(self._tokens.clone()).tolist(), strict=True))
         tokens, behaviour = totals["tokens"], totals["behaviour_tokens"]
         known = behaviour > 0

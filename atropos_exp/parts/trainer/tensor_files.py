@@ -1,4 +1,4 @@
-"""Named tensors in safetensors files of bounded size, named and indexed as transformers does it."""
+"""Named tensors in safetensors files of bounded size, with the file names and the index of transformers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ MAX_FILE_BYTES = 2 << 30
 
 
 class TensorWriter:
-    """Takes the tensors in the order of `num_bytes` and writes a file whenever it is full."""
+    """Writes tensors into `folder`, in the order of `num_bytes` (key -> size): each file as soon as it is full.
+
+    Example: `TensorWriter(folder, "model", {"a": 8})` followed by `add("a", tensor)` writes model.safetensors.
+    """
 
     def __init__(self, folder: Path, stem: str, num_bytes: Mapping[str, int]) -> None:
         self._folder = folder
@@ -25,6 +28,7 @@ class TensorWriter:
             (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
 
     def add(self, key: str, tensor: Tensor) -> None:
+        """Take the next tensor. Keys must come in the order given to the constructor."""
         from safetensors.torch import save_file
 
         assert key == self._left.pop(0)
@@ -51,6 +55,7 @@ class TensorReader:
         self._close()
 
     def get(self, key: str) -> Tensor:
+        """The full tensor `key`, on the CPU."""
         from safetensors import safe_open
 
         if self._files is None:
@@ -69,7 +74,7 @@ class TensorReader:
 
 
 def read_shapes(folder: Path, stem: str) -> dict[str, list[int]]:
-    """key -> shape of all stored tensors; empty if there is no file of that stem. Reads headers only."""
+    """The shapes of all stored tensors by key; empty if no file has that stem. Only headers are read."""
     from safetensors import safe_open
 
     shapes = {}
@@ -80,7 +85,7 @@ def read_shapes(folder: Path, stem: str) -> dict[str, list[int]]:
 
 
 def _file_names(stem: str, num_bytes: Mapping[str, int]) -> dict[str, str]:
-    """key -> file, a new one before the last would grow beyond MAX_FILE_BYTES."""
+    """The file of each key; a new one begins before MAX_FILE_BYTES would be exceeded."""
     numbers, number, size = {}, 0, 0
     for key, length in num_bytes.items():
         if size and size + length > MAX_FILE_BYTES:

@@ -128,6 +128,7 @@ class PackedBackend(FSDPEngineWithLMHead):  # type: ignore[misc]  # verl is unty
 
     @property
     def vocab_size(self) -> int:
+        """The number of rows of the model's embedding."""
         return int(self.text_config.vocab_size)
 
     @property
@@ -137,6 +138,7 @@ class PackedBackend(FSDPEngineWithLMHead):  # type: ignore[misc]  # verl is unty
 
     @property
     def sp_size(self) -> int:
+        """The number of ranks that share one sequence (Ulysses)."""
         return int(self.ulysses_sequence_parallel_size)
 
     def evaluating(self, *, adapters: bool = True) -> AbstractContextManager[Any]:

@@ -1,4 +1,4 @@
-"""Full tensors out of sharded ones, one at a time."""
+"""Full tensors from sharded parameters, one at a time, and back."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from atropos_exp.weights.tensors import LORA_A, LORA_B, is_adapter
 
 
 def hugging_face_name(name: str) -> str:
-    """The name in the model's own checkpoint, without the wrappers of PEFT."""
+    """The parameter's name in the model's own checkpoint, without the prefixes that PEFT adds."""
     return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
 
 
 def named_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters, tied ones once, and the buffers that belong in a checkpoint. Sharded as they are."""
+    """All parameters (tied ones once) and the buffers that belong in a checkpoint, by name, sharded as they are."""
     parameters = dict(module.named_parameters())
     every_name = {name for name, _ in module.named_parameters(remove_duplicate=False)}
     buffers = {name: value for name, value in module.state_dict(keep_vars=True).items() if name not in every_name}
@@ -28,7 +28,7 @@ def named_tensors(module: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def gather(tensor: Tensor, device: torch.device) -> Tensor:
-    """The full tensor on every rank; it may be the weight itself, so it is only read. Collective."""
+    """The full tensor on every rank. It may be the weight itself, so callers must not change it. Collective."""
     if isinstance(tensor, DTensor) and tensor.device_mesh.size() == 1:  # DTensor operations cost more than the copy
         return tensor.to_local().detach().to(device)
     on_device = tensor.detach().to(device)
@@ -64,7 +64,7 @@ def full_parameters(module: nn.Module, device: torch.device) -> Iterator[tuple[s
 
 @torch.no_grad()
 def adapter_parameters(module: nn.Module, device: torch.device, *, with_base: bool) -> Iterator[tuple[str, Tensor]]:
-    """(name, float32 tensor) of LoRA's matrices, B multiplied by its scaling, and of the frozen base if it is wanted:
+    """(name, float32 tensor) of LoRA's matrices, B multiplied by its scaling, and of the frozen base `with_base`:
     on rank 0 the tensors, on other ranks empty ones. At most one gathered tensor is alive here."""
     wanted = dist.get_rank() == 0
     nothing = torch.empty(0, device=device)

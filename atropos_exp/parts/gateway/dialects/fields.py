@@ -1,4 +1,4 @@
-"""The fields of a request body, taken out one by one; what is left over at the end is refused by name."""
+"""Reading a request body field by field. A field that nothing read is refused by name, never silently ignored."""
 
 from __future__ import annotations
 
@@ -47,7 +47,11 @@ HARMLESS = frozenset(
 
 
 class Fields:
-    """A JSON object. `null` asks for nothing, as if the field were missing."""
+    """A JSON object whose fields are taken out one by one. `null` counts as missing.
+
+    Every method raises Refusal (400), which names the field, what was expected and what came. Example:
+    `fields = Fields(body); n = fields.count("n", 1, 1, 64); fields.finish()` refuses {"n": 0} and {"m": 1}.
+    """
 
     def __init__(self, body: Any, *, prefix: str = "") -> None:
         if not isinstance(body, dict):
@@ -59,15 +63,18 @@ class Fields:
         return name in self._left
 
     def take(self, name: str, default: Any = None) -> Any:
+        """Take the field as it is."""
         return self._left.pop(name, default)
 
     def number(self, name: str, default: float, low: float, high: float) -> float:
+        """Take a finite number between `low` and `high`."""
         value = self._left.pop(name, default)
         if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
             raise invalid(self._prefix + name, value, f"a number {_range(low, high)}")
         return float(value)
 
     def integer(self, name: str, default: int | None, low: float, high: float) -> int | None:
+        """Take a whole number between `low` and `high`; None if it is missing and has no default."""
         value = self._left.pop(name, default)
         if value is None:
             return None
@@ -78,18 +85,20 @@ class Fields:
         return int(value)
 
     def count(self, name: str, default: int, low: float, high: float) -> int:
+        """Take a whole number between `low` and `high`."""
         value = self.integer(name, default, low, high)
         assert value is not None
         return value
 
     def flag(self, name: str, default: bool) -> bool:
+        """Take a boolean."""
         value = self._left.pop(name, default)
         if not isinstance(value, bool):
             raise invalid(self._prefix + name, value, "true or false")
         return value
 
     def texts(self, name: str) -> tuple[str, ...]:
-        """One text or a list of them."""
+        """Take one text or a list of texts, as a tuple; empty if the field is missing."""
         value = self._left.pop(name, ())
         value = [value] if isinstance(value, str) else value
         if not isinstance(value, list | tuple) or not all(isinstance(text, str) and text for text in value):
@@ -97,7 +106,7 @@ class Fields:
         return tuple(value)
 
     def finish(self) -> None:
-        """Raise Refusal if a field is left that asks for something."""
+        """Raise Refusal if a field is left whose value would have an effect."""
         for name, value in self._left.items():
             if name in HARMLESS or any(value == neutral for neutral in NEUTRAL.get(name, ())):
                 continue
@@ -108,7 +117,7 @@ class Fields:
 
 
 def token_ids(value: Any, name: str) -> TokenIds:
-    """A non-empty list of token ids as int32 [P]. The engine knows its vocabulary; it refuses what lies outside."""
+    """`value` as int32 [P]; it must be a non-empty list of token ids. The engine refuses ids outside its vocabulary."""
     try:
         array = np.array(value)
     except (ValueError, OverflowError):

@@ -16,6 +16,7 @@ from atropos_exp.types import TokenIds
 
 
 async def completions(sampler: Sampler, model: str, body: JSON) -> JSON:
+    """The answer to POST /v1/completions. Raises Refusal."""
     fields = Fields(body)
     prompts = _prompts(sampler, fields)
     num_logprobs = fields.integer("logprobs", None, 0, 1 << 31)
@@ -47,6 +48,7 @@ async def completions(sampler: Sampler, model: str, body: JSON) -> JSON:
 
 
 async def chat(sampler: Sampler, model: str, body: JSON) -> JSON:
+    """The answer to POST /v1/chat/completions. Raises Refusal."""
     fields = Fields(body)
     prompt = _chat_prompt(sampler, fields)
     with_logprobs = fields.flag("logprobs", False)
@@ -79,6 +81,7 @@ async def chat(sampler: Sampler, model: str, body: JSON) -> JSON:
 
 
 def models(model: str, max_sequence_length: int, started: int) -> JSON:
+    """The answer to GET /v1/models: the one model that is served. `started` is in seconds since 1970."""
     entry = {
         "id": model,
         "object": "model",

@@ -1,4 +1,4 @@
-"""One request for completions, whatever dialect it came in."""
+"""A request for completions and its results, independent of the dialect that it came in."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MAX_SAMPLES = 4096  # completions of one prompt in one request
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class SamplingRequest:
-    """`num_samples` completions of each prompt. `None` leaves the choice to the gateway."""
+    """Asks for `num_samples` completions of each prompt. Where a field is None, the gateway chooses."""
 
     prompts: tuple[TokenIds, ...]
     num_samples: int
@@ -33,7 +33,7 @@ class SamplingRequest:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Completion:
-    """What the sender gets, and what the ledger remembers."""
+    """One completion, as its sender gets it and the ledger keeps it."""
 
     token_ids: TokenIds  # [R]
     logprobs: Floats  # [R], nats, finite, at most 0
@@ -52,7 +52,8 @@ def take_sampling(
     seed_name: str = "seed",
     include_stop: bool,
 ) -> SamplingRequest:
-    """Take the parameters that all dialects share out of `fields`; they may call the limit by any of `max_names`."""
+    """Take the parameters that all dialects share out of `fields`. `max_names`: how this dialect may call the limit of
+    tokens. Raises Refusal."""
     limits = {name: fields.integer(name, None, 1, 1 << 31) for name in max_names}
     given = {name: limit for name, limit in limits.items() if limit is not None}
     if len(set(given.values())) > 1:

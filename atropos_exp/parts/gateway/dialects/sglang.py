@@ -15,7 +15,7 @@ from atropos_exp.types import TokenIds
 
 
 async def generate(sampler: Sampler, body: JSON) -> JSON | list[JSON]:
-    """One object for one completion, else a list (all of the first prompt, then all of the second, …)."""
+    """The answer to POST /generate: an object for one completion, else a list, prompt by prompt. Raises Refusal."""
     fields = Fields(body)
     prompts, is_batch = _prompts(sampler, fields)
     with_logprobs = fields.flag("return_logprob", False)

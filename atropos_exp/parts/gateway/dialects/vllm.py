@@ -16,7 +16,10 @@ MAX_PROMPT_LOGPROBS = 1024
 
 
 async def generate(sampler: Sampler, body: JSON) -> JSON:
-    """`logprobs[completion][token] == [{id: logprob}]`, the stop token included; see the reference server."""
+    """The answer to POST /generate, in which `logprobs[completion][token]` is [{id: logprob}], the stop token included.
+
+    It has the form of the vLLM server in Atropos' example_trainer. Raises Refusal.
+    """
     fields = Fields(body)
     prompt = _prompt(sampler, fields.take("prompt"))
     num_logprobs = fields.integer("logprobs", None, 0, 1 << 31)
@@ -52,7 +55,7 @@ async def generate(sampler: Sampler, body: JSON) -> JSON:
 
 
 def prompt_logprobs(prompt: TokenIds, scored: TokenScores) -> list[dict[str, float] | None]:
-    """One entry per prompt token: null for the first, then {id: logprob} with the token itself before the top ones."""
+    """One entry per prompt token: None for the first, then {id: logprob} with the token itself before the likeliest."""
     entries: list[dict[str, float] | None] = [None]
     rows = zip(
         prompt[1:].tolist(),
