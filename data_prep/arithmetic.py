@@ -1,4 +1,4 @@
-"""Procedural arithmetic, built in an instant: "12+34=" -> "46".
+"""Sums and other problems of two numbers, generated at once: "12+34=" with the answer "46".
 
 python -m data_prep.arithmetic --out outputs/data/arithmetic --operations "+-" --digits 2
 """
@@ -32,9 +32,8 @@ Problem = tuple[str, int, int]  # operation, left, right
 
 
 def is_held_out(question: str) -> bool:
-    """By a hash of the text alone, so that no choice of arguments ever trains on what another one holds out.
-
-    The warm start of the `tiny` model leaves out the same problems.
+    """Whether the problem is held out. A hash of its text decides, so that no choice of arguments trains on what
+    another holds out; the pretraining of the `tiny` model leaves out the same problems.
     """
     return hashlib.blake2b(question.encode(), digest_size=8).digest()[0] % HELD_OUT_ONE_IN == 0
 
@@ -45,7 +44,7 @@ def _question(operation: str, left: int, right: int) -> str:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Arithmetic:
-    """Problems of two operands with exactly `digits` digits each (one digit: 0 to 9), all different."""
+    """Different problems of two operands with exactly `digits` digits each (one digit: 0 to 9)."""
 
     NAME: ClassVar[str] = "arithmetic"
     VERSION: ClassVar[int] = 1
@@ -88,13 +87,13 @@ class Arithmetic:
         return Exact(extract=None, last_line=False, ignore_case=False, **AS_RUN)
 
     def gold(self, row: VerlRow) -> str:
-        """Worked out from the prompt's text, as a person would."""
+        """The answer, computed from the prompt's text."""
         match = re.fullmatch(r"(\d+)([+*-])(\d+)=", prompt_text(row))
         assert match, prompt_text(row)
         return str(OPERATIONS[match[2]](int(match[1]), int(match[3])))
 
     def wrong(self, row: VerlRow) -> str:
-        """Off by ten: as when a carry is forgotten."""
+        """The answer off by ten, as if a carry had been forgotten."""
         return str(int(self.gold(row)) - 10)
 
     @property
@@ -110,7 +109,7 @@ class Arithmetic:
         return len(self.operations) * self._num_operands**2
 
     def _problems(self) -> tuple[list[Problem], list[Problem]]:
-        """Different problems in random order: to train on, and held out."""
+        """Different problems in random order: those to train on, and held-out ones."""
         wanted = self.num_train + self.num_test * HELD_OUT_ONE_IN
         if 4 * wanted > self._num_problems:  # a good part of all: shuffle them all
             numbers = permutation(self.seed, 0, 0, self._num_problems)
@@ -134,7 +133,7 @@ class Arithmetic:
         return train[: self.num_train], test[: self.num_test]
 
     def _split(self, numbers: NDArray[np.int64]) -> tuple[list[Problem], list[Problem]]:
-        """Rows [N, 3] of operation, left, right, counted from 0 -> different problems, trainable and held-out ones."""
+        """The different problems among rows [N, 3] of (operation, left, right), trainable and held-out ones apart."""
         rows: list[list[int]] = numbers.tolist()
         every = dict.fromkeys((self.operations[one], self._low + left, self._low + right) for one, left, right in rows)
         held_out = {problem: is_held_out(_question(*problem)) for problem in every}

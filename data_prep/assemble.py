@@ -1,4 +1,4 @@
-"""From a draft to two tables: no prompt twice, none in both, every gold scorable."""
+"""From a draft to two tables: no prompt occurs twice or in both, and every right answer can be scored."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class DataSet:
-    """Checked, ready to be written."""
+    """The tables of a data set, checked and ready to be written."""
 
     train: pa.Table
     test: pa.Table
@@ -27,7 +27,7 @@ class DataSet:
 
 
 def assemble(builder: Builder) -> DataSet:
-    """Draft, drop bad, duplicate and overlapping rows, self-test the rewards. Raises UserError if anything is off."""
+    """Draft rows, drop bad, repeated and overlapping ones, and self-test the reward. Raises UserError if it fails."""
     import pyarrow as pa
 
     draft = builder.draft()
@@ -61,7 +61,7 @@ def assemble(builder: Builder) -> DataSet:
 
 
 def check_disjoint(train: pa.Table, test: pa.Table) -> None:
-    """Raise UserError if a prompt stands in both, by the text that the loader compares."""
+    """Raise UserError if a prompt is in both tables, by the text that the loader compares."""
     train_keys, test_keys = (
         check_rows(table, name, split=name)[0].table.column("key").to_pylist()
         for name, table in (("train", train), ("test", test))
@@ -72,7 +72,7 @@ def check_disjoint(train: pa.Table, test: pa.Table) -> None:
 
 
 def _good(rows: list[VerlRow], split: str) -> tuple[list[VerlRow], int, list[str]]:
-    """Rows that the loader would accept, how many it would not, and the keys of the good ones."""
+    """The rows that the loader would accept, the number of others, and the keys of the good ones."""
     import pyarrow as pa
 
     if not rows:
@@ -83,7 +83,7 @@ def _good(rows: list[VerlRow], split: str) -> tuple[list[VerlRow], int, list[str
 
 
 def _first_of_each(rows: list[VerlRow], keys: list[str], taken: frozenset[str]) -> tuple[list[VerlRow], list[str], int]:
-    """The first row of each key that is not `taken`, their keys, and how many rows fell away."""
+    """The first row of each key that is not `taken`, their keys, and the number of rows that are left out."""
     seen = set(taken)
     kept_rows, kept_keys = [], []
     for row, key in zip(rows, keys, strict=True):

@@ -1,4 +1,4 @@
-"""What a builder is: a frozen dataclass whose fields are its arguments, and the rows that it drafts."""
+"""The protocol of a builder: a frozen dataclass whose fields are its arguments, which drafts rows."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ AS_RUN: dict[str, Any] = {"num_workers": 2, "timeout_seconds": 10.0}  # how the 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Draft:
-    """Rows in verl's schema before duplicates are dropped."""
+    """The rows of a data set in verl's schema, before duplicates are dropped."""
 
     train: list[VerlRow]
     test: list[VerlRow]
@@ -26,17 +26,18 @@ class Draft:
 
 
 class Builder(Protocol):
-    """Equal arguments draft equal rows."""
+    """Builds one data set. Equal arguments draft equal rows."""
 
     NAME: ClassVar[str]
     VERSION: ClassVar[int]  # raised whenever equal arguments would give other rows
     MAX_UNSCORABLE: ClassVar[float]  # fraction of rows that may fail the reward self-test: they are dropped
-    MAY_HANG: ClassVar[bool]  # the reward might on these rows: the self-test then scores them with a time limit
+    MAY_HANG: ClassVar[bool]  # the reward may hang on these rows, so the self-test scores them with a time limit
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
     def draft(self) -> Draft: ...
 
     def reward(self) -> Reward:
+        """All rows, before they are checked. Raises UserError if the source cannot be read."""
         """The reward that these rows are made for."""
         ...
 
@@ -50,16 +51,17 @@ class Builder(Protocol):
 
 
 def argument(default: Any, explanation: str) -> Any:
-    """A field of a builder: one option of its command line."""
+    """A field of a builder, which becomes an option of its command line."""
     return field(default=default, metadata={"help": explanation})
 
 
 def arguments_of(builder: Builder) -> dict[str, Any]:
-    """All arguments by name: with NAME and VERSION they identify the rows."""
+    """All arguments by name; together with NAME and VERSION they determine the rows."""
     return {one.name: getattr(builder, one.name) for one in fields(builder)}
 
 
 def defaults_of(builder: type[Builder]) -> dict[str, Any]:
+    """The default of each argument of a builder."""
     defaults = {}
     for one in fields(builder):
         assert one.default is not MISSING or one.default_factory is not MISSING, f"{one.name} needs a default"
@@ -79,8 +81,10 @@ def at_least(low: int, **values: int | None) -> None:
 
 
 def prompt_text(row: VerlRow) -> str:
+    """The text of the row's last message."""
     return str(row["prompt"][-1]["content"])
 
 
 def ground_truth(row: VerlRow) -> str:
+    """The row's right answer."""
     return str(row["reward_model"]["ground_truth"])

@@ -20,7 +20,7 @@ _DEADLINE_S = 1800.0
 
 
 def main(builder: type[Builder], argv: Sequence[str] | None = None) -> int:
-    """Build what the options say; prints the manifest's numbers. Exit code 2 for a mistake of the user's."""
+    """Build what the options describe and print the manifest's numbers. A user's mistake ends with exit code 2."""
     helps = {one.name: one.metadata["help"] for one in fields(builder)}
     parser = argparse.ArgumentParser(
         prog=f"python -m data_prep.{builder.NAME}",
@@ -53,7 +53,7 @@ def _option(name: str) -> str:
 
 
 def _listed(value: Any, builder: type[Builder], name: str) -> Any:
-    """Command-line text for a list argument, 'a,b,c', or for a table, in YAML: '{a: 1}'."""
+    """The value of an option: 'a,b,c' for a list, YAML such as '{a: 1}' for a table."""
     annotation = {one.name: str(one.type) for one in fields(builder)}[name]
     if isinstance(value, str) and annotation.startswith("dict"):
         return yaml.safe_load(value)

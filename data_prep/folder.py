@@ -1,4 +1,4 @@
-"""A data set on disk: built once, under a lock, whole or not at all, and checked whenever it is used again."""
+"""A data set on disk: built once, under a lock, whole or not at all, and verified whenever it is used again."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _POLL_S = 0.05
 
 
 def build_into(folder: Path, builder: Builder, *, deadline_s: float, say: Callable[[str], None]) -> dict[str, Any]:
-    """The manifest's `about` of the data set in `folder`, which is built if it is not there.
+    """Build the data set in `folder` unless it is there, verify it, and return the `about` of its manifest.
 
     Raises UserError if the folder holds something else or was changed, or if another process builds it for longer
     than `deadline_s`.

@@ -53,7 +53,7 @@ class Gsm8k:
         return RewardScore(**AS_RUN)
 
     def gold(self, row: VerlRow) -> str:
-        """The data set's own worked solution."""
+        """The solution that the data set contains."""
         return str(row["extra_info"]["answer"])
 
     def wrong(self, row: VerlRow) -> str:

@@ -24,7 +24,7 @@ def draft_from_hub(
     max_train: int | None,
     max_test: int | None,
 ) -> Draft:
-    """Train from the raw split `train`, test from the first of `test_splits` that exists."""
+    """A draft with the raw split `train` to train on, and the first existing one of `test_splits` held out."""
     source = from_folder if from_folder is not None else dataset
     splits = read_splits(
         source,

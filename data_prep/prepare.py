@@ -1,4 +1,4 @@
-"""Builders by name: what `data.prepare` of a run's configuration calls."""
+"""Builders by name, for `data.prepare` of a run's configuration."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ BUILDERS = {
 
 
 def find(name: str) -> type[Builder]:
-    """The builder class called `name`. Raises UserError with the nearest name."""
+    """The builder class called `name`. Raises UserError that suggests a similar name."""
     if name not in BUILDERS:
         raise UserError(f"builder: got {name!r}, expected {', '.join(BUILDERS)}.{did_you_mean(name, BUILDERS)}")
     builder: type[Builder] = getattr(importlib.import_module(f"data_prep.{name}"), BUILDERS[name])
@@ -34,7 +34,7 @@ def find(name: str) -> type[Builder]:
 
 
 def configure(name: str, arguments: Mapping[str, Any]) -> Builder:
-    """The builder with its arguments; those not given keep their defaults. Raises UserError listing every mistake."""
+    """The builder with its arguments, where missing ones keep their defaults. Raises UserError with every mistake."""
     cls = find(name)
     mistakes: list[Mistake] = []
     builder: Builder | None = construct(cls, {**defaults_of(cls), **arguments}, "arguments", mistakes)
@@ -44,7 +44,7 @@ def configure(name: str, arguments: Mapping[str, Any]) -> Builder:
 
 
 def preflight(prepare: PrepareSettings) -> list[str]:
-    """What is wrong with `data.prepare`, without building anything."""
+    """What is wrong with `data.prepare`, one message each. It builds nothing."""
     try:
         configure(prepare.builder, prepare.arguments)
     except UserError as error:

@@ -15,16 +15,16 @@ from data_prep.builder import AS_RUN, Builder, ground_truth, prompt_text
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SelfTest:
-    """What was scored."""
+    """The result of a self-test."""
 
     num_rows: int
-    unscorable: tuple[int, ...]  # their indices
+    unscorable: tuple[int, ...]  # indices of the rows whose right answer cannot be scored
 
 
 def self_test(builder: Builder, rows: Sequence[VerlRow]) -> SelfTest:
-    """Every gold answer must score 1.0 and every planted wrong one less. Raises UserError with the first failures.
+    """Check that every right answer scores 1.0 and every planted wrong one less. Raises UserError with what fails.
 
-    Up to builder.MAX_UNSCORABLE of the rows may have a gold answer that fails, or a reward that raises; those are
+    Up to builder.MAX_UNSCORABLE of the rows may have a right answer that fails, or a reward that raises. They are
     returned, to be dropped: in training they would punish right answers or drop wrong ones.
     """
     prompts = [as_prompt(row) for row in rows]
@@ -49,7 +49,7 @@ def self_test(builder: Builder, rows: Sequence[VerlRow]) -> SelfTest:
 
 
 def _scores(builder: Builder, answers: Sequence[str], prompts: Sequence[Prompt]) -> list[float | RewardFailure]:
-    """One score per answer. A reward that may hang on its own golds runs as in training, where it can be killed."""
+    """The score of each answer. A reward that may hang runs as in training, in processes that can be killed."""
     from atropos_exp.parts.reward.pool import RewardPool
 
     reward = builder.reward()
@@ -68,7 +68,7 @@ def _scores(builder: Builder, answers: Sequence[str], prompts: Sequence[Prompt])
 
 
 def as_prompt(row: VerlRow) -> Prompt:
-    """What a reward sees of a row, without a tokenizer."""
+    """The row as the prompt that a reward sees; it has no token ids."""
     info = row["extra_info"]
     return Prompt(
         prompt_id=f"{row['data_source']}/{info['split']}/{info['index']}",

@@ -1,13 +1,13 @@
-"""Builds the `tiny` model that ships with the package: `python -m data_prep.tiny_model atropos_exp/model/tiny_weights`.
+"""Builds the `tiny` model that ships with the package: `python -m data_prep.tiny_model FOLDER`.
 
-A Qwen2 of one million parameters, pretrained on sums by a sloppy hand: whoever wrote its corpus forgot six carries
-in ten. So the model can add, and mostly does not: its likeliest answer forgets the carry, its samples are right now
-and then. That is what GRPO needs to start, and nothing but the reward tells the right answers from the wrong ones.
+A Qwen2 of one million parameters, pretrained on sums in which six carries in ten were forgotten. So the model can add,
+but its likeliest answer forgets the carry and only some of its samples are right, which is what GRPO needs to start.
+The files that ship are in `atropos_exp/parts/model/tiny_weights`.
 The corpus holds only the training problems of `data_prep.arithmetic` at its defaults, never a held-out one.
 
 Training runs on two threads, whatever the machine has, so that the same CPU and the same torch write the same bytes;
-`tests/parts/model/test_tiny.py` checks the shipped ones. Rounding grows over hundreds of steps: a CPU with other vector
-units, or another torch, ends at other weights that are as good.
+`tests/parts/model/test_tiny.py` checks the shipped ones. Rounding grows over hundreds of steps, so a CPU with
+other vector units, or another torch, gives other weights, which are as good.
 """
 
 from __future__ import annotations
@@ -145,6 +145,7 @@ def warm_start(model: Any, ids_NT: Tensor, mask_NT: Tensor, *, steps: int) -> No
 
 
 def build(folder: Path, *, steps: int, dtype: str = "float64") -> None:
+    """Pretrain the model for `steps` steps in `dtype` and write it to `folder`, without its manifest."""
     import torch
     from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
@@ -184,6 +185,7 @@ def write_manifest(folder: Path) -> None:
 
 
 def main() -> None:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("out", type=Path)
     parser.add_argument("--steps", type=int, default=750)
