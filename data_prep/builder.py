@@ -34,10 +34,11 @@ class Builder(Protocol):
     MAY_HANG: ClassVar[bool]  # the reward may hang on these rows, so the self-test scores them with a time limit
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
-    def draft(self) -> Draft: ...
+    def draft(self) -> Draft:
+        """All rows, before they are checked. Raises UserError if the source cannot be read."""
+        ...
 
     def reward(self) -> Reward:
-        """All rows, before they are checked. Raises UserError if the source cannot be read."""
         """The reward that these rows are made for."""
         ...
 

@@ -13,14 +13,14 @@ from atropos_exp.errors import EngineError
 from atropos_exp.parts.atropos.client import Registration
 from atropos_exp.parts.atropos.environment import Facts
 from atropos_exp.parts.atropos.intake import Intake
-from atropos_exp.parts.atropos.launch import UNLIMITED_STEPS, Programs, make_source, start_programs
+from atropos_exp.parts.atropos.launch import UNLIMITED_STEPS, Programs, start_programs
+from atropos_exp.parts.atropos.source import AtroposSource
 from atropos_exp.parts.model.hf_folder import vocab_size
 from atropos_exp.runs.folder import RunFolder
 from atropos_exp.runs.seeds import derive_seed
 
 if TYPE_CHECKING:
     from atropos_exp.interfaces import Engine
-    from atropos_exp.parts.atropos.source import AtroposSource
     from atropos_exp.parts.gateway.client import GatewayClient
     from atropos_exp.parts.gateway.ports import Doors
 
@@ -127,7 +127,7 @@ def read_atropos(
         except EngineError:  # it is down: `watch` sees to it when something is waited for
             return {}
 
-    source = make_source(
+    source = AtroposSource(
         parts.atropos,
         outside.programs,
         falls_back=parts.rollout.falls_back,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from atropos_exp.errors import EngineError
-from atropos_exp.parts.gateway.ledger import Ledger
+from atropos_exp.parts.gateway.ledger import CompletionLedger
 from atropos_exp.types import Floats, Mask, Provenance, TokenIds
 
 
@@ -15,7 +15,7 @@ class Book:
     """The gateway's ledger without the gateway. `is_down`: nobody answers."""
 
     def __init__(self) -> None:
-        self.ledger = Ledger(max_tokens=100_000, name="book")
+        self.ledger = CompletionLedger(max_tokens=100_000, name="book")
         self.is_down = False
 
     def sampled(

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from atropos_exp.parts.atropos.client import ApiDown, AtroposClient, Registration
+from atropos_exp.parts.atropos.client import ApiDown, AtroposClient
 from atropos_exp.parts.atropos.environment import Environment, Facts
-from atropos_exp.parts.atropos.intake import Intake
 from atropos_exp.parts.atropos.settings import AtroposSettings
-from atropos_exp.parts.atropos.source import AtroposSource
 from atropos_exp.parts.atropos.supervisor import ProgramSupervisor, SupervisedProgram
 from atropos_exp.processes.child import Child, child_environment
 from atropos_exp.processes.ports import HeldPort
@@ -63,35 +61,6 @@ def start_programs(settings: AtroposSettings, environment: Environment, *, facts
         )
     supervisor.start()
     return Programs(client=client, supervisor=supervisor, is_up=True)
-
-
-def make_source(
-    settings: AtroposSettings,
-    programs: Programs,
-    *,
-    falls_back: bool,
-    registration: Callable[[int], Registration],
-    intake: Intake,
-    watch: Callable[[], None],
-    more_counters: Callable[[], Mapping[str, float]],
-    group_size: int,
-) -> AtroposSource:
-    """The source of a run's groups; see `AtroposSource` for what is not explained here. `falls_back`: local rollouts
-    replace the API while it is gone, so an outage is waited out for `settings.timeout`, not `settings.data_timeout`."""
-    first = settings.start_timeout if programs.is_up else (0.0 if falls_back else settings.data_timeout)
-    return AtroposSource(
-        programs.client,
-        registration=registration,
-        intake=intake,
-        supervisor=programs.supervisor,
-        watch=watch,
-        more_counters=more_counters,
-        group_size=group_size,
-        first_batch_timeout=first,
-        outage_timeout=settings.timeout if falls_back else settings.data_timeout,
-        data_timeout=settings.data_timeout,
-        take_over=settings.take_over,
-    )
 
 
 def _start_api(port: HeldPort, log_folder: Path) -> Child:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from atropos_exp.errors import SourceUnavailable
-from atropos_exp.parts.atropos.client import ApiDown, ApiLost, AtroposClient, BatchLost, Registration
+from atropos_exp.parts.atropos.client import ApiDown, ApiLost, BatchLost, Registration
 from atropos_exp.parts.atropos.intake import Intake
 from atropos_exp.parts.atropos.registration import ForeignRun, register
 from atropos_exp.parts.atropos.stall import explain
@@ -21,7 +21,8 @@ from atropos_exp.types import Dropped, RolloutGroup
 
 if TYPE_CHECKING:
     from atropos_exp.interfaces import JSON
-    from atropos_exp.parts.atropos.supervisor import ProgramSupervisor
+    from atropos_exp.parts.atropos.launch import Programs
+    from atropos_exp.parts.atropos.settings import AtroposSettings
 
 log = logging.getLogger(__name__)
 
@@ -37,34 +38,34 @@ class AtroposSource:
 
     def __init__(
         self,
-        client: AtroposClient,
+        settings: AtroposSettings,
+        programs: Programs,
         *,
+        falls_back: bool,
         registration: Callable[[int], Registration],
         intake: Intake,
-        supervisor: ProgramSupervisor,
         watch: Callable[[], None],
         more_counters: Callable[[], Mapping[str, float]],
         group_size: int,
-        first_batch_timeout: float,
-        outage_timeout: float,
-        data_timeout: float,
-        take_over: bool,
     ) -> None:
         """`registration(step)` is what to register with when `step` is trained next. `watch` raises if waiting is
         pointless, for instance because the engine died. `more_counters` gives further metrics by name.
 
-        Deadlines in seconds: `first_batch_timeout` from the first `take`, while programs may still be starting;
-        `outage_timeout` from the loss of the API to its next batch; `data_timeout` without a batch otherwise.
+        The first batch is waited for `start_timeout` seconds, since programs may still be starting, and later ones
+        `data_timeout`. With `falls_back`, local rollouts replace the API while it is gone: then an outage is waited out
+        for `timeout` only, and an API that was not there at the start not at all.
         """
-        self._client = client
+        self._client = programs.client
         self._registration = registration
         self._intake = intake
-        self._supervisor = supervisor
+        self._supervisor = programs.supervisor
         self._watch = watch
         self._more_counters = more_counters
         self._group_size = group_size
-        self._timeouts = {"first": first_batch_timeout, "outage": outage_timeout, "data": data_timeout}
-        self._take_over = take_over
+        first = settings.start_timeout if programs.is_up else (0.0 if falls_back else settings.data_timeout)
+        outage = settings.timeout if falls_back else settings.data_timeout
+        self._timeouts = {"first": first, "outage": outage, "data": settings.data_timeout}
+        self._take_over = settings.take_over
         self._batches: list[list[RolloutGroup]] = []  # oldest weights first
         self._connected = False
         self._api_step = 0

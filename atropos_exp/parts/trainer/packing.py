@@ -79,41 +79,39 @@ class Packing:
         return min(self.lengths) == max(self.lengths)
 
     @cached_property
+    def _buckets(self) -> list[tuple[Tensor, Tensor]]:
+        """The packed positions [n, T] of each length bucket, and which of them are valid [n, T]."""
+        lengths = torch.tensor(self.lengths)
+        starts = lengths.cumsum(0) - lengths
+        classes = torch.tensor([(length - 1).bit_length() for length in self.lengths])
+        found = []
+        for size in classes.unique():
+            members = (classes == size).nonzero()[:, 0]
+            steps = torch.arange(int(lengths[members].max()))
+            found.append((starts[members, None] + steps, steps < lengths[members, None]))
+        return found
+
+    @cached_property
     def buckets(self) -> list[tuple[int, int, Tensor]]:
         """Each length bucket as (number of sequences n, padded length T, source positions [n * T]).
 
         Lengths of one bucket differ by less than a factor of two, so less than half of it is padding. A padded
         position reads position 0, which causal attention never reaches from a valid position.
         """
-        lengths = torch.tensor(self.lengths)
-        starts = lengths.cumsum(0) - lengths
-        classes = torch.tensor([(length - 1).bit_length() for length in self.lengths])
-        buckets = []
-        for size in classes.unique():
-            members = (classes == size).nonzero()[:, 0]
-            longest = int(lengths[members].max())
-            steps = torch.arange(longest)
-            source = (starts[members, None] + steps).masked_fill(steps >= lengths[members, None], 0)
-            buckets.append((len(members), longest, source.reshape(-1).to(self.device)))
-        return buckets
+        return [
+            (*positions.shape, positions.masked_fill(~valid, 0).reshape(-1).to(self.device))
+            for positions, valid in self._buckets
+        ]
 
     @cached_property
     def bucketed_positions(self) -> Tensor:
         """The place [S] of each packed position in the concatenated buckets [B]."""
-        lengths = torch.tensor(self.lengths)
-        starts = lengths.cumsum(0) - lengths
-        classes = torch.tensor([(length - 1).bit_length() for length in self.lengths])
-        positions = torch.empty(int(lengths.sum()), dtype=torch.int64)
+        places = torch.empty(sum(self.lengths), dtype=torch.int64)
         offset = 0
-        for size in classes.unique():
-            members = (classes == size).nonzero()[:, 0]
-            longest = int(lengths[members].max())
-            steps = torch.arange(longest)
-            valid = steps < lengths[members, None]
-            here = offset + torch.arange(len(members))[:, None] * longest + steps
-            positions[(starts[members, None] + steps)[valid]] = here[valid]
-            offset += len(members) * longest
-        return positions.to(self.device)
+        for positions, valid in self._buckets:
+            places[positions[valid]] = offset + torch.arange(valid.numel()).view_as(valid)[valid]
+            offset += valid.numel()
+        return places.to(self.device)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

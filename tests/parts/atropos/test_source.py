@@ -13,7 +13,9 @@ import pytest
 from atropos_exp.errors import SourceUnavailable
 from atropos_exp.parts.atropos.client import AtroposClient, Registration
 from atropos_exp.parts.atropos.intake import Intake
+from atropos_exp.parts.atropos.launch import Programs
 from atropos_exp.parts.atropos.registration import ForeignRun
+from atropos_exp.parts.atropos.settings import AtroposSettings
 from atropos_exp.parts.atropos.source import AtroposSource
 from atropos_exp.parts.atropos.supervisor import ProgramSupervisor
 from tests.helpers.ledger_book import Book
@@ -32,18 +34,19 @@ def book() -> Book:
 @pytest.fixture
 def source(api: Any, book: Book) -> Iterator[AtroposSource]:
     client = AtroposClient(api.url, batch_seconds=120.0)
+    settings = AtroposSettings(
+        api_url=api.url, launch=False, timeout=1.0, start_timeout=1.0, data_timeout=1.0, batch_timeout=120.0,
+        take_over=False, max_version_lag=None, max_restarts=0, extra_ports=[],
+    )  # fmt: skip
     yield AtroposSource(
-        client,
+        settings,
+        Programs(client=client, supervisor=ProgramSupervisor(client, max_restarts=0), is_up=True),
+        falls_back=True,
         registration=lambda step: dataclasses.replace(OURS, starting_step=step - 1),
         intake=Intake(book, vocab_size=50, max_tokens=8, group_size=2, stop_token_ids=(), max_version_lag=None),
-        supervisor=ProgramSupervisor(client, max_restarts=0),
         watch=lambda: None,
         more_counters=lambda: {"gateway/requests": 3.0},
         group_size=2,
-        first_batch_timeout=1.0,
-        outage_timeout=1.0,
-        data_timeout=1.0,
-        take_over=False,
     )
     client.close()
 
