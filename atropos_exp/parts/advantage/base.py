@@ -84,7 +84,11 @@ class VerlAdvantage(ABC):
 
     def estimate(self, rows: ComparedRollouts) -> Floats:
         """The advantages [N] of `rows`, before normalization and clipping."""
-        return self.call_verl(rows, mask=np.ones((len(rows.rewards_N), 1), dtype=bool))[:, 0]
+        return self.call_verl(rows, mask=np.ones((len(rows.rewards_N), 1), dtype=bool), **self.verl_settings())[:, 0]
+
+    def verl_settings(self) -> dict[str, Any]:
+        """The further arguments of verl's estimator."""
+        return {}
 
     def call_verl(self, rows: ComparedRollouts, *, mask: NDArray[Any], **settings: Any) -> Floats:
         """Call verl's estimator with one reward per row; its result has the shape of `mask` [N, R]."""

@@ -13,13 +13,10 @@ Example: rewards 1, 0, 0, 0 have mean 0.25 and std 0.5, so A = 1.5, -0.5, -0.5, 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
-
-import numpy as np
+from typing import Any, ClassVar
 
 from atropos_exp.errors import UserError
-from atropos_exp.parts.advantage.base import ComparedRollouts, VerlAdvantage
-from atropos_exp.types import Floats
+from atropos_exp.parts.advantage.base import VerlAdvantage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,9 +32,8 @@ class GRPO(VerlAdvantage):
         super().__post_init__()
         check_epsilon(self.epsilon)
 
-    def estimate(self, rows: ComparedRollouts) -> Floats:
-        mask = np.ones((len(rows.rewards_N), 1), dtype=bool)
-        return self.call_verl(rows, mask=mask, epsilon=self.epsilon, norm_adv_by_std_in_grpo=self.norm_by_std)[:, 0]
+    def verl_settings(self) -> dict[str, Any]:
+        return {"epsilon": self.epsilon, "norm_adv_by_std_in_grpo": self.norm_by_std}
 
 
 def check_epsilon(epsilon: float) -> None:

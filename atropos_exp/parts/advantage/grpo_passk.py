@@ -10,13 +10,10 @@ With `norm_by_std=false` the lead is not divided. If two rollouts share the high
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
-import numpy as np
-
-from atropos_exp.parts.advantage.base import ComparedRollouts, VerlAdvantage
+from atropos_exp.parts.advantage.base import VerlAdvantage
 from atropos_exp.parts.advantage.grpo import check_epsilon
-from atropos_exp.types import Floats
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +29,6 @@ class GRPOPassK(VerlAdvantage):
         super().__post_init__()
         check_epsilon(self.epsilon)
 
-    def estimate(self, rows: ComparedRollouts) -> Floats:
-        mask = np.ones((len(rows.rewards_N), 1), dtype=bool)
+    def verl_settings(self) -> dict[str, Any]:
         config = {"norm_adv_by_std_in_grpo": self.norm_by_std}  # where verl looks for it here
-        return self.call_verl(rows, mask=mask, epsilon=self.epsilon, config=config)[:, 0]
+        return {"epsilon": self.epsilon, "config": config}

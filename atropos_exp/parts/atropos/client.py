@@ -118,10 +118,6 @@ class AtroposClient:
         """Whether any group has arrived since the API was started."""
         return bool(self._json("GET", "/latest_example").get("tokens"))
 
-    def has_environment(self, env_id: int) -> bool:
-        """Whether an environment with this number has registered; dead ones count."""
-        return self.environment(env_id) is not None
-
     def environment(self, env_id: int) -> Mapping[str, Any] | None:
         """What the API tells the environment with this number, even a dead one; None if there is none."""
         response = self._send("GET", "/status-env", {"env_id": env_id}, allow_error=True)

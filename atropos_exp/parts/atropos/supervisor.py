@@ -197,7 +197,7 @@ class ProgramSupervisor:
             return
         self._last_probe = time.monotonic()
         with contextlib.suppress(ApiDown):
-            if self._client.has_environment(self._next_env_id):
+            if self._client.environment(self._next_env_id) is not None:
                 service.env_id = self._next_env_id
                 self._next_env_id += 1
                 self.counters["environments_registered"] += 1

@@ -30,13 +30,14 @@ class Refusal(Exception):
 
 def unsupported(name: str, value: object, instead: str) -> Refusal:
     """The refusal of a parameter that asks for something the gateway does not do; `instead` says what to do."""
-    shown = repr(value)
-    shown = shown if len(shown) <= 80 else shown[:77] + "..."
-    return Refusal(400, "parameter", f"{name}={shown} is not supported; {instead}", param=name)
+    return Refusal(400, "parameter", f"{name}={_shown(value)} is not supported; {instead}", param=name)
 
 
 def invalid(name: str, value: object, expected: str) -> Refusal:
     """The refusal of a value; `expected` says what it must be."""
+    return Refusal(400, "value", f"{name} must be {expected}; got {_shown(value)}", param=name)
+
+
+def _shown(value: object) -> str:
     shown = repr(value)
-    shown = shown if len(shown) <= 80 else shown[:77] + "..."
-    return Refusal(400, "value", f"{name} must be {expected}; got {shown}", param=name)
+    return shown if len(shown) <= 80 else shown[:77] + "..."

@@ -33,6 +33,10 @@ class Text:
         text: str = self._tokenizer.decode(token_ids.tolist(), skip_special_tokens=skip_special_tokens)
         return text
 
+    def token_texts(self, token_ids: TokenIds) -> list[str]:
+        """The text of each token by itself, special ones included."""
+        return [self.decode(token_ids[at : at + 1], skip_special_tokens=False) for at in range(len(token_ids))]
+
     def special_token(self, text: str) -> int | None:
         """The id of the special token written `text`; None if there is none."""
         return self._special.get(text)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -68,17 +68,7 @@ class Upstream:
     ) -> Answer:
         """`num_samples` completions of each prompt, within `seconds`."""
         flat, lengths = flatten(prompts, np.int32)
-        message = {
-            "token_ids": flat,
-            "lengths": lengths,
-            "num_samples": num_samples,
-            "temperature": params.temperature,
-            "top_p": params.top_p,
-            "top_k": params.top_k,
-            "max_tokens": params.max_tokens,
-            "stop_token_ids": list(params.stop_token_ids),
-            "seed": params.seed,
-        }
+        message = {"token_ids": flat, "lengths": lengths, "num_samples": num_samples, **asdict(params)}
         answer = await self._exchange("/generate", message, seconds)
         return Answer(
             token_ids=answer["token_ids"],

@@ -160,21 +160,15 @@ def _chat_prompt(sampler: Sampler, fields: Fields) -> TokenIds:
     return prompt
 
 
-def _token_texts(sampler: Sampler, completion: Completion) -> list[str]:
-    return [
-        sampler.text.decode(np.array([token]), skip_special_tokens=False) for token in completion.token_ids.tolist()
-    ]
-
-
 def _completion_logprobs(sampler: Sampler, completion: Completion) -> JSON:
-    texts = _token_texts(sampler, completion)
+    texts = sampler.text.token_texts(completion.token_ids)
     offsets = np.cumsum([0, *map(len, texts)])[:-1].tolist()
     logprobs = completion.logprobs.tolist()
     return {"tokens": texts, "token_logprobs": logprobs, "top_logprobs": None, "text_offset": offsets}
 
 
 def _chat_logprobs(sampler: Sampler, completion: Completion) -> list[JSON]:
-    texts = _token_texts(sampler, completion)
+    texts = sampler.text.token_texts(completion.token_ids)
     return [
         {"token": text, "logprob": logprob, "bytes": list(text.encode()), "top_logprobs": []}
         for text, logprob in zip(texts, completion.logprobs.tolist(), strict=True)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import uuid
 
-import numpy as np
-
 from atropos_exp.interfaces import JSON
 from atropos_exp.parts.gateway.dialects.fields import Fields, token_ids
 from atropos_exp.parts.gateway.dialects.request import Completion, take_sampling
@@ -59,10 +57,7 @@ def _answer(
     }
     output_ids = completion.token_ids.tolist()
     if with_logprobs:
-        texts = [
-            sampler.text.decode(np.array([token]), skip_special_tokens=False) if with_text else None
-            for token in output_ids
-        ]
+        texts = sampler.text.token_texts(completion.token_ids) if with_text else [None] * len(output_ids)
         meta["input_token_logprobs"] = []
         meta["output_token_logprobs"] = [
             list(entry) for entry in zip(completion.logprobs.tolist(), output_ids, texts, strict=True)
