@@ -36,13 +36,18 @@ JSON = dict[str, Any]
 class AdvantageEstimator(Protocol):
     """`conf/advantage`: how rewards of a group are compared."""
 
+    @property
+    def min_group_size(self) -> int: ...  # the fewest rollouts of a prompt that it can compare
+
     def __call__(self, groups: Sequence[RolloutGroup]) -> list[Floats]:
         """One float32 [G] per group, in order. Groups with environment-supplied advantages get zeros here."""
-        ...
 
 
 class PolicyLoss(Protocol):
     """`conf/loss`: from log-probabilities to a scalar. Rows are sequences, columns their trained tokens."""
+
+    @property
+    def kl_coef(self) -> float: ...  # of the KL term to the reference model; with 0 none is loaded
 
     def __call__(
         self,
@@ -61,7 +66,6 @@ class PolicyLoss(Protocol):
         """A scalar whose sum over micro-batches and mean over ranks is the loss of the mini-batch; and
         `policy_loss`, `supervised_loss`, `clip_fraction`, `reference_kl` of this micro-batch (sums weighted like the
         loss). Supervised tokens have no part in any of these but `supervised_loss`; they count in the denominators."""
-        ...
 
 
 class Reward(Protocol):
@@ -82,7 +86,6 @@ class PromptLoader(Protocol):
     @property
     def counts(self) -> object:
         """What was read and what was left out, as text for the user: printed when a run starts."""
-        ...
 
     def take(self, num_prompts: int) -> list[Prompt]: ...
 
@@ -90,7 +93,6 @@ class PromptLoader(Protocol):
 
     def restore(self, state: JSON) -> None:
         """Continue after `state`. Raises UserError if the data changed since."""
-        ...
 
 
 class EngineServer(Protocol):
@@ -99,11 +101,9 @@ class EngineServer(Protocol):
     @property
     def endpoint(self) -> Endpoint:
         """Where other processes of the run, such as the gateway, reach it."""
-        ...
 
     def score(self, sequences: Sequence[TokenIds], *, temperature: float) -> list[Floats]:
         """As `Engine.score`, by this server."""
-        ...
 
 
 class Engine(Protocol):
@@ -112,55 +112,44 @@ class Engine(Protocol):
     @property
     def dtype(self) -> str:
         """Of the served weights: float32 | bfloat16 | float16."""
-        ...
 
     @property
     def endpoint(self) -> Endpoint:
         """Where other processes of the run, such as the gateway, reach the server."""
-        ...
 
     @property
     def replicas(self) -> Sequence[EngineServer]:
         """Every server that samples: a weight sync is proven for each of them."""
-        ...
 
     @property
     def transfers_on_device(self) -> bool:
         """Whether `WeightReceiver.receive` wants tensors on the GPU; digests are then made there too."""
-        ...
 
     def generate(self, prompts: Sequence[TokenIds], params: SamplingParams, *, num_samples: int) -> list[list[Sample]]:
         """`num_samples` completions per prompt, in order. Same call, seed and weights: same tokens."""
-        ...
 
     def score(self, sequences: Sequence[TokenIds], *, temperature: float) -> list[Floats]:
         """For each sequence [T] the logprobs [T - 1] of tokens 1.., nats."""
-        ...
 
     def version(self) -> int: ...
 
     def libraries(self) -> Mapping[str, str]:
         """Versions of what its numbers come from, such as {"vllm": "0.24.0"}: its environment may be its own."""
-        ...
 
     def check(self) -> None:
         """Raise EngineError unless a real token can be generated within the deadline."""
-        ...
 
     def updating(self, version: int) -> AbstractContextManager[WeightReceiver]:
         """Pause, accept weights, resume as `version`. Leaving by an exception aborts: the engine then refuses
         to generate until a complete update has arrived."""
-        ...
 
     def sleep(self) -> tuple[int, int]:
         """Give the device's memory back until the next `updating`, which wakes it; nothing is sampled in between.
         Bytes in use on the device before and after, whoever holds them. EngineError where it cannot."""
-        ...
 
     def restart(self) -> None:
         """After EngineLost: a fresh server at the same address. It refuses to generate until a complete update has
         arrived. Raises EngineError."""
-        ...
 
     def stop(self) -> None: ...
 
@@ -171,15 +160,12 @@ class WeightReceiver(Protocol):
     def expected(self) -> Mapping[str, tuple[str, tuple[int, ...]]]:
         """name -> (dtype, shape) of every tensor the engine must be given in this update. Names of LoRA matrices among
         them (`weights.tensors.is_adapter`) ask for `PolicyTrainer.adapter`, nothing else for it without the base."""
-        ...
 
     def receive(self, bucket: Sequence[tuple[str, Tensor]]) -> None:
         """Hand over one bucket of full CPU or device tensors in the engine's dtype. Returns when it is loaded."""
-        ...
 
     def digests(self) -> Mapping[str, str]:
         """`weights.digest.digest` of each tensor as the engine now holds it; empty if the engine cannot tell."""
-        ...
 
 
 class PolicyTrainer(Protocol):
@@ -189,20 +175,16 @@ class PolicyTrainer(Protocol):
 
     def logprobs(self, sequences: Sequence[TokenIds], *, temperature: float) -> list[Floats]:
         """For each sequence [T] the logprobs [T - 1] of tokens 1.., nats: what `Engine.score` must reproduce."""
-        ...
 
     def parameters(self) -> Iterator[tuple[str, Tensor]]:
         """Full tensors one by one under their Hugging Face names, LoRA merged. Consume all of it on every rank."""
-        ...
 
     def adapter(self, *, with_base: bool) -> Iterator[tuple[str, Tensor]]:
         """LoRA's matrices one by one, `<module>.lora_A.weight` [rank, in] and `<module>.lora_B.weight` [out, rank], B
         already multiplied by alpha / rank; and the frozen base under its Hugging Face names, if it is wanted too."""
-        ...
 
     def save(self, folder: Path) -> None:
         """Write model (safetensors), optimizer, scheduler and RNG into `folder` (rank 0 writes)."""
-        ...
 
     def load(self, folder: Path) -> None: ...
 
@@ -214,7 +196,6 @@ class RolloutSource(Protocol):
 
     def counters(self) -> Mapping[str, float]:
         """Totals since the start of this process, by their full metric name; for the step's metrics."""
-        ...
 
     def state(self) -> JSON: ...
 
@@ -226,11 +207,9 @@ class RemoteSource(RolloutSource, Protocol):
 
     def take(self, num_groups: int, *, step: int) -> tuple[list[RolloutGroup], Dropped]:
         """Raises SourceUnavailable, with the reason, when its deadlines pass."""
-        ...
 
     def is_ready(self, *, step: int) -> bool:
         """After SourceUnavailable: whether `take` would return at once. Looks briefly; reconnects if it can."""
-        ...
 
 
 class Ledger(Protocol):
@@ -245,7 +224,6 @@ class Ledger(Protocol):
     ) -> list[Provenance | None]:
         """For each (token_ids [T], trained [T]) what is known of its trained tokens; None unless all are. `claim`
         marks their completions as having come back; `logprobs` [T], where known, tell equal ones apart."""
-        ...
 
 
 class Evaluator(Protocol):
@@ -253,7 +231,6 @@ class Evaluator(Protocol):
 
     def __call__(self, policy_version: int) -> dict[str, float]:
         """Metrics by name: `eval/<set>/accuracy` and so on."""
-        ...
 
 
 class Publisher(Protocol):
@@ -262,12 +239,10 @@ class Publisher(Protocol):
     @property
     def num_syncs(self) -> int:
         """Begun so far."""
-        ...
 
     @property
     def num_verified(self) -> int:
         """Of these, proven."""
-        ...
 
     def publish(self, version: int) -> SyncStats: ...
 
@@ -277,7 +252,6 @@ class Checkpointer(Protocol):
 
     def restore(self) -> int:
         """Load the newest valid checkpoint; return the number of finished steps (0 without one)."""
-        ...
 
     def save(self, step: int) -> None: ...
 
@@ -287,7 +261,6 @@ class Recorder(Protocol):
 
     def resume(self, step: int) -> None:
         """Forget what an interrupted process recorded after `step`: it will be done again."""
-        ...
 
     def record(
         self,

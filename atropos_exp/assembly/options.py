@@ -11,10 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from atropos_exp.interfaces import (
-    AdvantageEstimator,
     Engine,
     Logger,
-    PolicyLoss,
     PromptLoader,
     RemoteSource,
     Reward,
@@ -49,13 +47,11 @@ class DataPart(Protocol):
         prepared_folder: Path | None,
     ) -> PromptLoader:
         """Read, check and tokenise the training prompts. Raises UserError with file, row and reason."""
-        ...
 
     def eval_prompts(
         self, tokenizer: Any, *, num_prompts: int, max_prompt_length: int, prepared_folder: Path | None
     ) -> list[Prompt]:
         """At most `num_prompts` held-out prompts, the same for every seed."""
-        ...
 
 
 class RewardPart(Reward, Protocol):
@@ -79,7 +75,6 @@ class RolloutPart(Protocol):
 
     def choose(self, *, local: RolloutSource, remote: RemoteSource | None) -> RolloutSource:
         """The source of the run. `remote` is there exactly if `uses_atropos`."""
-        ...
 
 
 class EnginePart(Protocol):
@@ -100,21 +95,6 @@ class EnginePart(Protocol):
         `max_sequence_length`: the most tokens that a prompt and its answer have together. `lora`: the adapter that the
         model is trained with (rank 0: none), for an engine that serves it beside the base.
         """
-        ...
-
-
-class AdvantagePart(AdvantageEstimator, Protocol):
-    """`conf/advantage`: how the rewards of a group are compared."""
-
-    @property
-    def min_group_size(self) -> int: ...  # the fewest rollouts of a prompt that it can compare
-
-
-class LossPart(PolicyLoss, Protocol):
-    """`conf/loss`: what the gradient is taken of."""
-
-    @property
-    def kl_coef(self) -> float: ...  # weight of the KL term to the reference model; with 0 no reference model is loaded
 
 
 class JobQueue(Protocol):
@@ -126,11 +106,9 @@ class JobQueue(Protocol):
     def submit_run(self, *, name: str, arguments: Sequence[str], run_folder: Path) -> int:
         """Submit one run, follow it if the settings say so, and return the exit code. `arguments` follow the
         interpreter in the command line of one rank."""
-        ...
 
     def sweep_backend(self, sweep: SweepFolder, settings: object) -> Backend:
         """What executes the runs of a sweep as jobs."""
-        ...
 
 
 class ClusterPart(Protocol):
@@ -145,7 +123,6 @@ class ClusterPart(Protocol):
 
     def launch(self, command: Sequence[str]) -> int | None:
         """Run all ranks of `command` to their end and return the exit code; None: this process is itself the rank."""
-        ...
 
 
 class LoggerPart(Protocol):
@@ -167,4 +144,3 @@ class LoggerPart(Protocol):
         group: str | None,
     ) -> Logger:
         """`group`: that of the run's environments, for a tracker whose own `group` is null."""
-        ...

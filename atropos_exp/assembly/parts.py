@@ -8,15 +8,14 @@ from typing import TYPE_CHECKING, get_type_hints
 from typing_extensions import get_protocol_members, is_protocol
 
 from atropos_exp.assembly.options import (
-    AdvantagePart,
     ClusterPart,
     DataPart,
     EnginePart,
     LoggerPart,
-    LossPart,
     RewardPart,
     RolloutPart,
 )
+from atropos_exp.interfaces import AdvantageEstimator, PolicyLoss
 from atropos_exp.parts.atropos.environment import Environment
 from atropos_exp.parts.atropos.settings import AtroposSettings
 from atropos_exp.parts.eval.held_out import HeldOut
@@ -38,8 +37,8 @@ class Parts:
     env: Environment
     gateway: GatewaySettings
     engine: EnginePart
-    advantage: AdvantagePart
-    loss: LossPart
+    advantage: AdvantageEstimator
+    loss: PolicyLoss
     trainer: VerlFSDP2
     cluster: ClusterPart
     logger: LoggerPart
@@ -57,7 +56,7 @@ def lacking(group: str, part: object) -> str:
     missing = sorted(member for member in get_protocol_members(wanted) if not hasattr(part, member))
     if not missing:
         return ""
-    return f"{name} has no {', '.join(missing)}, which {wanted.__qualname__} (assembly/options.py) asks for"
+    return f"{name} has no {', '.join(missing)}, which {wanted.__qualname__} ({wanted.__module__}) asks for"
 
 
 if TYPE_CHECKING:  # mypy compares the built-in options with the Protocol of their group
@@ -82,11 +81,11 @@ if TYPE_CHECKING:  # mypy compares the built-in options with the Protocol of the
     from atropos_exp.parts.rollout.auto import AutoRollout
     from atropos_exp.parts.rollout.local import LocalRollout
 
-    _advantages: tuple[type[AdvantagePart], ...] = (VerlAdvantage,)
+    _advantages: tuple[type[AdvantageEstimator], ...] = (VerlAdvantage,)
     _clusters: tuple[type[ClusterPart], ...] = (Local, Slurm)
     _data: tuple[type[DataPart], ...] = (VerlData,)
     _engines: tuple[type[EnginePart], ...] = (HFEngine, SGLangEngine, VLLMEngine)
     _loggers: tuple[type[LoggerPart], ...] = (Console, NoLogger, Trackio, Wandb)
-    _losses: tuple[type[LossPart], ...] = (VerlPolicyLoss,)
+    _losses: tuple[type[PolicyLoss], ...] = (VerlPolicyLoss,)
     _rewards: tuple[type[RewardPart], ...] = (Exact, MathVerify, Numeric, ReasoningGym, RewardScore)
     _rollouts: tuple[type[RolloutPart], ...] = (AtroposRollout, AutoRollout, LocalRollout)

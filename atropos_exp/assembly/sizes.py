@@ -10,7 +10,8 @@ from atropos_exp.config.root import RunConfig
 from atropos_exp.config.typed import Mistake
 
 if TYPE_CHECKING:
-    from atropos_exp.assembly.options import AdvantagePart, ClusterPart
+    from atropos_exp.assembly.options import ClusterPart
+    from atropos_exp.interfaces import AdvantageEstimator
     from atropos_exp.parts.trainer.settings import TrainerSettings
 
 
@@ -35,7 +36,7 @@ def check_sizes(
     run: RunConfig,
     cluster: ClusterPart | None,
     trainer: TrainerSettings | None,
-    advantage: AdvantagePart | None,
+    advantage: AdvantageEstimator | None,
     *,
     device: str,
     environ: Mapping[str, str],

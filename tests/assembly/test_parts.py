@@ -27,21 +27,21 @@ class Compares:
 
 
 @pytest.mark.parametrize(
-    ("group", "part", "missing"),
+    ("group", "part", "missing", "protocol"),
     [
-        ("engine", Half(dtype="float32"), "max_restarts, start"),
-        ("advantage", Compares(), "min_group_size"),
-        ("reward", Compares(), "num_workers, timeout_seconds"),
-        ("rollout", LocalRollout(mask_truncated=False), ""),
+        ("engine", Half(dtype="float32"), "max_restarts, start", "EnginePart"),
+        ("advantage", Compares(), "min_group_size", "AdvantageEstimator"),
+        ("reward", Compares(), "num_workers, timeout_seconds", "RewardPart"),
+        ("rollout", LocalRollout(mask_truncated=False), "", ""),
     ],
 )
-def test_what_a_part_lacks_is_named(group: str, part: object, missing: str) -> None:
+def test_what_a_part_lacks_is_named(group: str, part: object, missing: str, protocol: str) -> None:
     found = lacking(group, part)
     if not missing:
         assert found == ""
     else:
         name = f"{__name__}.{type(part).__qualname__}"
-        assert found.startswith(f"{name} has no {missing}, which {group.capitalize()}Part")
+        assert found.startswith(f"{name} has no {missing}, which {protocol} ")
 
 
 def test_where_there_is_one_option_its_class_is_wanted() -> None:

@@ -78,7 +78,7 @@ class VerlFSDP2(TrainerSettings):
 
         backend = build(frozen=False)
         check_packing(backend, torch_device)
-        uses_reference = getattr(loss, "kl_coef", 0.0) != 0
+        uses_reference = loss.kl_coef != 0
         return FSDP2Trainer(
             self,
             backend=backend,
