@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from tests.atropos_conformance.contract import Request
 from tests.atropos_conformance.programs import Api, Environment, Run
+from tests.atropos_conformance.trainer import Request
 
 
 class Started:

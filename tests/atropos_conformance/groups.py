@@ -14,6 +14,26 @@ from tests.atropos_conformance.expected import IGNORED, SENTINEL, Group
 
 LONGEST = 136  # tokens that a sequence may have
 SPECIAL = 5  # smaller token ids mean something to a tokenizer
+# Kind of bad group, and the reason under which it is counted as dropped.
+REASONS = {
+    "a mask shorter than its tokens": "lengths",
+    "4 sequences, 1 mask, 1 score": "lengths",
+    "a mask value that is not the token": "mask_value",
+    "masks of true and false": "mask_value",
+    "a token id beyond the vocabulary": "token_id",
+    "a negative token id": "token_id",
+    "nothing trained": "no_trained_token",
+    "dummy tokens 0..127": "dummy_tokens",
+    "a token too many": "too_long",
+    "images": "multimodal",
+    "distillation": "distillation",
+    "logprobs of another length": "lengths",
+    "advantages of another length": "lengths",
+    "an absurd score": "non_finite",
+    "an impossible temperature": "temperature",
+    "doubled": "doubled",
+    "too old": "stale",
+}
 
 
 class Maker:

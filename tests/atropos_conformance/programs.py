@@ -17,9 +17,10 @@ from typing import Any
 import httpx
 
 from atropos_exp.processes.ports import HeldPort
-from tests.atropos_conformance.contract import HERE, Request, load
+from tests.atropos_conformance import trainer
+from tests.atropos_conformance.trainer import Request, Step
 
-trainer = load()
+HERE = Path(__file__).resolve().parent
 MARK = "CONFORMANCE_RUN"
 START_SECONDS = 240.0  # of a trainer until it has registered, beside other tests
 STEP_SECONDS = 120.0
@@ -111,9 +112,8 @@ class Run:
     def output(self) -> str:
         return self._log.read_text(errors="replace")
 
-    def steps(self) -> list[Any]:
-        found: list[Any] = trainer.steps(self.folder)
-        return found
+    def steps(self) -> list[Step]:
+        return trainer.steps(self.folder)
 
     def wait_until(self, condition: Callable[[], Any], what: str, seconds: float = STEP_SECONDS) -> Any:
         def check() -> Any:
@@ -123,7 +123,7 @@ class Run:
 
         return wait_for(check, what, seconds, why=lambda: self.output[-4000:])
 
-    def wait_for_steps(self, number: int, seconds: float = STEP_SECONDS) -> list[Any]:
+    def wait_for_steps(self, number: int, seconds: float = STEP_SECONDS) -> list[Step]:
         self.wait_until(lambda: trainer.num_steps(self.folder) >= number, f"{number} steps", seconds)
         return self.steps()
 
@@ -142,7 +142,7 @@ class Run:
         return found
 
     def programs(self, name: str) -> list[int]:
-        """Its processes that are the program `name` of the adapter's PROGRAMS, not those that watch over one."""
+        """Its processes that are the program `name` of trainer.PROGRAMS, not those that watch over one."""
         return [pid for pid in self.family() if trainer.is_program(name, command_line(pid))]
 
     def kill(self) -> None:

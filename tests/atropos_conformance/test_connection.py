@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 
-from tests.atropos_conformance import expected
+from atropos_exp.parts.atropos.client import AtroposClient, BatchLost
+from tests.atropos_conformance import expected, trainer
 from tests.atropos_conformance.expected import Group
 from tests.atropos_conformance.groups import LONGEST, Maker
-from tests.atropos_conformance.programs import START_SECONDS, trainer
+from tests.atropos_conformance.programs import START_SECONDS
 from tests.atropos_conformance.proxy import Proxy, Seen
 
 FIELDS = {
@@ -152,8 +153,10 @@ def test_first_batch_is_asked_for_right_after_registering(story: SimpleNamespace
 def test_wandb_project_and_group_are_forwarded(story: SimpleNamespace) -> None:
     """W&B: project and group are those that the trainer logs to."""
     assert all(story.wandb_info.values())
-    project, group = trainer.wandb_place(story.third.folder)
-    assert story.taken_over_info == {"project": project, "group": group}
+    group = "/".join(story.third.folder.parts[-3:])
+    assert story.taken_over_info == {"project": "atropos-exp", "group": group}
+    (record,) = story.third.folder.rglob("*.wandb")  # what W&B keeps of a run offline
+    assert all(name in record.read_bytes() for name in (b"atropos-exp", group.encode()))
     assert story.taken_over_info["group"] != story.wandb_info["group"]
 
 
@@ -195,7 +198,7 @@ def test_each_update_trains_one_batch_once(story: SimpleNamespace) -> None:
 
 def test_foreign_run_is_refused(story: SimpleNamespace) -> None:
     """API of another run: refused with its name, and left alone."""
-    assert story.foreign_code == trainer.EXIT_CODE_REFUSED
+    assert story.foreign_code == 2
     assert story.wandb_info["group"] in story.foreign.output, "the message says whose it is"
     assert story.still == (story.info, story.wandb_info), "and leaves it alone"
 
@@ -257,6 +260,9 @@ def test_silent_read_is_given_up_and_counted(started: Any, story: SimpleNamespac
     story.api.post("/register", body)
     story.api.send(dict(story.sent[0][0]))
     proxy.delay_next_batch = 2.0
-    trainer.expect_lost_batch(proxy.url, seconds=0.5)
+    client = AtroposClient(proxy.url, batch_seconds=0.5)
+    started.later(client.close)
+    with pytest.raises(BatchLost):
+        client.batch()
     time.sleep(1.0)
     assert len(proxy.to("/batch")) == 1

@@ -14,8 +14,8 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.atropos_conformance.contract import HERE
-from tests.atropos_conformance.programs import START_SECONDS, Run, command_line, trainer, wait_for
+from tests.atropos_conformance import trainer
+from tests.atropos_conformance.programs import HERE, START_SECONDS, Run, command_line, wait_for
 
 RECOVERY_SECONDS = 180.0  # until an environment is loaded again and has sent a batch
 GONE_SECONDS = 15.0

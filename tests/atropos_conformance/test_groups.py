@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from tests.atropos_conformance import expected
+from tests.atropos_conformance import expected, trainer
 from tests.atropos_conformance.expected import IGNORED, SENTINEL, Group
-from tests.atropos_conformance.groups import LONGEST, SPOIL, Maker, spoiled
-from tests.atropos_conformance.programs import START_SECONDS, Run, trainer, wait_for
+from tests.atropos_conformance.groups import LONGEST, REASONS, SPOIL, Maker, spoiled
+from tests.atropos_conformance.programs import START_SECONDS, Run, wait_for
 
 KL_COEF = 0.1
 EQUAL = 2e-4  # relative, between two ways to compute in float32
@@ -236,7 +236,7 @@ def test_longest_sequence_is_trained_and_a_longer_one_is_not(played: Played) -> 
     """a sequence of the budget, and one more: trained; dropped."""
     played.check("longest")
     assert max(len(one.tokens) for group in played.steps["longest"].groups for one in group) == LONGEST
-    assert trainer.dropped(played.run.folder)[trainer.REASONS["a token too many"]] >= 1
+    assert trainer.dropped(played.run.folder)[REASONS["a token too many"]] >= 1
 
 
 def test_unknown_overrides_are_told_and_do_no_harm(played: Played) -> None:
@@ -248,15 +248,15 @@ def test_unknown_overrides_are_told_and_do_no_harm(played: Played) -> None:
 @pytest.mark.parametrize("kind", [*SPOIL, "doubled"])
 def test_bad_group_is_dropped_under_a_name(played: Played, kind: str) -> None:
     """16 kinds of invalid groups: dropped, each with a reason."""
-    assert trainer.dropped(played.run.folder)[trainer.REASONS[kind]] >= 1
+    assert trainer.dropped(played.run.folder)[REASONS[kind]] >= 1
 
 
 def test_counters_match_exactly_what_was_sent(played: Played) -> None:
     """the same: counted exactly."""
     right = Counter[str]()
     for kind, number in played.bad.items():
-        if kind in trainer.REASONS:
-            right[trainer.REASONS[kind]] += number
+        if kind in REASONS:
+            right[REASONS[kind]] += number
     assert trainer.dropped(played.run.folder) == dict(right)
     assert trainer.dropped_rollouts(played.run.folder) == {reason: 4 * number for reason, number in right.items()}
     assert trainer.lost_batches(played.run.folder) == played.bad["not finite: the API loses the batch"] == 2

@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.atropos_conformance import expected
+from tests.atropos_conformance import expected, trainer
 from tests.atropos_conformance.expected import IGNORED, SENTINEL, Group
-from tests.atropos_conformance.programs import START_SECONDS, Run, trainer
+from tests.atropos_conformance.programs import START_SECONDS, Run
 
+ASSISTANT, END = 4, 1  # of the chat template of the model `tiny`
 TEMPERATURE = 1.5  # so that answers differ
 STEPS = 4  # with something to learn from
 SECONDS = 240.0
@@ -85,7 +86,7 @@ def by_score(started: Any) -> Played:
 
 @pytest.fixture(scope="module")
 def by_turn(started: Any) -> Played:
-    return Played(started, "by_turn", environment_arguments=trainer.TOKEN_ADVANTAGES)
+    return Played(started, "by_turn", environment_arguments={"token_advantages": True})
 
 
 def said_by_policy(tokens: list[int]) -> list[bool]:
@@ -94,8 +95,8 @@ def said_by_policy(tokens: list[int]) -> list[bool]:
     for token in tokens:
         said.append(room > 0)
         if room:
-            room = 0 if token == trainer.END else room - 1
-        elif token == trainer.ASSISTANT:
+            room = 0 if token == END else room - 1
+        elif token == ASSISTANT:
             room = LONGEST_TURN
     return said
 

@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 
+from tests.atropos_conformance import trainer
 from tests.atropos_conformance.groups import Maker
-from tests.atropos_conformance.programs import START_SECONDS, Run, trainer, wait_for
+from tests.atropos_conformance.programs import START_SECONDS, Run, wait_for
 from tests.atropos_conformance.proxy import Proxy
 
 SILENCE = 4.0  # seconds without a batch until the run goes on alone

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 from atropos_exp.processes.ports import HeldPort
-from tests.atropos_conformance import expected
+from tests.atropos_conformance import expected, trainer
 from tests.atropos_conformance.expected import IGNORED, SENTINEL, Group
-from tests.atropos_conformance.programs import START_SECONDS, trainer, wait_for
+from tests.atropos_conformance.groups import REASONS
+from tests.atropos_conformance.programs import START_SECONDS, wait_for
 
 MAX_LAG = 2
 EQUAL = 5e-4
@@ -194,7 +195,7 @@ def _logprobs(story: SimpleNamespace, version: int, one: Any) -> np.ndarray:
 
 def test_too_old_a_group_is_dropped(story: SimpleNamespace) -> None:
     """older than allowed: dropped and counted."""
-    assert trainer.dropped(story.run.folder)[trainer.REASONS["too old"]] == 1
+    assert trainer.dropped(story.run.folder)[REASONS["too old"]] == 1
 
 
 def test_missing_logprobs_and_temperature_come_from_the_sampler(story: SimpleNamespace) -> None:
@@ -215,7 +216,7 @@ def test_other_logprobs_than_the_sampler_gave_are_corrected(story: SimpleNamespa
 
 def test_group_that_comes_back_twice_is_trained_once(story: SimpleNamespace) -> None:
     """the same group again: dropped and counted."""
-    assert trainer.dropped(story.run.folder) == {trainer.REASONS["too old"]: 1, trainer.REASONS["doubled"]: 1}
+    assert trainer.dropped(story.run.folder) == {REASONS["too old"]: 1, REASONS["doubled"]: 1}
 
 
 def test_requests_wait_for_new_weights_and_none_is_aborted(story: SimpleNamespace) -> None:

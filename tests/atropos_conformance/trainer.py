@@ -1,20 +1,20 @@
-"""This project as the suite sees it. Everything that knows its command line and its files is here."""
+"""A run of the trainer as the suite sees it: its command line and its files."""
 
 from __future__ import annotations
 
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from atropos_exp.parts.model.tiny import WEIGHTS
 from atropos_exp.runs.journal import read_journal
 from atropos_exp.types import RolloutGroup
-from tests.atropos_conformance.contract import HERE, Request, Step, TrainedSequence
+from tests.helpers.paths import ROOT
 
-ROOT = HERE.parents[1]
-EXIT_CODE_REFUSED = 2
 VOCABULARY = 384
 PROGRAMS = {
     "api": "atroposlib.cli.run_api",
@@ -38,6 +38,71 @@ LOSSES = {
     "kl": "policy/reference_kl",
     "total": "loss/total",
     "grad_norm": "grad/norm",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One run of the trainer: 2 groups of 4 sequences a step; sequences of at most 136 tokens, completions of 8; no
+    evaluation."""
+
+    folder: Path  # of the run; the same again resumes it
+    steps: int
+    api_url: str | None = None  # None: the trainer starts API and environments itself
+    gateway_port: int | None = None  # where environments find the inference server; None: any
+    falls_back: bool = False  # to its own rollouts while the API is silent or gone
+    data_timeout: float = 120.0  # seconds without a batch although the API answers
+    outage_timeout: float = 4.0  # seconds without the API, before it falls back
+    start_timeout: float = 240.0  # seconds until the first batch
+    take_over: bool = False  # of an API that serves another run
+    max_version_lag: int | None = None
+    kl_coef: float = 0.0
+    learning_rate: float = 2e-4
+    temperature: float = 1.0  # of training rollouts
+    keeps_weights: bool = False  # of every step
+    environment: Sequence[str] = ()  # command of the environment to be started; (): the single-turn one
+    multi_turn: bool = False  # start the multi-turn environment instead
+    environment_arguments: dict[str, Any] = field(default_factory=dict)  # --env.KEY VALUE
+    num_processes: int = 1  # of the environment
+    max_restarts: int = 5  # of an environment
+    num_ranks: int = 1
+    logs_to_wandb: bool = False  # offline
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedSequence:
+    """One trained sequence. Lists of one length; logprobs in nats."""
+
+    tokens: list[int]
+    trained: list[bool]
+    logprobs: list[float] | None  # of the behaviour policy, 0.0 where not trained
+    advantages: list[float] | None  # of the environment
+    reward: float
+    policy_version: int
+    zero_advantage: bool
+    supervised: bool
+    temperature: float | None
+    group_id: str
+    source: str  # "atropos" or "local"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One update. `losses`: policy, supervised, kl (per trained token), total, grad_norm (before clipping)."""
+
+    step: int
+    groups: list[list[TrainedSequence]]
+    losses: dict[str, float]
+    log: dict[str, float]  # its whole line of metrics.jsonl
+
+
+CAUSES = {
+    "nobody has registered": "no environment has registered",
+    "a silent environment": "environments have registered and send nothing",
+    "a minimum allocation": "minimum allocation .* Nothing is queued of environment 1",
+    "sizes that do not divide": "sizes divide the largest",
+    "sequences that are too long": "drops its groups because a sequence has 137 tokens or more",
+    "an environment that does not start": r"environment external ended with exit code 3, 2 times in a row",
 }
 
 
@@ -180,84 +245,6 @@ def lost_batches(folder: Path) -> int:
     return int(rows[-1].get("atropos/lost_batches", 0)) if rows else 0
 
 
-ASSISTANT, END = 4, 1  # of the chat template of the model `tiny`
-TOKEN_ADVANTAGES = {"token_advantages": True}  # of the multi-turn environment
-CAUSES = {
-    "nobody has registered": "no environment has registered",
-    "a silent environment": "environments have registered and send nothing",
-    "a minimum allocation": "minimum allocation .* Nothing is queued of environment 1",
-    "sizes that do not divide": "sizes divide the largest",
-    "sequences that are too long": "drops its groups because a sequence has 137 tokens or more",
-    "an environment that does not start": r"environment external ended with exit code 3, 2 times in a row",
-}
-REASONS = {
-    "a mask shorter than its tokens": "lengths",
-    "4 sequences, 1 mask, 1 score": "lengths",
-    "a mask value that is not the token": "mask_value",
-    "masks of true and false": "mask_value",
-    "a token id beyond the vocabulary": "token_id",
-    "a negative token id": "token_id",
-    "nothing trained": "no_trained_token",
-    "dummy tokens 0..127": "dummy_tokens",
-    "a token too many": "too_long",
-    "images": "multimodal",
-    "distillation": "distillation",
-    "logprobs of another length": "lengths",
-    "advantages of another length": "lengths",
-    "an absurd score": "non_finite",
-    "an impossible temperature": "temperature",
-    "doubled": "doubled",
-    "too old": "stale",
-}
-
-
 def saved(folder: Path, step: int) -> bool:
     """Whether a run can be resumed from `step`."""
     return (folder / "checkpoints" / f"step_{step:06d}" / "manifest.json").exists()
-
-
-def wandb_place(folder: Path) -> tuple[str, str]:
-    """Project and group that the trainer itself logged to, from the record that W&B keeps of a run offline."""
-    import re
-
-    (record,) = folder.rglob("*.wandb")
-    raw = record.read_bytes()
-    group = "/".join(folder.parts[-3:])
-    assert group.encode() in raw, f"{record} does not name the group {group}"
-    assert re.search(rb"atropos-exp", raw)
-    return "atropos-exp", group
-
-
-HOW = {
-    "test_foreign_run_is_refused": "exit code 2; `atropos.take_over` named as the way",
-    "test_foreign_run_is_taken_over_when_told_to": "`atropos.take_over=true`",
-    "test_waiting_trainer_neither_hammers_nor_sleeps": "0.05 s to 1 s, jittered",
-    "test_slow_batch_is_waited_for": "`atropos.batch_timeout`, at least 120 s",
-    "test_silent_read_is_given_up_and_counted": "`atropos/lost_batches`",
-    "test_each_update_trains_one_batch_once": "all formed batches are fetched at once and sorted; one is trained",
-    "test_behaviour_logprobs_make_truncated_importance_weights": "`trainer.importance_cap`",
-    "test_missing_logprobs_and_the_sentinel_are_no_logprobs": "weight 1; the ledger's where the gateway sampled them",
-    "test_counters_match_exactly_what_was_sent": "`atropos/groups_dropped_<reason>`",
-    "test_numbers_that_are_not_finite_cost_one_batch_and_no_step": "`atropos/lost_batches`",
-    "test_stated_version_is_the_one_that_sampled": "the gateway's ledger knows it",
-    "test_too_old_a_group_is_dropped": "`atropos.max_version_lag`, counted as `stale`",
-    "test_other_logprobs_than_the_sampler_gave_are_corrected": "`atropos/logprobs_corrected`",
-    "test_silent_api_does_not_stop_a_run_that_may_fall_back": "`rollout=auto`, `atropos.data_timeout`",
-    "test_run_goes_on_alone_without_an_api": "`rollout=auto`, `atropos.timeout`",
-    "test_stall_is_explained_in_time": "`atropos.data_timeout`",
-    "test_environment_that_does_not_start_is_given_up_with_its_last_words": "`atropos.max_restarts`",
-}
-
-
-def expect_lost_batch(url: str, *, seconds: float) -> None:
-    """Ask once for a batch with this deadline; fails unless the client says that it is lost."""
-    import pytest
-
-    from atropos_exp.parts.atropos.client import AtroposClient, BatchLost
-
-    client = AtroposClient(url, batch_seconds=seconds)
-    try:
-        with pytest.raises(BatchLost):
-            client.batch()
-    finally:
-        client.close()
