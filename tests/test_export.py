@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from atropos_exp.export import main
 from atropos_exp.parts.model.hf_folder import copy_description
 from atropos_exp.runs.checkpoints import Checkpoints
+from tests.helpers.paths import ROOT
 
 TEMPLATE = "{% for message in messages %}<|im_start|>{{ message['content'] }}<|im_end|>{% endfor %}"
 
@@ -210,8 +211,7 @@ def test_mistakes_end_with_code_2_and_one_message(tmp_path: Path, capsys: pytest
 
 def test_the_command(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "atropos_exp.export"]
-    here = Path(__file__).parent.parent
     for arguments, code in (([], 2), (["--help"], 0), ([str(tmp_path), str(tmp_path / "out")], 2)):
-        done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=60, cwd=here)
+        done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=60, cwd=ROOT)
         assert done.returncode == code, done.stderr
         assert "Traceback" not in done.stderr

@@ -13,6 +13,7 @@ from atropos_exp import metrics
 from atropos_exp.metrics import Clock, sentence, summarize
 from atropos_exp.parts.eval.held_out import eval_metrics
 from atropos_exp.types import Dropped, Finish, Rollout, RolloutGroup, SyncStats, UpdateStats
+from tests.helpers.paths import ROOT
 
 
 def rollout(*, reward: float, prompt: int = 2, response: int = 3, version: int = 4, **more: object) -> Rollout:
@@ -184,5 +185,5 @@ def test_the_readme_table_lists_every_metric() -> None:
 
 
 def test_the_documented_table_is_the_code_s():
-    documented = (Path(__file__).resolve().parent.parent / "docs" / "metrics.md").read_text()
+    documented = (ROOT / "docs" / "metrics.md").read_text()
     assert documented.endswith(metrics.markdown_table() + "\n"), "python -m atropos_exp.metrics prints the new table"

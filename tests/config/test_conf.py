@@ -6,7 +6,6 @@ import dataclasses
 import subprocess
 import sys
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +17,7 @@ from atropos_exp.config.build import build, find_class
 from atropos_exp.config.freeze import config_hash
 from atropos_exp.config.origin import CONF_DIR, Origin
 from atropos_exp.config.root import GROUPS, RunConfig
+from tests.helpers.paths import ROOT
 
 OPTIONS = sorted((path.parent.name, path.stem) for path in CONF_DIR.glob("*/*.yaml") if path.parent.name in GROUPS)
 SWEEPS = sorted(("sweep", path.stem) for path in CONF_DIR.glob("sweep/*.yaml"))  # no part of a run, so no group of one
@@ -112,7 +112,7 @@ print(sorted({{name.split(".")[0] for name in sys.modules}} & {heavy!r}))
 
 
 def test_sweep_files_are_options_of_the_group_sweeps() -> None:
-    files = sorted((Path(__file__).parents[2] / "sweeps").glob("*.yaml"))
+    files = sorted((ROOT / "sweeps").glob("*.yaml"))
     assert files
     for file in files:
         assert file.read_text().startswith("# @package _global_\n# "), f"{file.name}: the first lines say what it asks"

@@ -18,6 +18,7 @@ from atropos_exp.doctor.line import Level, Line
 from atropos_exp.runs.files import RunFiles, read_rows, write_summary
 from atropos_exp.runs.summary import summarize_run
 from atropos_exp.types import StepMetrics
+from tests.helpers.paths import ROOT
 
 STEPS = 20
 Values = Callable[[int], dict[str, float]]
@@ -152,14 +153,14 @@ def test_the_command_and_its_exit_code(tmp_path: Path) -> None:
     write_run(tmp_path, lambda step: {"length/truncated_fraction": 0.9})
     done = subprocess.run(
         [sys.executable, "-m", "atropos_exp.doctor", str(tmp_path)],
-        cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=60, check=False,
+        cwd=ROOT, capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (1, "")
     assert "warn  length" in done.stdout and "-> raise max_response_length" in done.stdout
     assert json.loads((tmp_path / "summary.json").read_text())["status"] == "finished"
     elsewhere = subprocess.run(
         [sys.executable, "-m", "atropos_exp.doctor", str(tmp_path / "..")],
-        cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=60, check=False,
+        cwd=ROOT, capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
     assert elsewhere.returncode == 2 and "is no run folder" in elsewhere.stdout
 

@@ -22,8 +22,7 @@ from atropos_exp.doctor.line import Level
 from atropos_exp.doctor.slurm import check_slurm, minutes
 from atropos_exp.doctor.versions import check_versions
 from atropos_exp.parts.data.raw import make_row
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.helpers.paths import ROOT
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:

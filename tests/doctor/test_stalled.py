@@ -23,8 +23,8 @@ from atropos_exp.doctor.line import Level
 from atropos_exp.doctor.stalled import ROLES, _newest, _stage, watch
 from atropos_exp.parts.model.tiny import WEIGHTS
 from atropos_exp.runs.checkpoints import Checkpoints
+from tests.helpers.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 SMALL = ("rollout=local", "eval.num_prompts=8", "eval.every=0", "eval.samples_per_prompt=0", "logger=none")
 MEASURED = """
 import resource, sys

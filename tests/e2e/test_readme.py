@@ -2,11 +2,11 @@
 
 import re
 import shlex
-from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.helpers.paths import ROOT
+
 README = (ROOT / "README.md").read_text()
 
 

@@ -21,8 +21,8 @@ from atropos_exp.parts.engine.servers import Servers
 from atropos_exp.parts.gateway.settings import GatewaySettings
 from atropos_exp.parts.model.tiny import WEIGHTS
 from atropos_exp.processes.ports import HeldPort
+from tests.helpers.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 STOP = 1  # <|end|>
 # A third digit and <|end|> do not both fit: answers of 100 and more are cut.
 SMALL = ("batch_size=4", "group_size=12", "max_response_length=3", "temperature=0.9", "top_p=0.98", "top_k=50",

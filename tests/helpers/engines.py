@@ -17,6 +17,7 @@ import yaml
 
 from atropos_exp.config.origin import CONF_DIR
 from atropos_exp.parts.engine.servers import Servers
+from tests.helpers.paths import ROOT
 
 
 def engine_settings(option: str, **changes: Any) -> Any:
@@ -57,8 +58,7 @@ def start_in_another_process(option: str, model_folder: Path, log_folder: Path) 
 
 
 def start_python(*arguments: str) -> subprocess.Popen[str]:
-    root = str(Path(__file__).resolve().parents[2])
-    environment = {**os.environ, "PYTHONPATH": root}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.Popen([sys.executable, *arguments], stdout=subprocess.PIPE, text=True, env=environment)
 
 

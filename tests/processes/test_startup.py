@@ -5,12 +5,12 @@ from __future__ import annotations
 import gc
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from atropos_exp.parts.model.tiny import WEIGHTS
 from atropos_exp.processes.startup import no_collections
+from tests.helpers.paths import ROOT
 
 CODE = """
 import sys
@@ -28,9 +28,8 @@ print(torch.ones(2).sum().item())
 
 
 def test_tokenizers_work_and_pytorch_can_be_imported_afterwards() -> None:
-    root = Path(__file__).parents[2]
     code = CODE.format(folder=str(WEIGHTS))
-    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
     # <|user|>, one token per digit and sign, <|assistant|>
     assert done.stdout == "[3, 21, 22, 15, 23, 24, 33, 4] True False\n2.0\n"

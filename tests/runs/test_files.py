@@ -12,6 +12,7 @@ import pytest
 from atropos_exp.runs.files import RunFiles, note_command, read_json_lines, read_metrics, read_rows, write_summary
 from atropos_exp.runs.summary import SUMMARY_KEYS, summarize_run
 from atropos_exp.types import SampleRecord, StepMetrics
+from tests.helpers.paths import ROOT
 
 
 def step(number: int, **values: float) -> StepMetrics:
@@ -87,7 +88,7 @@ while True:
     if number == 200:
         print("far enough", flush=True)
 """
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, env=environment) as writer:
         assert writer.stdout is not None
         writer.stdout.readline()

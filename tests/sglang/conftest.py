@@ -13,10 +13,11 @@ import torch
 from atropos_exp.parts.engine.servers import Servers
 from atropos_exp.parts.engine.sglang import settings as sglang
 from tests.helpers.engines import start_random
+from tests.helpers.paths import ROOT
 from tests.helpers.random_models import random_model
 
 torch.set_num_threads(1)
-PYTHON = Path(__file__).parents[2] / ".venv-sglang-cpu" / "bin" / "python"
+PYTHON = ROOT / ".venv-sglang-cpu" / "bin" / "python"
 MAX_LENGTH = 300
 ON_CPU = {
     "device": "cpu",

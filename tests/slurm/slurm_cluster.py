@@ -14,8 +14,8 @@ from pathlib import Path
 
 from atropos_exp.parts.cluster.slurm.attempts import read_attempts
 from tests.helpers.experiments import SMALL, final_state, metrics
+from tests.helpers.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = Path(__file__).with_name("slurm_up.sh")
 NOT_OVER = ("RUNNING", "PENDING", "REQUEUED", "UNKNOWN")  # the accounting hears of everything a little later
 ON_SLURM = ("cluster=slurm", "cluster.cpus_per_task=1", "cluster.time_minutes=20")

@@ -16,6 +16,7 @@ from atropos_exp.errors import UserError
 from atropos_exp.runs.sweep_backend import Job
 from atropos_exp.runs.sweep_folder import Phase, RunState, SweepFolder
 from atropos_exp.sweep.local import LocalBackend
+from tests.helpers.paths import ROOT
 
 # Notes that it started, with its device; ends well after `seconds`. "stubborn" ignores SIGTERM.
 JOB = """
@@ -174,7 +175,7 @@ def test_jobs_end_with_a_submitter_that_stayed_and_outlive_one_that_left(sweep: 
     backend = LocalBackend(sweep, num_slots=1)
     environ = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
     }
     for how in ("leaves", "stays"):
         (sweep.path / "mark_0").unlink(missing_ok=True)

@@ -21,6 +21,7 @@ from atropos_exp.processes.ranks import Ranks
 from atropos_exp.weights.digest import digest
 from atropos_exp.weights.group import Group, GroupError, GroupSource, Transfer, store_file
 from tests.helpers.faulty_lines import SQUARE, TransposesOne
+from tests.helpers.paths import ROOT
 from tests.helpers.publishing import HeldModel, manage
 from tests.helpers.random_models import random_model
 
@@ -159,7 +160,7 @@ def test_a_process_ends_well_after_its_groups(tmp_path: Path) -> None:
         "engine.stop()\n"
         "folders = [os.open('.', os.O_RDONLY) for _ in range(64)]\n"
     )
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path)],
         capture_output=True,

@@ -11,11 +11,12 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+
+from tests.helpers.paths import ROOT
 
 FAULTS = ("nothing", "receive", "stale", "trainer", "adapter")  # the last is none
 CANARY = [np.array([1, 2, 3], dtype=np.int32)]
@@ -144,12 +145,11 @@ def main(rank: int, meeting: str) -> None:
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
     """Fault -> what each of the two ranks saw."""
-    root = str(Path(__file__).resolve().parents[2])
     meeting = str(tmp_path_factory.mktemp("ranks") / "meeting")
     ranks = [
         subprocess.Popen(
             [sys.executable, __file__, str(rank), meeting],
-            env={**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE,
             text=True,
         )

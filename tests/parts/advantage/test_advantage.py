@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +21,7 @@ from atropos_exp.parts.advantage.opo import OPO
 from atropos_exp.parts.advantage.reinforce_plus_plus_baseline import ReinforcePlusPlusBaseline
 from atropos_exp.parts.advantage.rloo import RLOO
 from atropos_exp.types import Finish, Rollout, RolloutGroup
+from tests.helpers.paths import CONF
 
 PLAIN: dict[str, Any] = {"normalization": "none", "clip": None}
 SCALED: dict[str, Any] = {"norm_by_std": True, "epsilon": 1e-6}
@@ -274,7 +274,7 @@ def test_settings_out_of_range_are_named(setting: str, value: object) -> None:
 
 def test_shipped_yaml_and_fields_agree() -> None:
     names = set()
-    for path in sorted((Path(__file__).parents[3] / "conf/advantage").glob("*.yaml")):
+    for path in sorted((CONF / "advantage").glob("*.yaml")):
         node = OmegaConf.load(path)
         cls = get_class(node.pop("_target_"))
         assert set(node) == {field.name for field in fields(cls)}, path

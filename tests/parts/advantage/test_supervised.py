@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,13 +10,14 @@ from hydra.utils import get_class
 from omegaconf import OmegaConf
 
 from atropos_exp.types import Finish, Rollout, RolloutGroup
+from tests.helpers.paths import CONF
 
-CONF = Path(__file__).parents[3] / "conf" / "advantage"
-NAMES = sorted(path.stem for path in CONF.glob("*.yaml"))
+ADVANTAGES = CONF / "advantage"
+NAMES = sorted(path.stem for path in ADVANTAGES.glob("*.yaml"))
 
 
 def estimator(name: str, normalization: str) -> Any:
-    values = OmegaConf.load(CONF / f"{name}.yaml")
+    values = OmegaConf.load(ADVANTAGES / f"{name}.yaml")
     target = values.pop("_target_")
     return get_class(target)(**{**values, "normalization": normalization})
 

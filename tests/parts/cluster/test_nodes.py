@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 from atropos_exp.processes.ports import HeldPort
+from tests.helpers.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[3]
 # argv: the folder that stands for this node's disk, and whether its download fails. Prints what `find` gave and how
 # often it had to download.
 RANK = """

@@ -16,10 +16,11 @@ from atropos_exp.config.build import build
 from atropos_exp.errors import UserError
 from atropos_exp.parts.data.verl import VerlData
 from data_prep.prepare import configure, preflight
+from tests.helpers.paths import CONF, ROOT
 
 Make = Callable[..., Any]
-CONF = Path(__file__).parents[3] / "conf" / "data"
-OPTIONS = sorted(CONF.glob("*.yaml"))
+DATA = CONF / "data"
+OPTIONS = sorted(DATA.glob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", OPTIONS, ids=lambda path: path.stem)
@@ -47,7 +48,7 @@ def test_settings_are_light() -> None:
         "heavy = names & set(sys.modules); "
         "sys.exit(', '.join(sorted(heavy)) or None)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=CONF.parents[1])
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=ROOT)
     assert done.returncode == 0, done.stderr
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from pathlib import Path
 
-BENCHMARK = Path(__file__).resolve().parents[3] / "benchmarks" / "gateway.py"
+from tests.helpers.paths import ROOT
+
+BENCHMARK = ROOT / "benchmarks" / "gateway.py"
 
 
 def test_throughput_and_memory() -> None:

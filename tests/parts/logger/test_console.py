@@ -19,8 +19,9 @@ from atropos_exp.parts.logger.none import NoLogger
 from atropos_exp.parts.logger.step_line import LiveFigures, TimeLeft, clock, step_line
 from atropos_exp.parts.logger.wandb import Wandb
 from atropos_exp.types import StepMetrics
+from tests.helpers.paths import CONF, ROOT
 
-CONF = Path(__file__).parents[3] / "conf" / "logger"
+LOGGERS = CONF / "logger"
 SUMMARY = {"status": "finished", "steps": 3, "reward_first": 0.25, "reward_last": 0.75, "wall_seconds": 62.4}
 
 
@@ -37,7 +38,7 @@ def logger(stream: Any, *, live: bool | None = None, every: int = 1) -> ConsoleL
 
 @pytest.mark.parametrize(("option", "schema"), [("console", Console), ("none", NoLogger), ("wandb", Wandb)])
 def test_the_yaml_has_the_settings_of_the_schema(option: str, schema: Any) -> None:
-    keys = yaml.safe_load((CONF / f"{option}.yaml").read_text())
+    keys = yaml.safe_load((LOGGERS / f"{option}.yaml").read_text())
     assert keys.pop("_target_") == f"atropos_exp.parts.logger.{option}.{schema.__name__}"
     assert {field.name for field in fields(schema)} == set(keys)
     made = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), keys))
@@ -150,6 +151,5 @@ def test_settings_import_no_heavy_library() -> None:
         "import sys, atropos_exp.parts.logger.wandb, atropos_exp.parts.logger.console, atropos_exp.parts.logger.none;"
         "print([m for m in ('torch','wandb','rich','verl','pyarrow','omegaconf') if m in sys.modules])"
     )
-    root = Path(__file__).parents[3]
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=root)
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=ROOT)
     assert found.stdout.strip() == "[]"

@@ -17,6 +17,7 @@ from atropos_exp.errors import UserError
 from atropos_exp.parts.logger.remote import RemoteLogger
 from atropos_exp.parts.logger.wandb import Mode, Wandb
 from atropos_exp.types import SampleRecord, StepMetrics
+from tests.helpers.paths import ROOT
 
 KEY = "0123456789abcdef" * 2 + "01234567"  # of the form that wandb accepts
 CANARY = "canary-value-in-no-upload"
@@ -156,8 +157,7 @@ for number in range(1, 21):
 print("logged", flush=True)
 time.sleep(60)
 """
-    root = str(Path(__file__).parents[3])
-    environment = os.environ | {"PYTHONPATH": root}
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, env=environment) as run:
         assert run.stdout is not None
         while b"logged" not in run.stdout.readline():

@@ -19,9 +19,9 @@ import pytest
 from atropos_exp.parts.logger.remote import RemoteLogger
 from atropos_exp.parts.logger.wandb import Mode, Wandb
 from atropos_exp.types import StepMetrics
+from tests.helpers.paths import ROOT
 
 KEY = "0123456789abcdef" * 2 + "01234567"
-ROOT = Path(__file__).resolve().parents[3]
 SUMMARY = {"status": "finished", "steps": 3}
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,7 @@ from atropos_exp.parts.loss.cispo import CISPO
 from atropos_exp.parts.loss.dr_grpo import DrGRPO
 from atropos_exp.parts.loss.gspo import GSPO
 from atropos_exp.parts.loss.ppo_clip import PPOClip
+from tests.helpers.paths import CONF
 
 Evaluate = Callable[..., tuple[float, Any, dict[str, float]]]
 RandomData = Callable[..., dict[str, Any]]
@@ -86,7 +86,7 @@ def test_settings_out_of_range_are_named(make: Callable[[], object], name: str) 
 
 
 def test_shipped_yaml_and_fields_agree() -> None:
-    for path in sorted((Path(__file__).parents[3] / "conf/loss").glob("*.yaml")):
+    for path in sorted((CONF / "loss").glob("*.yaml")):
         node = OmegaConf.merge({"max_response_length": 64}, {"loss": OmegaConf.load(path)}).loss
         cls = get_class(node.pop("_target_"))
         assert set(node) == {field.name for field in fields(cls)}, path

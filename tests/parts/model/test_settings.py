@@ -16,13 +16,14 @@ from atropos_exp.errors import UserError
 from atropos_exp.parts.model import hf_folder
 from atropos_exp.parts.model.hub import HubModel
 from atropos_exp.types import LoraSettings
+from tests.helpers.paths import CONF, ROOT
 
-CONF = Path(__file__).parents[3] / "conf" / "model"
+MODELS = CONF / "model"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 def model(**changes: Any) -> HubModel:
-    values = yaml.safe_load((CONF / "qwen2_5_0_5b_instruct.yaml").read_text())
+    values = yaml.safe_load((MODELS / "qwen2_5_0_5b_instruct.yaml").read_text())
     values.pop("_target_")
     lora = LoraSettings(**values.pop("lora"))
     return HubModel(**{**values, "lora": lora, **changes})
@@ -68,7 +69,7 @@ def test_foreign_code_needs_a_commit(revision: str | None) -> None:
 
 
 def test_shipped_options_run_no_foreign_code() -> None:
-    options = sorted(CONF.glob("*.yaml"))
+    options = sorted(MODELS.glob("*.yaml"))
     assert [path.stem for path in options] == [
         *("qwen2_5_0_5b_instruct", "qwen2_5_1_5b_instruct", "qwen3_0_6b", "qwen3_4b", "smollm2_135m", "tiny")
     ]
@@ -183,7 +184,5 @@ def test_settings_are_frozen_and_light() -> None:
         "heavy = {'torch', 'transformers', 'verl', 'tokenizers', 'gguf', 'huggingface_hub'}\n"
         "print(sorted(heavy & {name.split('.')[0] for name in sys.modules}))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, cwd=CONF.parents[1]
-    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, cwd=ROOT)
     assert done.stdout.strip() == "[]", done.stdout + done.stderr

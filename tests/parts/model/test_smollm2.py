@@ -21,13 +21,14 @@ from atropos_exp.parts.model import smollm2, smollm2_convert
 from atropos_exp.parts.model.smollm2 import SmolLM2
 from atropos_exp.runs import manifest
 from atropos_exp.types import LoraSettings
+from tests.helpers.paths import CONF
 from tests.parts.model.synthetic_gguf import write_gguf
 
-CONF = Path(__file__).parents[3] / "conf" / "model" / "smollm2_135m.yaml"
+SETTINGS = CONF / "model" / "smollm2_135m.yaml"
 
 
 def model() -> SmolLM2:
-    values = yaml.safe_load(CONF.read_text())
+    values = yaml.safe_load(SETTINGS.read_text())
     values.pop("_target_")
     return SmolLM2(**{**values, "lora": LoraSettings(**values["lora"])})
 

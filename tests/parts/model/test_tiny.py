@@ -14,12 +14,13 @@ from atropos_exp.errors import UserError
 from atropos_exp.parts.model import tiny
 from atropos_exp.parts.model.tiny import TinyModel
 from atropos_exp.types import LoraSettings
+from tests.helpers.paths import CONF
 
-CONF = Path(__file__).parents[3] / "conf" / "model" / "tiny.yaml"
+SETTINGS = CONF / "model" / "tiny.yaml"
 
 
 def model() -> TinyModel:
-    values = yaml.safe_load(CONF.read_text())
+    values = yaml.safe_load(SETTINGS.read_text())
     values.pop("_target_")
     return TinyModel(**{**values, "lora": LoraSettings(**values["lora"])})
 

@@ -21,10 +21,10 @@ from atropos_exp.parts.reward.exact import Exact
 from atropos_exp.parts.reward.math_verify import MathVerify
 from atropos_exp.parts.reward.pool import RewardPool
 from atropos_exp.types import Prompt, RewardFailure
+from tests.helpers.paths import ROOT
 from tests.helpers.processes import is_alive
 from tests.parts.reward import misbehaving
 
-ROOT = Path(__file__).resolve().parents[3]
 PROMPT = Prompt(
     prompt_id="p/0", data_source="p", text="1+1=", token_ids=np.arange(64, dtype=np.int32), ground_truth="2"
 )

@@ -6,7 +6,6 @@ import json
 import sys
 import time
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,7 @@ from atropos_exp.parts.reward.numeric import Numeric
 from atropos_exp.parts.reward.reasoning_gym import ReasoningGym
 from atropos_exp.parts.reward.reward_score import SAFE, RewardScore
 from atropos_exp.types import Prompt
+from tests.helpers.paths import CONF
 
 RUN: dict[str, Any] = {"num_workers": 1, "timeout_seconds": 5.0}
 EXACT: dict[str, Any] = {"extract": None, "last_line": False, "ignore_case": False, **RUN}
@@ -289,7 +289,7 @@ def test_settings_out_of_range_are_named(make: Any, key: str) -> None:
 
 
 def test_shipped_yaml_and_fields_agree() -> None:
-    paths = sorted((Path(__file__).parents[3] / "conf/reward").glob("*.yaml"))
+    paths = sorted((CONF / "reward").glob("*.yaml"))
     assert [path.stem for path in paths] == ["exact", "math_verify", "numeric", "reasoning_gym", "reward_score"]
     for path in paths:
         node = OmegaConf.load(path)

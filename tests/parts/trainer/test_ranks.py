@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from atropos_exp.processes.ports import HeldPort
+from tests.helpers.paths import ROOT
 from tests.parts.trainer import ranks
 from tests.parts.trainer.trainer_cases import full_weights, make_batch, write_model
 
@@ -41,7 +42,7 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "WORLD_SIZE": "2",
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port.number),
-            "PYTHONPATH": str(Path(__file__).parents[3]),
+            "PYTHONPATH": str(ROOT),
         }
         command = [sys.executable, ranks.__file__, str(folder)]
         log = (folder / f"log_{rank}.txt").open("w")

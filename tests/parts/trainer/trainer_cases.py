@@ -15,8 +15,9 @@ from torch import Tensor
 
 from atropos_exp.parts.trainer.fsdp2 import VerlFSDP2
 from atropos_exp.types import TrainBatch
+from tests.helpers.paths import CONF
 
-CONF = Path(__file__).parents[3] / "conf" / "trainer" / "fsdp2.yaml"
+SETTINGS = CONF / "trainer" / "fsdp2.yaml"
 VOCAB = 48
 
 
@@ -71,7 +72,7 @@ def settings(**changes: Any) -> VerlFSDP2:
 
     Adam with epsilon = 1 moves a weight by lr * g / (|g| + 1) in its first step.
     """
-    values = yaml.safe_load(CONF.read_text())
+    values = yaml.safe_load(SETTINGS.read_text())
     values.pop("_target_")
     plain = {"learning_rate": 1.0, "adam_epsilon": 1.0, "weight_decay": 0.0, "max_grad_norm": 1e9}
     return VerlFSDP2(**(values | plain | changes))

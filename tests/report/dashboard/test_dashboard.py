@@ -19,8 +19,8 @@ from atropos_exp.metrics import sentence
 from atropos_exp.processes.ports import HeldPort
 from atropos_exp.report.dashboard.workspace import sections
 from atropos_exp.types import StepMetrics
+from tests.helpers.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[3]
 HAS_WORKSPACES = importlib.util.find_spec("wandb_workspaces") is not None
 HAS_TRACKIO = importlib.util.find_spec("trackio") is not None
 needs_workspaces = pytest.mark.skipif(not HAS_WORKSPACES, reason="needs the extra `dashboard`")
