@@ -19,7 +19,7 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # silences a F
 import pytest
 
 FOLDER = Path(__file__).parent
-sys.path.insert(0, str(FOLDER.parent))  # `tests.helpers`, `tests.parts.trainer.trainer_cases`, ...
+sys.path.insert(0, str(FOLDER.parent))  # `tests.helpers`, `tests.helpers.trainer_cases`, ...
 pytest.register_assert_rewrite("tests.helpers", "tests.parts", "tests.runs", "tests.atropos_conformance")
 # They run first, so that none of them is left over for one worker at the end (pyproject: --no-loadscope-reorder).
 LONG = ("e2e", "atropos_conformance", "sweep", "doctor", "test_extending.py")

@@ -21,9 +21,8 @@ from safetensors.torch import save_file
 
 from atropos_exp.parts.trainer import logprob_head
 from atropos_exp.types import TrainBatch
-from tests.parts.trainer.ranks import mixed_batch
-from tests.parts.trainer.scored_groups import clipped_loss
-from tests.parts.trainer.trainer_cases import (
+from tests.helpers.scored_groups import clipped_loss
+from tests.helpers.trainer_cases import (
     Lora,
     Model,
     WeightedLoss,
@@ -33,6 +32,7 @@ from tests.parts.trainer.trainer_cases import (
     start,
     write_model,
 )
+from tests.parts.trainer.ranks import mixed_batch
 
 # Two updates each. Adam divides small gradients by themselves, which enlarges rounding errors; epsilon bounds that.
 ADAM = {"learning_rate": 0.01, "adam_epsilon": 1e-3, "max_grad_norm": 1.0}

@@ -15,8 +15,8 @@ import numpy as np
 
 from atropos_exp.parts.cluster.slurm.attempts import read_attempts
 from tests.helpers.experiments import final_state, metrics, run, summary
+from tests.helpers.page_text import Text, expected_comparison
 from tests.slurm.slurm_cluster import ON_SLURM, ROOT, Cluster, ends, last_step, output, rank_pid
-from tests.sweep.page_text import Text, expected_comparison
 
 NUM_STEPS = 30
 NUM_PROMPTS = 16

@@ -15,7 +15,7 @@ from atropos_exp.runs.atomic import write_atomic
 from atropos_exp.runs.files import RunFiles
 from atropos_exp.runs.sweep_folder import Phase, Request, RunRecord, RunState, SweepFolder
 from atropos_exp.types import StepMetrics
-from tests.sweep.page_text import Text
+from tests.helpers.page_text import Text
 
 CHROMIUM = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None

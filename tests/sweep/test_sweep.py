@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from atropos_exp.runs.sweep_folder import SweepFolder
-from tests.sweep.page_text import Text, expected_comparison
+from tests.helpers.page_text import Text, expected_comparison
 from tests.sweep.test_local import assert_nothing_is_left
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]

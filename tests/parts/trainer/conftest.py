@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.parts.trainer import trainer_cases
+from tests.helpers import trainer_cases
 
 
 @pytest.fixture(scope="session")

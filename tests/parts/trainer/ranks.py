@@ -17,9 +17,9 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 
 from atropos_exp.errors import UserError
-from tests.parts.trainer.plain_grpo import make_group, make_rollout
-from tests.parts.trainer.scored_groups import clipped_loss, multi_turn, packed
-from tests.parts.trainer.trainer_cases import Lora, Model, WeightedLoss, make_batch, split, start
+from tests.helpers.plain_grpo import make_group, make_rollout
+from tests.helpers.scored_groups import clipped_loss, multi_turn, packed
+from tests.helpers.trainer_cases import Lora, Model, WeightedLoss, make_batch, split, start
 
 # Adam divides small gradients by themselves and so enlarges rounding errors; a larger epsilon bounds that
 ADAM = {"learning_rate": 0.01, "adam_epsilon": 1e-3, "max_grad_norm": 1.0}

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from atropos_exp.types import TrainBatch
-from tests.parts.trainer.trainer_cases import full_weights, make_batch
+from tests.helpers.trainer_cases import full_weights, make_batch
 
 
 def poisoned(value: float = math.nan) -> TrainBatch:

@@ -11,7 +11,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from atropos_exp.parts.trainer.flops import PEAK_FLOPS, UpdateFlops, peak_flops
-from tests.parts.trainer.trainer_cases import VOCAB, Lora, Model, make_batch, plain_model
+from tests.helpers.trainer_cases import VOCAB, Lora, Model, make_batch, plain_model
 
 LENGTH = 11
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.parts.trainer.trainer_cases import Model, full_weights, make_batch, plain_model, split
+from tests.helpers.trainer_cases import Model, full_weights, make_batch, plain_model, split
 
 SCORED = [part["token_ids"].numpy() for part in split(make_batch(seed=9))]
 ADAM = {"learning_rate": 0.01, "adam_epsilon": 1e-8, "max_grad_norm": 1.0}

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from atropos_exp.errors import UserError
-from tests.parts.trainer.trainer_cases import Lora, Model, full_weights, make_batch, plain_logprobs, plain_model, split
+from tests.helpers.trainer_cases import Lora, Model, full_weights, make_batch, plain_logprobs, plain_model, split
 
 ADAM = {"learning_rate": 0.02, "adam_epsilon": 1e-8}
 LORA = Model(lora=Lora(rank=4, alpha=8, target_modules=["q_proj", "v_proj", "down_proj"]))

@@ -10,7 +10,7 @@ import torch
 import yaml
 from hydra.utils import get_class
 
-from tests.parts.trainer.trainer_cases import (
+from tests.helpers.trainer_cases import (
     CONF,
     full_weights,
     make_batch,

@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 
 from atropos_exp.processes.ports import HeldPort
 from tests.helpers.paths import ROOT
+from tests.helpers.trainer_cases import full_weights, make_batch, write_model
 from tests.parts.trainer import ranks
-from tests.parts.trainer.trainer_cases import full_weights, make_batch, write_model
 
 # fp32 sums in another order
 CLOSE = {"atol": 2e-6, "rtol": 1e-4}

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from atropos_exp.types import Rollout, RolloutGroup
-from tests.parts.trainer.plain_grpo import logprobs_of, make_group, make_rollout, total_loss, with_scalars
-from tests.parts.trainer.scored_groups import clipped_loss, multi_turn, packed
-from tests.parts.trainer.trainer_cases import Lora, Model, full_weights, plain_model
+from tests.helpers.plain_grpo import logprobs_of, make_group, make_rollout, total_loss, with_scalars
+from tests.helpers.scored_groups import clipped_loss, multi_turn, packed
+from tests.helpers.trainer_cases import Lora, Model, full_weights, plain_model
 
 KL = 0.4
 

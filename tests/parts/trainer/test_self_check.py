@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from atropos_exp.errors import UserError
-from tests.parts.trainer.trainer_cases import Model, full_weights, make_batch
+from tests.helpers.trainer_cases import Model, full_weights, make_batch
 
 
 @pytest.fixture

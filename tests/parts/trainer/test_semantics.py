@@ -17,8 +17,8 @@ from torch import Tensor
 
 from atropos_exp.parts.loss.ppo_clip import PPOClip
 from atropos_exp.types import Rollout, RolloutGroup
-from tests.parts.trainer.plain_grpo import logprobs_of, make_group, make_rollout, with_scalars
-from tests.parts.trainer.scored_groups import (
+from tests.helpers.plain_grpo import logprobs_of, make_group, make_rollout, with_scalars
+from tests.helpers.scored_groups import (
     CLIPPING,
     assert_differs,
     check_update,
@@ -27,7 +27,7 @@ from tests.parts.trainer.scored_groups import (
     multi_turn,
     packed,
 )
-from tests.parts.trainer.trainer_cases import full_weights, plain_model
+from tests.helpers.trainer_cases import full_weights, plain_model
 
 
 def test_tool_and_user_tokens_have_no_loss(start: Any, model_folder: Path) -> None:

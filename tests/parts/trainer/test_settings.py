@@ -16,7 +16,7 @@ from atropos_exp.errors import UserError
 from atropos_exp.parts.trainer.fsdp2 import VerlFSDP2
 from atropos_exp.parts.trainer.schedule import learning_rate_factor
 from atropos_exp.parts.trainer.settings import require_ranks
-from tests.parts.trainer.trainer_cases import CONF, Model, make_batch, settings, write_model
+from tests.helpers.trainer_cases import CONF, Model, make_batch, settings, write_model
 
 
 def test_yaml_and_dataclass_agree() -> None:

@@ -13,7 +13,7 @@ import torch
 
 from atropos_exp.errors import UserError
 from atropos_exp.parts.trainer import tensor_files
-from tests.parts.trainer.trainer_cases import Lora, Model, full_weights, make_batch, plain_logprobs, plain_model, split
+from tests.helpers.trainer_cases import Lora, Model, full_weights, make_batch, plain_logprobs, plain_model, split
 
 ADAM = {"learning_rate": 0.01, "adam_epsilon": 1e-8, "weight_decay": 0.1, "max_grad_norm": 1.0}
 RUN = {**ADAM, "scheduler": "cosine", "warmup_steps": 2, "max_steps": 6, "num_mini_batches": 2}

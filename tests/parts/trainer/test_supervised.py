@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from atropos_exp.types import RolloutGroup
-from tests.parts.trainer.plain_grpo import gradient_norm, logits_of, make_group, make_rollout, total_loss, with_scalars
-from tests.parts.trainer.scored_groups import (
+from tests.helpers.plain_grpo import gradient_norm, logits_of, make_group, make_rollout, total_loss, with_scalars
+from tests.helpers.scored_groups import (
     assert_differs,
     check_update,
     clipped_loss,
@@ -20,7 +20,7 @@ from tests.parts.trainer.scored_groups import (
     multi_turn,
     packed,
 )
-from tests.parts.trainer.trainer_cases import full_weights, plain_model
+from tests.helpers.trainer_cases import full_weights, plain_model
 
 
 def mixed() -> list[RolloutGroup]:

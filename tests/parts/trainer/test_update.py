@@ -13,7 +13,7 @@ import torch
 from atropos_exp.errors import UserError
 from atropos_exp.parts.trainer import logprob_head
 from atropos_exp.types import TrainBatch
-from tests.parts.trainer.trainer_cases import (
+from tests.helpers.trainer_cases import (
     VOCAB,
     Lora,
     Model,

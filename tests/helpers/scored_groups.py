@@ -13,7 +13,7 @@ from atropos_exp.batching import pack
 from atropos_exp.parts.advantage.grpo import GRPO
 from atropos_exp.parts.loss.ppo_clip import PPOClip
 from atropos_exp.types import RolloutGroup, TrainBatch
-from tests.parts.trainer.plain_grpo import (
+from tests.helpers.plain_grpo import (
     CLIP_HIGH,
     CLIP_LOW,
     DUAL_CLIP,
@@ -23,7 +23,7 @@ from tests.parts.trainer.plain_grpo import (
     total_loss,
     with_scalars,
 )
-from tests.parts.trainer.trainer_cases import plain_model, weights_after_step
+from tests.helpers.trainer_cases import plain_model, weights_after_step
 
 # prompt, answer, tool output, answer, user, answer
 MULTI_TURN = ("ppaaattttaauuaaa", "pppaaattaaatttta", "paattttttuaaaaaa")
