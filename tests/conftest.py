@@ -19,10 +19,10 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # silences a F
 import pytest
 
 FOLDER = Path(__file__).parent
-sys.path.insert(0, str(FOLDER.parent))  # `tests.helpers`, `tests.helpers.trainer_cases`, ...
+sys.path.insert(0, str(FOLDER.parent))  # `tests.helpers`, `tests.parts.reward.misbehaving`, ...
 pytest.register_assert_rewrite("tests.helpers", "tests.parts", "tests.runs", "tests.atropos_conformance")
 # They run first, so that none of them is left over for one worker at the end (pyproject: --no-loadscope-reorder).
-LONG = ("e2e", "atropos_conformance", "sweep", "doctor", "test_extending.py")
+LONG = ("e2e", "atropos_conformance", "sweep", "doctor", "envs", "test_extending.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

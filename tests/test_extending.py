@@ -16,7 +16,6 @@ import pytest
 from tests.helpers.paths import ROOT
 
 EXAMPLE = re.compile(r"^`((?:atropos_exp|conf)/[\w./]+)`\n\n```(?:python|yaml)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-pytestmark = pytest.mark.timeout(960)
 SMALL = (
     "batch_size=8", "group_size=4", "trainer.max_steps=2", "eval.num_prompts=8", "eval.every=0",
     "eval.samples_per_prompt=0", "logger=none",
@@ -53,6 +52,8 @@ def train(package: Path, folder: Path, *overrides: str) -> tuple[dict[str, Any],
     return summary, rows
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(960)
 def test_reward_data_advantage_loss_cluster_and_transport(package: Path, tmp_path: Path) -> None:
     _, rows = train(
         package, tmp_path, "rollout=local", "reward=closeness", "data=counting", "advantage=median", "loss=reinforce",
@@ -63,12 +64,16 @@ def test_reward_data_advantage_loss_cluster_and_transport(package: Path, tmp_pat
     assert [row["eval/counting/num"] for row in rows if "eval/counting/num" in row] == [8, 8]
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(960)
 def test_an_engine_in_this_process(package: Path, tmp_path: Path) -> None:
     _, rows = train(package, tmp_path, "rollout=local", "engine=in_process")
     assert max(row["policy/logprob_gap_max"] for row in rows[1:]) < 1e-3
     assert not (tmp_path / "run" / "log" / "engine.log").exists()
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(960)
 def test_an_environment(package: Path, tmp_path: Path) -> None:
     summary, rows = train(package, tmp_path, "rollout=atropos", "env=even_numbers", "max_prompt_length=16")
     assert summary["rollouts"]["atropos"] == 2 * 8 * 4 and summary["rollouts"]["local"] == 0

@@ -30,7 +30,7 @@ FIELDS = {
 }
 SLOW = 11.0  # seconds: more than the 10 after which other trainers hang up, and lose the batch
 IDLE = 4.0
-pytestmark = pytest.mark.timeout(1200)  # the runs that the tests share are started by the first one
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]  # the runs that the tests share are started by the first one
 PLAIN = (1.0, 0.0, 0.5, 0.25)
 
 

@@ -19,7 +19,7 @@ from tests.atropos_conformance.programs import HERE, START_SECONDS, Run, command
 
 RECOVERY_SECONDS = 180.0  # until an environment is loaded again and has sent a batch
 GONE_SECONDS = 15.0
-pytestmark = pytest.mark.timeout(1200)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
 def more_steps(run: Run, number: int, what: str) -> None:

@@ -21,7 +21,7 @@ STEPS = 4  # with something to learn from
 SECONDS = 240.0
 LONGEST_TURN = 8  # tokens, as `Request` has it
 EQUAL = 5e-4
-pytestmark = pytest.mark.timeout(1200)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
 class Played:

@@ -21,7 +21,7 @@ from tests.atropos_conformance.proxy import Proxy
 SILENCE = 4.0  # seconds without a batch until the run goes on alone
 OUTAGE = 3.0  # seconds without an API
 PATIENCE = 5.0  # seconds more that it may take to say so
-pytestmark = pytest.mark.timeout(1200)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 PLAIN = (1.0, 0.0, 0.5, 0.25)
 
 

@@ -34,6 +34,24 @@ def start(tmp_path: Path):
 
 
 @pytest.mark.timeout(400)
+def test_a_run_through_atropos(start) -> None:
+    """Every rollout comes from the environment, through the gateway; nothing is trained twice, nothing is left."""
+    run = start("rollout=atropos", "trainer.max_steps=3")
+    run.wait_until(lambda: run.steps("atropos"), "a step through Atropos", START_SECONDS)
+    family = descendants(run.process.pid)
+    assert run.wait(200) == 0, run.output[-3000:]
+    found = summary(run.folder)
+    assert (found["status"], found["steps"], found["rollouts"]["local"]) == ("finished", 3, 0)
+    assert found["rollouts"]["atropos"] == 3 * 16
+    assert found["sync"]["count"] == found["sync"]["verified"] == 4
+    assert max(row.get("policy/logprob_gap_max") or 0.0 for row in metrics(run.folder)) < 1e-4
+    ids = group_ids(run.folder)
+    assert len(ids) == len(set(ids)) == 3 * 4
+    wait_for_end(family)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
 def test_a_run_through_atropos_and_the_death_of_each_of_its_parts(start) -> None:
     """Gateway, environment, engine and API are killed at random moments and the run recovers; an engine that dies more
     often than it may ends it."""
@@ -73,6 +91,7 @@ def test_a_run_through_atropos_and_the_death_of_each_of_its_parts(start) -> None
     assert run.output.count("Atropos delivers again") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(500)
 def test_two_ranks_killed_in_the_middle_go_on_and_leave_nothing(start) -> None:
     """kill -9 of a two-rank run takes everything with it; the same command then finishes it, nothing trained twice."""

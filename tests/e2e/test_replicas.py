@@ -22,6 +22,7 @@ def rows_of(log):
     return log.read_text().count("serving ")
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_one_of_two_servers_is_killed_under_a_run_through_atropos(tmp_path):
     (tmp_path / "run").mkdir()

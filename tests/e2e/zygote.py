@@ -1,4 +1,4 @@
-"""Forks one experiment per request, so that twenty crashes do not import torch and verl twenty times.
+"""Forks one experiment per request, so that many crashes import torch and verl once.
 
 Reads a line of JSON (the overrides) from standard input, forks, prints the child's process id; the child runs the
 experiment exactly as `python -m atropos_exp.run` does and writes to the file named by "log".

@@ -10,12 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.experiments import run
+from tests.slurm.slurm_cluster import Cluster
+
 HERE = Path(__file__).parent
-# `slurm_cluster`, and of the tests beside these `experiments` and `page_text`
-
-from tests.helpers.experiments import run  # noqa: E402
-from tests.slurm.slurm_cluster import Cluster  # noqa: E402
-
 LONG = ("test_sweep.py", "test_preemption.py", "test_failures.py", "test_runs.py")
 NEEDED = ("slurmctld", "slurmd", "slurmdbd", "mariadbd", "munged")
 

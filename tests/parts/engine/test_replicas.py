@@ -163,6 +163,7 @@ def test_a_lost_server_is_replaced_and_all_are_synced_again(engines: Servers, tr
     assert (resync.num_restarts, resync.num_syncs, resync.num_verified, resync.num_repeated) == (1, 2, 2, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("transport", "lost"), [("gloo", 0), ("shm+gloo", 0), ("shm+gloo", 1)])
 def test_a_server_lost_in_the_middle_of_an_update_to_a_group(
     model_folder: Path, tmp_path: Path, trainer: Trainer, transport: str, lost: int

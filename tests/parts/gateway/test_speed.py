@@ -6,11 +6,14 @@ import json
 import subprocess
 import sys
 
+import pytest
+
 from tests.helpers.paths import ROOT
 
 BENCHMARK = ROOT / "benchmarks" / "gateway.py"
 
 
+@pytest.mark.slow
 def test_throughput_and_memory() -> None:
     done = subprocess.run(
         [sys.executable, str(BENCHMARK), "--requests", "2000", "--json"], capture_output=True, text=True, timeout=280
