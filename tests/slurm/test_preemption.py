@@ -13,8 +13,8 @@ from atropos_exp.parts.cluster.slurm.attempts import read_attempts
 from tests.helpers.experiments import summary
 from tests.slurm.slurm_cluster import Cluster, assert_same, ends, last_step, output
 
-NUM_PREEMPTIONS = 10
-NUM_STEPS = 100
+NUM_PREEMPTIONS = 6
+NUM_STEPS = 80
 RUN = (f"trainer.max_steps={NUM_STEPS}", "checkpoint.every=6", "eval.num_prompts=0")
 
 
@@ -28,7 +28,7 @@ def terminating(tmp_path: Path) -> Iterator[Cluster]:
         found.wipe()
 
 
-def test_ten_preemptions_change_nothing(cluster: Cluster, tmp_path: Path, undisturbed: Path) -> None:
+def test_six_preemptions_change_nothing(cluster: Cluster, tmp_path: Path, undisturbed: Path) -> None:
     folder = tmp_path / "out" / "run"
     job = cluster.submit(folder, "cluster.partition=low", "cluster.signal_seconds=150", *RUN)
     moments = random.Random(3)
