@@ -56,8 +56,14 @@ def processor_seconds(
     return done, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
-def test_the_default_configuration_is_healthy_and_quick(tmp_path: Path) -> None:
-    done, spent = processor_seconds(lambda: command(f"output_dir={tmp_path}"))
+@pytest.fixture(scope="module")
+def healthy(folder: Path) -> tuple[subprocess.CompletedProcess[str], float]:
+    """The doctor on the default configuration."""
+    return processor_seconds(lambda: command(f"output_dir={folder}"))
+
+
+def test_the_default_configuration_is_healthy(healthy: tuple[subprocess.CompletedProcess[str], float]) -> None:
+    done, _ = healthy
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
     topics = [line.split()[1] for line in lines if line.startswith("ok ")]
@@ -66,11 +72,17 @@ def test_the_default_configuration_is_healthy_and_quick(tmp_path: Path) -> None:
     }
     assert {"environment", "tracking", "tokenizer", "data", "reward"} <= {*topics}
     assert " 0 warn, 0 fail" in lines[-1]
+
+
+@pytest.mark.slow
+def test_the_default_configuration_is_examined_quickly(
+    healthy: tuple[subprocess.CompletedProcess[str], float],
+) -> None:
     # Seconds of computation, since other tests share the cores and nothing here waits for anything but its own work.
     # A ratio, since processors differ: 1.2 to 1.5 were seen.
     imports = [sys.executable, "-c", "import torch, transformers, verl"]
     _, of_imports = processor_seconds(lambda: subprocess.run(imports, text=True, check=True, timeout=240))
-    assert spent < 2.5 * of_imports, (spent, of_imports)
+    assert healthy[1] < 2.5 * of_imports, (healthy[1], of_imports)
 
 
 def test_the_program_ends_with_the_worst_and_says_what_to_type(tmp_path: Path) -> None:
