@@ -20,6 +20,7 @@ class TestFaults(FaultContract):
     loss = "the engine holds other bits than were sent of"
 
 
+@pytest.mark.slow
 def test_a_server_killed_half_way(tmp_path: Path, start: Any) -> None:
     engine = start(tmp_path, random_model(seed=0))
     trainer = HeldModel(random_model(seed=7))
