@@ -100,7 +100,7 @@ def test_cancel_and_states_without_accounting(here: Cluster, tmp_path: Path, mon
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tool.parent}:{os.environ['PATH']}")
     assert {state.state for state in states(ids).values()} == {"CANCELLED"}
-    assert states(["999999"])["999999"] == jobs.JobState(state="UNKNOWN", reason="", exit_code="")
+    assert states(["999999"])["999999"] == JobState(state="UNKNOWN", reason="", exit_code="")
 
 
 def test_a_queued_job_keeps_its_configuration(cluster: Cluster, tmp_path: Path) -> None:
