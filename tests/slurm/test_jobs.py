@@ -16,7 +16,7 @@ from atropos_exp.config.build import build
 from atropos_exp.config.freeze import freeze_config
 from atropos_exp.config.origin import CONF_DIR
 from atropos_exp.parts.cluster.slurm.attempts import read_attempts
-from atropos_exp.parts.cluster.slurm.jobs import JobSpec, cancel, states, submit
+from atropos_exp.parts.cluster.slurm.jobs import JobSpec, JobState, cancel, states, submit
 from tests.helpers.experiments import SMALL, summary
 from tests.slurm.slurm_cluster import Cluster, output
 
