@@ -15,7 +15,7 @@ import numpy as np
 
 from atropos_exp.errors import Refused
 from atropos_exp.parts.engine.serving.backend import Scored
-from atropos_exp.parts.engine.serving.seeds import row_keys
+from atropos_exp.parts.engine.serving.seeds import request_keys
 from atropos_exp.parts.engine.sglang.update import SchedulerUpdate
 from atropos_exp.processes.wire import Message, flatten
 from atropos_exp.types import SamplingParams, TokenIds
@@ -159,7 +159,7 @@ class SGLangBackend:
         self, prompts: Sequence[TokenIds], params: SamplingParams, num_samples: int, first_prompt: int
     ) -> Message:
         prompt_N = np.repeat(np.arange(len(prompts)), num_samples)
-        keys_N = row_keys(params.seed, first_prompt + prompt_N, np.tile(np.arange(num_samples), len(prompts)))
+        keys_N = request_keys(params.seed, len(prompts), num_samples, first_prompt=first_prompt)
         sampling: dict[str, Any] = {
             "temperature": params.temperature,
             "top_p": params.top_p,

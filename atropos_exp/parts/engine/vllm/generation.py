@@ -3,51 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from atropos_exp.parts.engine.serving.seeds import row_keys
+from atropos_exp.parts.engine.serving import queue
 from atropos_exp.processes.wire import Message, flatten
-from atropos_exp.types import Floats, SamplingParams, TokenIds
+from atropos_exp.types import Floats, TokenIds
 
 
 @dataclass(kw_only=True, eq=False)
-class Generation:
-    """`num_samples` completions of each prompt; row i belongs to prompt i // num_samples."""
+class Generation(queue.Generation):
+    """One request and the rows of it that vLLM has finished."""
 
     number: int  # unique in this server
-    prompts: Sequence[TokenIds]
-    params: SamplingParams
-    num_samples: int
-    deadline: float  # of time.monotonic()
-    first_prompt: int = 0  # place of the first one in the call that this is a part of
-    done: Future[Message] = field(default_factory=Future)
 
     def __post_init__(self) -> None:
-        num_rows = len(self.prompts) * self.num_samples
-        prompt_N = self.first_prompt + np.repeat(np.arange(len(self.prompts)), self.num_samples)
-        sample_N = np.tile(np.arange(self.num_samples), len(self.prompts))
         # vLLM takes a seed of 63 bits for each row; those of one request differ and do not depend on other requests.
-        self.seeds = [int(key) >> 1 for key in row_keys(self.params.seed, prompt_N, sample_N)]
-        self.token_ids: list[TokenIds] = [np.zeros(0, np.int32)] * num_rows
-        self.logprobs: list[Floats] = [np.zeros(0, np.float32)] * num_rows
-        self.stopped_N = np.zeros(num_rows, dtype=np.bool_)
-        self.left = set(range(num_rows))  # rows that have not ended
-
-    @property
-    def num_rows(self) -> int:
-        return len(self.token_ids)
+        self.seeds = [int(key) >> 1 for key in self.keys()]
+        self.token_ids: list[TokenIds] = [np.zeros(0, np.int32)] * self.num_rows
+        self.logprobs: list[Floats] = [np.zeros(0, np.float32)] * self.num_rows
+        self.stopped_N = np.zeros(self.num_rows, dtype=np.bool_)
+        self.left = set(range(self.num_rows))  # rows that have not ended
 
     @property
     def is_truncated(self) -> bool:
         """Sampled from a part of the distribution: vLLM's logprobs are then of that part, renormalised."""
         return self.params.temperature > 0 and (self.params.top_p < 1.0 or self.params.top_k > 0)
-
-    def prompt_of(self, row: int) -> TokenIds:
-        return self.prompts[row // self.num_samples]
 
     def request_id(self, row: int) -> str:
         return f"{self.number}-{row}"

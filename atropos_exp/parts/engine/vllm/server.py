@@ -34,7 +34,7 @@ def main() -> None:
         backend = make_backend(options)  # on the thread that will use it: a CUDA device belongs to a thread
         made.append(backend)
         ready.set()
-        backend.run_forever()
+        backend.scheduler.run_forever()
 
     run_model_thread(own_the_model)
     ready.wait()
