@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
 from atropos_exp.errors import Refused
-from atropos_exp.weights.receiver import Kind
+from atropos_exp.weights.tensors import Kind, some
 
 
 class UpdateAccount:
@@ -116,9 +116,3 @@ class UpdateAccount:
             f"weights incomplete: update to version {self._next_version} interrupted after {len(self._received)} "
             f"of {len(self.expected)} tensors"
         )
-
-
-def some(names: Iterable[str], limit: int = 3) -> str:
-    """The first few names, and how many more there are."""
-    names = list(names)
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

@@ -11,20 +11,19 @@ import numpy as np
 from atropos_exp.errors import SyncError
 from atropos_exp.types import Floats, TokenIds
 from atropos_exp.weights.digest import Digests
-from atropos_exp.weights.tensors import dtype_name
+from atropos_exp.weights.tensors import Kind, dtype_name, some
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 ONE_TOKEN = 10.0  # by how much one token of the canary may exceed the tolerance of the mean
-TensorKinds = Mapping[str, tuple[str, tuple[int, ...]]]
 
 
 @dataclass(kw_only=True)
 class Account:
     """What the sender handed over during one update."""
 
-    kinds: dict[str, tuple[str, tuple[int, ...]]] = field(default_factory=dict)  # name -> (dtype, shape)
+    kinds: dict[str, Kind] = field(default_factory=dict)  # name -> (dtype, shape)
     digests: Digests = field(default_factory=Digests)  # of what went on the line
     num_bytes: int = 0
 
@@ -35,11 +34,11 @@ class Account:
         self.num_bytes += tensor.nbytes
 
 
-def check_complete(sent: TensorKinds, expected: TensorKinds) -> None:
+def check_complete(sent: Mapping[str, Kind], expected: Mapping[str, Kind]) -> None:
     """Every expected tensor was sent, with its dtype and shape. More may have been sent: the engine judges those."""
     missing = [name for name in expected if name not in sent]
     if missing:
-        raise SyncError(f"{_some(missing)} of {len(expected)} tensors never sent to the engine")
+        raise SyncError(f"{some(missing)} of {len(expected)} tensors never sent to the engine")
     for name, want in expected.items():
         if sent[name] != want:
             got = sent[name]
@@ -53,10 +52,10 @@ def check_digests(sent: Mapping[str, str], held: Mapping[str, str], expected: It
         return 0
     untold = [name for name in expected if name not in held]
     if untold:
-        raise SyncError(f"the engine gave no digest of {_some(untold)}")
+        raise SyncError(f"the engine gave no digest of {some(untold)}")
     wrong = [name for name in expected if held[name] != sent[name]]
     if wrong:
-        raise SyncError(f"the engine holds other bits than were sent of {_some(wrong)} ({len(wrong)} tensors differ)")
+        raise SyncError(f"the engine holds other bits than were sent of {some(wrong)} ({len(wrong)} tensors differ)")
     return len(held)
 
 
@@ -101,7 +100,3 @@ def check_canary(
             "trainer's weights"
         )
     return largest, mean
-
-
-def _some(names: Sequence[str], limit: int = 3) -> str:
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

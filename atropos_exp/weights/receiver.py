@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import mmap
 import os
-import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +12,11 @@ from typing import TYPE_CHECKING, Any
 from atropos_exp.errors import Refused, WireError
 from atropos_exp.processes.wire import Message
 from atropos_exp.weights.group import GroupSource
-from atropos_exp.weights.tensors import LORA_A, LORA_B, Piece, read_piece
+from atropos_exp.weights.tensors import LORA_A, LORA_B, Kind, Piece, read_piece, safetensors_header
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Kind = tuple[str, tuple[int, ...]]  # dtype, shape
 MAX_BYTES = 1 << 50
 NOT_PARAMETERS = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")  # buffers in older checkpoints
 SAFETENSORS_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -106,13 +103,10 @@ class BucketSource:
 
 def safetensors_kinds(path: Path) -> list[tuple[str, Kind]]:
     """Name, dtype and shape of the floating-point tensors of a file, from its header."""
-    with path.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        header = json.loads(file.read(length))
     return [
         (name, (SAFETENSORS_DTYPES[item["dtype"]], tuple(item["shape"])))
-        for name, item in header.items()
-        if name != "__metadata__" and item["dtype"] in SAFETENSORS_DTYPES
+        for name, item in safetensors_header(path).items()
+        if item["dtype"] in SAFETENSORS_DTYPES
     ]
 
 

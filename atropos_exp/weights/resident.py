@@ -8,8 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from atropos_exp.weights.receiver import Kind
-from atropos_exp.weights.tensors import dtype_name
+from atropos_exp.weights.tensors import Kind, dtype_name
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Sequence
+import struct
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from atropos_exp.errors import WireError
@@ -12,6 +15,7 @@ from atropos_exp.errors import WireError
 if TYPE_CHECKING:
     from torch import Tensor, dtype
 
+Kind = tuple[str, tuple[int, ...]]  # dtype, shape
 TENSOR_DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}  # name -> bytes of an element
 LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"  # after the name of the module that they adapt, as PEFT has it
 ALIGNMENT = 64  # bytes; every tensor of a bucket starts at a multiple of it
@@ -98,3 +102,17 @@ def torch_dtype(name: str) -> dtype:
     kind = getattr(torch, name)
     assert isinstance(kind, torch.dtype), name
     return kind
+
+
+def safetensors_header(path: Path) -> dict[str, Any]:
+    """Of a safetensors file: tensor name -> its `dtype` ("F32", "BF16", ...), `shape` and `data_offsets`."""
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+    return {name: entry for name, entry in header.items() if name != "__metadata__"}
+
+
+def some(names: Iterable[str], limit: int = 3) -> str:
+    """The first few names for a message, and how many more there are: "a, b, c and 9 more"."""
+    names = list(names)
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 
 from atropos_exp.errors import UserError
-from atropos_exp.parts.engine.process import DEVICES_VARIABLE
+from atropos_exp.processes.child import ENGINE_DEVICES
 
 
 def gpu_problems(
@@ -27,7 +27,7 @@ def gpu_problems(
 
 def _own(gpus: Sequence[int] | None) -> list[str] | None:
     """The engine's own GPUs: those that a launcher keeps for it, else `gpus`."""
-    if kept := os.environ.get(DEVICES_VARIABLE):
+    if kept := os.environ.get(ENGINE_DEVICES):
         return kept.split(",")
     return None if gpus is None else [str(gpu) for gpu in gpus]
 

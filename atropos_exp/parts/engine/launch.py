@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 from atropos_exp.errors import UserError
 from atropos_exp.parts.engine.client import EngineClient
 from atropos_exp.parts.engine.devices import gpu_problems, visible_devices
-from atropos_exp.parts.engine.process import DEVICES_VARIABLE, ServerProcess
+from atropos_exp.parts.engine.process import ServerProcess
 from atropos_exp.parts.engine.servers import Servers
 from atropos_exp.parts.engine.update import together
+from atropos_exp.processes.child import ENGINE_DEVICES
 from atropos_exp.weights.choose import choose_transport, make_transport, near_servers, transport_problems
 
 if TYPE_CHECKING:
@@ -219,7 +220,7 @@ class _Start:
                 "HF_HUB_OFFLINE": "1",
                 "TQDM_DISABLE": "1",  # progress bars are noise in a log
                 **self.program.environment,
-                **({} if visible is None else {DEVICES_VARIABLE: visible}),
+                **({} if visible is None else {ENGINE_DEVICES: visible}),
             },
             log=self.log_folder / ("engine.log" if settings.num_servers == 1 else f"engine_{server}.log"),
             inherited_fds=transport.inherited_fds,

@@ -7,12 +7,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from atropos_exp.processes.child import Child, child_environment
+from atropos_exp.processes.child import ENGINE_DEVICES, Child, child_environment
 from atropos_exp.processes.ports import HeldPort
 
 TOKEN_VARIABLE = "ATROPOS_EXP_ENGINE_TOKEN"  # in the child's environment: its bearer token
-DEVICES_VARIABLE = "ATROPOS_EXP_ENGINE_DEVICES"  # set by a launcher that keeps devices for engines alone
-BACKLOG = 2048  # connections that wait while the server loads
 
 
 class ServerProcess:
@@ -38,7 +36,7 @@ class ServerProcess:
         self.num_restarts = 0
         self._command = [python or sys.executable, "-m", module, *arguments]
         self._environment = {**child_environment(python), TOKEN_VARIABLE: self.token, **environment}
-        if devices := self._environment.pop(DEVICES_VARIABLE, ""):
+        if devices := self._environment.pop(ENGINE_DEVICES, ""):
             self._environment["CUDA_VISIBLE_DEVICES"] = devices
         self._inherited_fds = tuple(inherited_fds)
         self._port = HeldPort()
@@ -51,7 +49,7 @@ class ServerProcess:
         self._child = self._spawn(*arguments)
 
     def _spawn(self, *more: str) -> Child:
-        with self._port.listen(BACKLOG) as listener:
+        with self._port.listen() as listener:
             return Child(
                 [*self._command, *more, "--socket-fd", str(listener.fileno())],
                 log=self.log,

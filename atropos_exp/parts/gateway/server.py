@@ -27,6 +27,7 @@ from atropos_exp.parts.gateway.text import Text
 from atropos_exp.parts.gateway.upstream import Upstream
 from atropos_exp.parts.gateway.upstreams import Upstreams
 from atropos_exp.processes import lifeline
+from atropos_exp.processes.ports import BACKLOG
 from atropos_exp.processes.startup import no_collections, tokenizers_only
 from atropos_exp.types import Endpoint
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from atropos_exp.errors import WireError
 from atropos_exp.parts.gateway.refusal import Refusal
 from atropos_exp.processes.wire import HEARTBEAT, Message, flatten, pack, unpack
-from atropos_exp.types import Endpoint, Floats, Mask, SamplingParams, TokenIds
+from atropos_exp.types import Endpoint, Floats, Mask, SamplingParams, Scored, TokenIds
 
 KINDS = ("hf",)  # engines whose protocol this client speaks
 RETRY_SECONDS = 2  # sent as Retry-After while the engine is gone
@@ -28,15 +28,6 @@ class Answer:
     lengths: NDArray[np.int64]  # [N]
     stopped: Mask  # [N]
     versions: NDArray[np.int64]  # [N]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class TokenScores:
-    """Logprobs of one sequence [T]: of its own tokens from the second on, and of the likeliest tokens there."""
-
-    logprobs: Floats  # [T - 1]
-    top_token_ids: NDArray[np.int32]  # [T - 1, K], likeliest first
-    top_logprobs: Floats  # [T - 1, K]
 
 
 class Upstream:
@@ -78,7 +69,7 @@ class Upstream:
             versions=answer["versions"],
         )
 
-    async def score(self, sequence: TokenIds, *, num_top: int, temperature: float, seconds: float) -> TokenScores:
+    async def score(self, sequence: TokenIds, *, num_top: int, temperature: float, seconds: float) -> Scored:
         """Logprobs of `sequence`'s own tokens and of the `num_top` likeliest at each position, within `seconds`."""
         flat, lengths = flatten([sequence], np.int32)
         message = {"token_ids": flat, "lengths": lengths, "temperature": temperature, "num_top": num_top}
@@ -88,7 +79,7 @@ class Upstream:
             none = np.zeros((len(logprobs), 0))
             answer |= {"top_token_ids": none.astype(np.int32), "top_logprobs": none.astype(np.float32)}
         top_token_ids, top_logprobs = answer["top_token_ids"], answer["top_logprobs"]
-        return TokenScores(logprobs=logprobs, top_token_ids=top_token_ids, top_logprobs=top_logprobs)
+        return Scored(logprobs=logprobs, top_token_ids=top_token_ids, top_logprobs=top_logprobs)
 
     async def check(self) -> None:
         """Raise Refusal unless the server generates a real token now."""

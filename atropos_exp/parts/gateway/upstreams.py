@@ -10,8 +10,8 @@ from typing import TypeVar
 
 from atropos_exp.parts.gateway.counters import Counters
 from atropos_exp.parts.gateway.refusal import Refusal
-from atropos_exp.parts.gateway.upstream import Answer, TokenScores, Upstream
-from atropos_exp.types import SamplingParams, TokenIds
+from atropos_exp.parts.gateway.upstream import Answer, Upstream
+from atropos_exp.types import SamplingParams, Scored, TokenIds
 
 Value = TypeVar("Value")
 BLOCK_TOKENS = 64  # prefixes are remembered in multiples of this
@@ -50,10 +50,10 @@ class Upstreams:
 
         return await self._ask(prompts[0], len(prompts) * num_samples, work, seconds)
 
-    async def score(self, sequence: TokenIds, *, num_top: int, temperature: float, seconds: float) -> TokenScores:
+    async def score(self, sequence: TokenIds, *, num_top: int, temperature: float, seconds: float) -> Scored:
         """See `Upstream.score`."""
 
-        def work(server: Upstream, seconds: float) -> Awaitable[TokenScores]:
+        def work(server: Upstream, seconds: float) -> Awaitable[Scored]:
             return server.score(sequence, num_top=num_top, temperature=temperature, seconds=seconds)
 
         return await self._ask(sequence, 1, work, seconds)

@@ -10,7 +10,7 @@ import pytest
 
 from atropos_exp.errors import UserError
 from atropos_exp.parts.engine.devices import visible_devices
-from atropos_exp.parts.engine.process import DEVICES_VARIABLE
+from atropos_exp.processes.child import ENGINE_DEVICES
 from atropos_exp.weights.choose import choose_transport, near_servers
 from tests.helpers.engines import engine_settings
 
@@ -113,7 +113,7 @@ def test_what_the_engines_are_told() -> None:
 
 
 def test_where_the_servers_are_and_how_weights_get_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(DEVICES_VARIABLE, raising=False)
+    monkeypatch.delenv(ENGINE_DEVICES, raising=False)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     cases: tuple[tuple[list[str | None], str, str], ...] = (
         ([None], "cpu", "shm"),
@@ -144,7 +144,7 @@ def test_where_the_servers_are_and_how_weights_get_there(monkeypatch: pytest.Mon
     assert visible([1, 3, 4, 6], tensor=2, data=2) == ["1,3", "4,6"]
     with pytest.raises(UserError, match=r"engine.data_parallel_size is 2, but engine.gpus names no GPUs"):
         visible(None, data=2)
-    monkeypatch.setenv(DEVICES_VARIABLE, "6,7")  # what a launcher keeps for engines
+    monkeypatch.setenv(ENGINE_DEVICES, "6,7")  # what a launcher keeps for engines
     assert choose_transport("auto", visible(None, data=2), device="cuda") == "nccl"
     assert visible(None, data=2) == visible([0, 1], data=2) == ["6", "7"]
     with pytest.raises(UserError, match=r"the engine has the GPUs 6, 7, but .* is 1; make them equal"):

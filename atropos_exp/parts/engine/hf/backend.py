@@ -14,9 +14,8 @@ from atropos_exp.errors import Refused
 from atropos_exp.parts.engine.hf.decode import Decoder
 from atropos_exp.parts.engine.hf.scheduler import Generation, Scheduler
 from atropos_exp.parts.engine.hf.weights import WeightStore
-from atropos_exp.parts.engine.serving.backend import Scored
 from atropos_exp.processes.wire import Message
-from atropos_exp.types import SamplingParams, TokenIds
+from atropos_exp.types import SamplingParams, Scored, TokenIds
 from atropos_exp.weights.receiver import BucketSource
 
 

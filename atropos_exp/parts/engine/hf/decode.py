@@ -11,8 +11,7 @@ from numpy.typing import NDArray
 
 from atropos_exp.parts.engine.hf.cache import make_cache
 from atropos_exp.parts.engine.hf.sampling import sample_tokens, uniforms
-from atropos_exp.parts.engine.serving.backend import Scored
-from atropos_exp.types import Floats, Mask, TokenIds
+from atropos_exp.types import Floats, Mask, Scored, TokenIds
 
 if TYPE_CHECKING:
     from torch import Tensor

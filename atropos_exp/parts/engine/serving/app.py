@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from atropos_exp.errors import Refused, WireError
-from atropos_exp.parts.engine.serving.backend import Backend, Scored
+from atropos_exp.parts.engine.serving.backend import Backend
 from atropos_exp.processes.wire import HEARTBEAT, MAX_MESSAGE_BYTES, Message, flatten, pack, split, unpack
-from atropos_exp.types import SamplingParams, TokenIds
+from atropos_exp.types import SamplingParams, Scored, TokenIds
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette

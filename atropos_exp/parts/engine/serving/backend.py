@@ -4,23 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
 from typing import Any, Protocol
 
-import numpy as np
-from numpy.typing import NDArray
-
 from atropos_exp.processes.wire import Message
-from atropos_exp.types import Floats, SamplingParams, TokenIds
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Scored:
-    """One sequence [T] under the model: its tokens 1.., and the K likeliest tokens at each of their places."""
-
-    logprobs: Floats  # [T - 1] nats
-    top_token_ids: NDArray[np.int32]  # [T - 1, K], likeliest first
-    top_logprobs: Floats  # [T - 1, K]
+from atropos_exp.types import SamplingParams, Scored, TokenIds
 
 
 class Backend(Protocol):

@@ -14,11 +14,10 @@ from typing import Any, TypeVar
 import numpy as np
 
 from atropos_exp.errors import Refused
-from atropos_exp.parts.engine.serving.backend import Scored
 from atropos_exp.parts.engine.serving.seeds import request_keys
 from atropos_exp.parts.engine.sglang.update import SchedulerUpdate
 from atropos_exp.processes.wire import Message, flatten
-from atropos_exp.types import SamplingParams, TokenIds
+from atropos_exp.types import SamplingParams, Scored, TokenIds
 from atropos_exp.weights.account import UpdateAccount
 from atropos_exp.weights.receiver import BucketSource
 

@@ -13,9 +13,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from atropos_exp.weights.digest import digests
-from atropos_exp.weights.receiver import Kind
 from atropos_exp.weights.resident import has_plain_layers, views
-from atropos_exp.weights.tensors import ALIGNMENT, Piece, read_piece
+from atropos_exp.weights.tensors import ALIGNMENT, Kind, Piece, read_piece
 
 if TYPE_CHECKING:
     from torch import Tensor

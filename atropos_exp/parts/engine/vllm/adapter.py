@@ -10,8 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from atropos_exp.weights.receiver import Kind
-from atropos_exp.weights.tensors import LORA_A, LORA_B
+from atropos_exp.weights.tensors import LORA_A, LORA_B, Kind
 
 if TYPE_CHECKING:
     from torch import Tensor

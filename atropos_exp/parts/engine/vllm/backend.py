@@ -11,12 +11,11 @@ from typing import Any
 import numpy as np
 
 from atropos_exp.errors import Refused
-from atropos_exp.parts.engine.serving.backend import Scored
 from atropos_exp.parts.engine.vllm.generation import Generation
 from atropos_exp.parts.engine.vllm.scheduler import Scheduler
 from atropos_exp.parts.engine.vllm.update import WorkerUpdate
 from atropos_exp.processes.wire import Message
-from atropos_exp.types import SamplingParams, TokenIds
+from atropos_exp.types import SamplingParams, Scored, TokenIds
 from atropos_exp.weights.account import UpdateAccount
 
 

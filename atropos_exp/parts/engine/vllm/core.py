@@ -9,10 +9,9 @@ from typing import Any
 import numpy as np
 
 from atropos_exp.errors import Refused
-from atropos_exp.parts.engine.serving.backend import Scored
 from atropos_exp.parts.engine.vllm.adapter import ADAPTER
 from atropos_exp.parts.engine.vllm.generation import Generation
-from atropos_exp.types import TokenIds
+from atropos_exp.types import Scored, TokenIds
 
 MAX_DRAINING_STEPS = 4
 

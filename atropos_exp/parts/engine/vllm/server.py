@@ -17,9 +17,10 @@ from atropos_exp.parts.engine.vllm.backend import VLLMBackend
 from atropos_exp.parts.engine.vllm.core import Core
 from atropos_exp.parts.engine.vllm.update import WorkerUpdate
 from atropos_exp.parts.engine.vllm.worker import EXTENSION
-from atropos_exp.weights.account import UpdateAccount, some
+from atropos_exp.weights.account import UpdateAccount
 from atropos_exp.weights.receiver import adapter_tensors, expected_tensors
 from atropos_exp.weights.resident import EMBEDDING, HEAD
+from atropos_exp.weights.tensors import some
 
 logger = logging.getLogger(__name__)
 

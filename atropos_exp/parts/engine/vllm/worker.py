@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 from atropos_exp.parts.engine.vllm.adapter import AdapterWorker
 from atropos_exp.processes.wire import Message
 from atropos_exp.weights.digest import Digests, digests
-from atropos_exp.weights.receiver import BucketSource, Kind
+from atropos_exp.weights.receiver import BucketSource
 from atropos_exp.weights.resident import EMBEDDING, HEAD, has_plain_layers, views
-from atropos_exp.weights.tensors import is_adapter
+from atropos_exp.weights.tensors import Kind, is_adapter
 
 if TYPE_CHECKING:
     from torch import Tensor
