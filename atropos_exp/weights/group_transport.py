@@ -1,4 +1,4 @@
-"""The sender's side of `engine.transport=nccl` and `gloo`: each bucket is sent to the engine's processes at once."""
+"""`engine.transport=nccl` and `gloo`: each bucket is sent to all processes of the engine at once, by a broadcast."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import contextlib
 import os
 import secrets
 import threading
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from atropos_exp.errors import EngineError, EngineLost
+from atropos_exp.processes.wire import Message
 from atropos_exp.weights.group import SEND_SECONDS, Group, GroupError, Transfer, nccl_version, store_file
 from atropos_exp.weights.tensors import layout, write_bucket
+from atropos_exp.weights.transport import Bucket
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,11 +22,12 @@ END_SECONDS = 10.0
 
 
 class GroupTransport:
-    """A `Transport`. The bucket is on its way in a thread of its own while the servers are told of it, so a server that
-    dies or refuses never leaves this process waiting for it: the group is given up, and the next bucket forms another.
+    """A `Transport`. A thread of its own broadcasts the bucket while the servers get the message, so a server that dies
+    or refuses never leaves this process waiting for it: the group is given up, and the next bucket forms a new one.
     """
 
     def __init__(self, backend: str, *, num_servers: int, receivers_per_server: int) -> None:
+        """`backend`: nccl | gloo. `receivers_per_server`: processes of each server that receive weights."""
         self.on_device = backend == "nccl"
         self._backend = backend
         self._receivers_per_server = receivers_per_server
@@ -44,14 +47,14 @@ class GroupTransport:
         return ["--group-backend", self._backend, "--group-fd", str(self._fd), "--group-rank", str(rank)]
 
     @contextlib.contextmanager
-    def sending(self, bucket: Sequence[tuple[str, Tensor]]) -> Iterator[dict[str, Any]]:
+    def sending(self, bucket: Bucket) -> Iterator[Message]:
         import torch
 
         pieces, num_bytes = layout(bucket)
         if self._group is None:
             store = f"/proc/{os.getpid()}/fd/{self._fd}"
             self._group = Group(backend=self._backend, store=store, name=secrets.token_hex(16), rank=0, size=self._size)
-        message = {
+        message: Message = {
             "pieces": [piece.to_message() for piece in pieces],
             "num_bytes": num_bytes,
             "group": {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ import pytest
 from atropos_exp.errors import UserError
 from atropos_exp.parts.engine.devices import visible_devices
 from atropos_exp.processes.child import ENGINE_DEVICES
-from atropos_exp.weights.choose import choose_transport, near_servers
+from atropos_exp.weights.choose import TRANSPORTS, choose_transport, make_transport, near_servers
+from atropos_exp.weights.group import BACKENDS
+from atropos_exp.weights.mixed_transport import MIXED
 from tests.helpers.engines import engine_settings
 
 
@@ -171,6 +174,28 @@ def test_where_a_mixed_transport_can_serve(monkeypatch: pytest.MonkeyPatch) -> N
         assert str(raised.value).startswith(f"engine.transport is {transport}, for an engine with a server on")
     problems = engine_settings("vllm", transport="cuda_ipc+nccl", data_parallel_size=2).preflight(device="cpu")
     assert any(problem.startswith("engine.transport is cuda_ipc+nccl, which sends weights") for problem in problems)
+
+
+def test_a_transport_of_ones_own_is_named_in_full(tmp_path: Path) -> None:
+    own = "atropos_exp.weights.disk.DiskTransport"  # as good as any other class inside this package
+    assert engine_settings("hf", transport=own).preflight(device="cpu") == []
+    transport = make_transport(own, tmp_path)
+    assert transport.arguments(0) == ["--weights-folder", str(next(tmp_path.iterdir()))]
+    transport.close()
+    for wrong in ("atropos_exp.weights", "somewhere.else.Transport", "atropos_exp.weights.disk.", own + " "):
+        with pytest.raises(UserError, match=r"engine.transport must be one of shm, disk"):
+            engine_settings("hf", transport=wrong)
+    for missing in ("atropos_exp.weights.disk.NoTransport", "atropos_exp.no_such_file.Transport"):
+        with pytest.raises(UserError, match=rf"engine.transport: got {missing}, but there is no such class"):
+            make_transport(missing, tmp_path)
+
+
+def test_every_name_of_a_transport_leads_to_a_class() -> None:
+    for name, path in TRANSPORTS.items():
+        module, _, attribute = path.rpartition(".")
+        assert isinstance(getattr(importlib.import_module(module), attribute), type), name
+    assert {name for name in TRANSPORTS if "+" in name} == set(MIXED)
+    assert set(BACKENDS) < set(TRANSPORTS)
 
 
 def test_replicas_and_groups_before_the_start() -> None:
