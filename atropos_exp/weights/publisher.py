@@ -1,7 +1,7 @@
 """Publishes the trainer's weights to the engine after an update, and proves that they arrived.
 
-One sync: the engine opens an update; tensors are gathered from all ranks, cast and sent in buckets; the engine's digests
-are compared with the sender's, and it commits; then the canary's logprobs must agree.
+One sync: the engine opens an update; tensors are gathered from all ranks, cast and sent in buckets; the engine's
+digests are compared with the sender's, and it commits; then the canary's logprobs must agree.
 """
 
 from __future__ import annotations
