@@ -47,7 +47,7 @@ class CudaTransport(StoredTransport):
         """The buffer stays: the engine keeps it open."""
 
     def close(self) -> None:
-        """After the servers were killed, with the buffer open: torch would warn at exit that it is still theirs."""
+        """The servers were killed with the buffer open; without this torch warns at exit that it is still shared."""
         if self._handle:
             import torch
 

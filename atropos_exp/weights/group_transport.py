@@ -23,7 +23,7 @@ END_SECONDS = 10.0
 
 class GroupTransport:
     """A `Transport`. A thread of its own broadcasts the bucket while the servers get the message, so a server that dies
-    or refuses never leaves this process waiting for it: the group is given up, and the next bucket forms a new one.
+    or refuses never leaves this process waiting for it: the group is abandoned, and the next bucket forms a new one.
     """
 
     def __init__(self, backend: str, *, num_servers: int, receivers_per_server: int) -> None:
@@ -34,7 +34,7 @@ class GroupTransport:
         self._size = 1 + num_servers * receivers_per_server
         self._fd = store_file()
         self._group: Group | None = None
-        self._given_up: list[Group] = []
+        self._abandoned: list[Group] = []
         self._buffer: Tensor | None = None
         self._resetting = threading.Lock()
 
@@ -97,11 +97,11 @@ class GroupTransport:
         with self._resetting:  # servers that share this transport are restarted side by side
             group, self._group, self._buffer = self._group, None, None  # a transfer that hangs still has the old buffer
             if group is not None:
-                group.give_up()
-                self._given_up.append(group)
+                group.abandon()
+                self._abandoned.append(group)
 
     def close(self) -> None:
         """After the servers have ended, so that nothing waits for them any more."""
         self.reset()
-        while self._given_up:
-            self._given_up.pop().wait_for_threads(END_SECONDS)
+        while self._abandoned:
+            self._abandoned.pop().wait_for_threads(END_SECONDS)

@@ -17,9 +17,11 @@ MIXED = ("cuda_ipc+nccl", "shm+gloo")  # near + far; the second one is how the f
 
 
 class MixedTransport:
-    """A `Transport` made of two: NCCL allows one process per GPU, so a server on the trainer's GPU needs another way.
+    """A `Transport` made of two.
 
-    MixedTransport(CudaTransport(folder), GroupTransport("nccl", num_servers=1, receivers_per_server=1), near=[0])
+        MixedTransport(CudaTransport(folder), GroupTransport("nccl", num_servers=1, receivers_per_server=1), near=[0])
+
+    NCCL allows one process per GPU, so a server on the trainer's own GPU gets its weights in another way.
     """
 
     def __init__(self, near_transport: Transport, far_transport: GroupTransport, *, near: Collection[int]) -> None:

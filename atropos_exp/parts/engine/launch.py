@@ -125,10 +125,12 @@ def check_settings(settings: ServerSettings, *, choices: Mapping[str, Sequence[s
 
 @dataclass(frozen=True, kw_only=True)
 class ServerProgram:
-    """The program of one engine's server: what is its own, beside the options that every engine's server has.
+    """The program of one engine's server.
 
-    ServerProgram(kind="hf", module="atropos_exp.parts.engine.hf.server", python=None,
-                  arguments=["--max-batch-tokens", "65536"])
+        ServerProgram(kind="hf", module="atropos_exp.parts.engine.hf.server", python=None,
+                      arguments=["--max-batch-tokens", "65536"])
+
+    It holds what is this engine's own, beside the command line that every engine's server has.
     """
 
     kind: str  # the engine's name in conf/engine

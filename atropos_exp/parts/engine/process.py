@@ -1,4 +1,4 @@
-"""A server process that an engine client started: its address, its token, its restarts."""
+"""One server process of an engine: its command, address, token and restarts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,11 @@ TOKEN_VARIABLE = "ATROPOS_EXP_ENGINE_TOKEN"  # in the child's environment: its b
 class ServerProcess:
     """Runs `python -m module arguments` on a free loopback port, which it keeps over restarts.
 
-    The child inherits the listening socket (`--socket-fd`) and finds its bearer token in the environment. Its output
+        process = ServerProcess("atropos_exp.parts.engine.hf.server", ["--model", "folder", ...], python=None,
+                                environment={}, log=Path("log/engine.log"))
+        process.address  # "http://127.0.0.1:40123"
+
+    The server inherits the listening socket (`--socket-fd`) and finds its bearer token in the environment. Its output
     goes to `log`. It ends with this process, see `Child`.
     """
 
@@ -30,7 +34,8 @@ class ServerProcess:
         log: Path,
         inherited_fds: Sequence[int] = (),
     ) -> None:
-        """Raises UserError if the interpreter cannot be started."""
+        """`python`: the interpreter, None for this process's. `environment`: variables besides this process's.
+        `inherited_fds`: descriptors that the server inherits. Raises UserError if the interpreter cannot be started."""
         self.log = log
         self.token = secrets.token_urlsafe(32)
         self.num_restarts = 0
@@ -43,7 +48,7 @@ class ServerProcess:
         self._child = self._spawn()
 
     def restart(self, *arguments: str) -> None:
-        """Kill what is left of the process and start it again at the same address, with these arguments too."""
+        """Kill what is left of the process and start it again at the same address, with additional arguments."""
         self._child.stop()
         self.num_restarts += 1
         self._child = self._spawn(*arguments)
@@ -67,18 +72,19 @@ class ServerProcess:
         return self._child.pid
 
     def has_ended(self) -> bool:
+        """Whether the server process has exited or was killed."""
         return self._child.poll() is not None
 
     def wait(self, seconds: float) -> None:
-        """Wait for a process that is about to end."""
+        """Wait at most this long for a process that is about to end."""
         self._child.wait(seconds)
 
     def state(self) -> str:
-        """For an error message: how the process is, and the end of its log."""
+        """The state of the process and the end of its log, for an error message."""
         return self._child.state()
 
     def stop(self) -> None:
-        """Kill the process and its children, which hold nothing that needs a goodbye, and give the port back. May be
+        """Kill the process and its children, which hold nothing that has to be saved, and release the port. May be
         called twice; there is no restart after it."""
         self._child.stop()
         self._port.close()

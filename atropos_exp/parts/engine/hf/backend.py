@@ -21,7 +21,7 @@ from atropos_exp.weights.receiver import BucketSource
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class HFBackend:
-    """A `Backend`."""
+    """The `Backend` of engine `hf`. All work on the model runs on the scheduler's thread."""
 
     scheduler: Scheduler
     decoder: Decoder

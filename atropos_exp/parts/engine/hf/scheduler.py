@@ -1,4 +1,4 @@
-"""One thread that owns the model: it decodes what is queued in batches and does everything else in between."""
+"""The thread that owns the model of engine `hf`: it decodes requests in batches and does everything else in between."""
 
 from __future__ import annotations
 
@@ -68,17 +68,18 @@ class Scheduler(queue.RequestQueues[Generation]):
         return len(self._generations)
 
     def run_forever(self) -> None:
+        """The work of the thread that owns the model."""
         while True:
             self._await_work()
             self.turn()
 
     def decode_now(self, generation: Generation) -> Message:
-        """Decode one request by itself. For work that already runs on this thread."""
+        """The answer to one request that is decoded by itself. Only for work that runs on the model's thread."""
         self._decode([generation], [list(generation.todo)])
         return generation.result()
 
     def on_step(self) -> None:
-        """Between forward passes: only a probe may cut in. (Its own forward passes come here too.)"""
+        """Called between forward passes, where only a probe may run. (A probe's own forward passes call it too.)"""
         if self._probes and not self._in_probe and self._weights.problem is None:
             self._in_probe = True
             try:
@@ -111,7 +112,7 @@ class Scheduler(queue.RequestQueues[Generation]):
                     self._drop(generation)
                     if generation.done.set_running_or_notify_cancel():
                         generation.done.set_result(generation.result())
-        except Exception as error:  # every client of the batch is told, the log has the trace
+        except Exception as error:  # every client of the batch gets it, the log has the trace
             logger.exception("decoding failed")
             for generation in generations:
                 self._drop(generation)

@@ -1,4 +1,4 @@
-"""`engine=hf`: samples with transformers in a server process of its own. Needs nothing that the trainer has not."""
+"""`engine=hf`: samples with transformers in a server process. It needs no libraries besides the trainer's."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NEEDS = ("torch", "transformers", "safetensors", "starlette", "uvicorn", "msgpac
 
 @dataclass(frozen=True, kw_only=True)
 class HFEngine(ServerSettings):
-    """Settings of `engine=hf`."""
+    """Settings of `engine=hf`; conf/engine/hf.yaml describes each."""
 
     max_batch_tokens: int
     batching_wait_seconds: float
@@ -41,7 +41,7 @@ class HFEngine(ServerSettings):
             raise UserError(f"engine.num_threads must be 1 or more, or null for all cores; got {self.num_threads}")
 
     def preflight(self, *, device: str) -> list[str]:
-        """What stands in the way of `start`, one sentence each, found without starting a server."""
+        """Why `start` would fail, one sentence each, found without starting a server."""
         problems = []
         if self.python is not None:
             missing = missing_modules(self.python, (*NEEDS, "atropos_exp"))

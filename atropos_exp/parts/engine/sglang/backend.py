@@ -28,7 +28,7 @@ GREEDY = {"temperature": 0.0, "max_new_tokens": 1, "ignore_eos": True}
 
 
 class SGLangBackend:
-    """A `Backend`. All state belongs to `loop`."""
+    """The `Backend` of engine `sglang`. All of its state belongs to the event loop `loop`."""
 
     def __init__(
         self,

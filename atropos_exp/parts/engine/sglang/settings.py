@@ -1,4 +1,4 @@
-"""`engine=sglang`: samples with SGLang in a server process of its own, in an environment of its own."""
+"""`engine=sglang`: samples with SGLang in a server process, in a Python environment of its own."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ INSTALL = "`pip install sglang==0.5.12 msgpack xxhash` in an environment of its 
 
 @dataclass(frozen=True, kw_only=True)
 class SGLangEngine(ServerSettings):
-    """Settings of `engine=sglang`."""
+    """Settings of `engine=sglang`; conf/engine/sglang.yaml describes each."""
 
     tensor_parallel_size: int
     mem_fraction_static: float
@@ -46,7 +46,7 @@ class SGLangEngine(ServerSettings):
         return interpreter(self.python, environment=".venv-sglang")
 
     def preflight(self, *, device: str) -> list[str]:
-        """What stands in the way of `start`, one sentence each, found without starting a server."""
+        """Why `start` would fail, one sentence each, found without starting a server."""
         problems = environment_problems(
             option="sglang", title="SGLang", python=self._python, is_own=self.python is None, install=INSTALL
         )
@@ -70,7 +70,7 @@ class SGLangEngine(ServerSettings):
         )
 
     def engine_arguments(self) -> dict[str, Any]:
-        """For sglang.Engine, besides what every run needs."""
+        """Arguments of sglang.Engine, besides those that every run needs."""
         arguments: dict[str, Any] = {
             "tp_size": self.tensor_parallel_size,
             "mem_fraction_static": self.mem_fraction_static,

@@ -29,14 +29,15 @@ class Generation(queue.Generation):
 
     @property
     def is_truncated(self) -> bool:
-        """Sampled from a part of the distribution: vLLM's logprobs are then of that part, renormalised."""
+        """Whether top-p or top-k cuts the distribution: vLLM's logprobs are then of what is left, renormalised."""
         return self.params.temperature > 0 and (self.params.top_p < 1.0 or self.params.top_k > 0)
 
     def request_id(self, row: int) -> str:
+        """vLLM's name of a row."""
         return f"{self.number}-{row}"
 
     def take(self, row: int, completion: Any) -> None:
-        """The end of one row: vLLM's CompletionOutput."""
+        """Store a finished row. `completion`: vLLM's CompletionOutput."""
         self.token_ids[row] = np.array(completion.token_ids, dtype=np.int32)
         flat = completion.logprobs
         first = np.array(flat.start_indices, dtype=np.int64)  # the sampled token comes first at every position
@@ -46,14 +47,15 @@ class Generation(queue.Generation):
         self.left.discard(row)
 
     def sequences(self) -> list[TokenIds]:
-        """Prompt and completion of every row."""
+        """The prompt and completion of every row, as one sequence."""
         return [np.concatenate([self.prompt_of(row), self.token_ids[row]]) for row in range(self.num_rows)]
 
     def rescored(self, scores: Sequence[Floats]) -> None:
-        """Take the logprobs under the whole distribution."""
+        """Replace the logprobs by those under the whole distribution. `scores`: of `sequences`, [T - 1] each."""
         self.logprobs = [score[len(score) - len(ids) :] for score, ids in zip(scores, self.token_ids, strict=True)]
 
     def answer(self, version: int) -> Message:
+        """The answer, once every row has ended. `version`: of the policy that sampled it."""
         token_ids, lengths = flatten(self.token_ids, np.int32)
         logprobs, _ = flatten(self.logprobs, np.float32)
         versions = np.full(self.num_rows, version, dtype=np.int64)

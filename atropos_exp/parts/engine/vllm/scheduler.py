@@ -28,6 +28,7 @@ class Scheduler(RequestQueues[Generation]):
         return len(self._generations) + len(self._running) + len(self._unscored)
 
     def run_forever(self) -> None:
+        """The work of the thread that owns vLLM's engine."""
         while True:
             if not (self._running or self._unscored):
                 self._await_work()
@@ -87,7 +88,7 @@ class Scheduler(RequestQueues[Generation]):
         Call(work=work, deadline=generation.deadline, done=generation.done).run()
 
     def _expire_sampling(self) -> None:
-        """Rows that nobody waits for any more are not sampled on."""
+        """Stop sampling rows whose deadline has passed or whose client has gone."""
         now = time.monotonic()
         for generations in (self._running, self._unscored):
             for generation in [g for g in generations if g.deadline < now or g.done.cancelled()]:

@@ -1,4 +1,4 @@
-"""`engine=vllm`: samples with vLLM in a server process of its own, in an environment of its own."""
+"""`engine=vllm`: samples with vLLM in a server process, in a Python environment of its own."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MAX_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM reserves ro
 
 @dataclass(frozen=True, kw_only=True)
 class VLLMEngine(ServerSettings):
-    """Settings of `engine=vllm`."""
+    """Settings of `engine=vllm`; conf/engine/vllm.yaml describes each."""
 
     tensor_parallel_size: int
     gpu_memory_utilization: float
@@ -58,7 +58,7 @@ class VLLMEngine(ServerSettings):
         return interpreter(self.python, environment=BESIDE_CHECKOUT)
 
     def preflight(self, *, device: str, lora: LoraSettings | None = None) -> list[str]:
-        """What stands in the way of `start`, one sentence each, found without starting a server."""
+        """Why `start` would fail, one sentence each, found without starting a server. `lora`: of the model."""
         problems = environment_problems(
             option="vllm", title="vLLM", python=self._python, is_own=self.python is None, install=INSTALL
         )
@@ -112,7 +112,8 @@ class VLLMEngine(ServerSettings):
         )
 
     def engine_arguments(self, device: str, adapter: LoraSettings | None = None) -> dict[str, Any]:
-        """For vLLM's EngineArgs, besides what every run needs. `adapter`: LoRA matrices to be served by themselves."""
+        """Arguments of vLLM's EngineArgs, besides those that every run needs. `adapter`: the LoRA whose matrices are
+        served by themselves."""
         on_cpu = device == "cpu"
         arguments: dict[str, Any] = {
             "tensor_parallel_size": self.tensor_parallel_size,
