@@ -54,7 +54,7 @@ class HFBackend:
         self, sequences: Sequence[TokenIds], *, temperature: float, num_top: int, deadline: float
     ) -> Future[list[Scored]]:
         return self.scheduler.score(
-            lambda: self.decoder.score_top(sequences, temperature=temperature, num_top=num_top), deadline=deadline
+            lambda: self.decoder.score(sequences, temperature=temperature, num_top=num_top), deadline=deadline
         )
 
     def probe(self, *, deadline: float) -> Future[Message]:

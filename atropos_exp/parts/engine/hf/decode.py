@@ -49,7 +49,7 @@ class Decoder:
     """Samples from a model and scores sequences with it.
 
         decoder = Decoder(model, prefill_tokens=1024, on_step=lambda: None)
-        decoder.score([np.array([1, 2, 3], dtype=np.int32)], temperature=1.0)  # [array of 2 logprobs]
+        decoder.score([np.array([1, 2, 3], dtype=np.int32)], temperature=1.0)[0].logprobs  # 2 numbers
 
     It owns no weights: it reads `model` at every call and keeps no keys, values or tokens between calls.
     """
@@ -127,13 +127,9 @@ class Decoder:
                 logits_MV = self._next_logits(tokens_M, pad_M if has_padding else None, padded + step, cache)
         return Decoded(token_ids_NR=token_ids_NR, logprobs_NR=logprobs_NR, length_N=length_N, stopped_N=stopped_N)
 
-    def score(self, sequences: Sequence[TokenIds], *, temperature: float) -> list[Floats]:
-        """For each sequence [T] the logprobs [T - 1] of its tokens from the second on, under
-        softmax(logits / temperature), in nats."""
-        return [scored.logprobs for scored in self.score_top(sequences, temperature=temperature, num_top=0)]
-
-    def score_top(self, sequences: Sequence[TokenIds], *, temperature: float, num_top: int) -> list[Scored]:
-        """As `score`, with the `num_top` likeliest tokens (at most the vocabulary) at each of these places."""
+    def score(self, sequences: Sequence[TokenIds], *, temperature: float, num_top: int = 0) -> list[Scored]:
+        """The logprobs of each sequence under softmax(logits / temperature), in nats, and the `num_top` likeliest
+        tokens (at most the vocabulary) at each of its places."""
         import torch
 
         scored: dict[int, Scored] = {}
