@@ -77,7 +77,7 @@ class Sample:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Scored:
+class TokenScores:
     """One sequence [T] under the policy: its tokens from the second on, and the K likeliest tokens at their places."""
 
     logprobs: Floats  # [T - 1] nats

@@ -15,7 +15,7 @@ from atropos_exp.parts.gateway.refusal import Refusal
 from atropos_exp.parts.gateway.text import Text
 from atropos_exp.parts.gateway.upstream import Answer
 from atropos_exp.parts.gateway.upstreams import Upstreams
-from atropos_exp.types import Floats, SamplingParams, Scored, TokenIds
+from atropos_exp.types import Floats, SamplingParams, TokenIds, TokenScores
 
 LOWEST_LOGPROB = -9999.0  # in the place of minus infinity, which JSON cannot carry; vLLM's choice too
 
@@ -59,14 +59,14 @@ class Sampler:
         )
         return self._completions(request, answer)
 
-    async def score(self, sequence: TokenIds, *, num_top: int) -> Scored:
+    async def score(self, sequence: TokenIds, *, num_top: int) -> TokenScores:
         """Logprobs of a sequence's own tokens, at temperature 1, and of the `num_top` likeliest at each position."""
         started = time.monotonic()
         await self.gate.enter()
         scored = await self.upstream.score(
             sequence, num_top=num_top, temperature=1.0, seconds=self._seconds_left(started)
         )
-        return Scored(
+        return TokenScores(
             logprobs=self._finite(scored.logprobs),
             top_token_ids=scored.top_token_ids,
             top_logprobs=self._finite(scored.top_logprobs),

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from atropos_exp.errors import WireError
 from atropos_exp.parts.gateway.refusal import Refusal
 from atropos_exp.processes.wire import HEARTBEAT, Message, flatten, pack, unpack
-from atropos_exp.types import Endpoint, Floats, Mask, SamplingParams, Scored, TokenIds
+from atropos_exp.types import Endpoint, Floats, Mask, SamplingParams, TokenIds, TokenScores
 
 KINDS = ("hf",)  # engines whose protocol this client speaks
 RETRY_SECONDS = 2  # sent as Retry-After while the engine is gone
@@ -69,7 +69,7 @@ class Upstream:
             versions=answer["versions"],
         )
 
-    async def score(self, sequence: TokenIds, *, num_top: int, temperature: float, seconds: float) -> Scored:
+    async def score(self, sequence: TokenIds, *, num_top: int, temperature: float, seconds: float) -> TokenScores:
         """Logprobs of `sequence`'s own tokens and of the `num_top` likeliest at each position, within `seconds`."""
         flat, lengths = flatten([sequence], np.int32)
         message = {"token_ids": flat, "lengths": lengths, "temperature": temperature, "num_top": num_top}
@@ -79,7 +79,7 @@ class Upstream:
             none = np.zeros((len(logprobs), 0))
             answer |= {"top_token_ids": none.astype(np.int32), "top_logprobs": none.astype(np.float32)}
         top_token_ids, top_logprobs = answer["top_token_ids"], answer["top_logprobs"]
-        return Scored(logprobs=logprobs, top_token_ids=top_token_ids, top_logprobs=top_logprobs)
+        return TokenScores(logprobs=logprobs, top_token_ids=top_token_ids, top_logprobs=top_logprobs)
 
     async def check(self) -> None:
         """Raise Refusal unless the server generates a real token now."""

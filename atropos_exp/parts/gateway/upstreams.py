@@ -11,7 +11,7 @@ from typing import TypeVar
 from atropos_exp.parts.gateway.counters import Counters
 from atropos_exp.parts.gateway.refusal import Refusal
 from atropos_exp.parts.gateway.upstream import Answer, Upstream
-from atropos_exp.types import SamplingParams, Scored, TokenIds
+from atropos_exp.types import SamplingParams, TokenIds, TokenScores
 
 Value = TypeVar("Value")
 BLOCK_TOKENS = 64  # prefixes are remembered in multiples of this
@@ -50,10 +50,10 @@ class Upstreams:
 
         return await self._ask(prompts[0], len(prompts) * num_samples, work, seconds)
 
-    async def score(self, sequence: TokenIds, *, num_top: int, temperature: float, seconds: float) -> Scored:
+    async def score(self, sequence: TokenIds, *, num_top: int, temperature: float, seconds: float) -> TokenScores:
         """See `Upstream.score`."""
 
-        def work(server: Upstream, seconds: float) -> Awaitable[Scored]:
+        def work(server: Upstream, seconds: float) -> Awaitable[TokenScores]:
             return server.score(sequence, num_top=num_top, temperature=temperature, seconds=seconds)
 
         return await self._ask(sequence, 1, work, seconds)

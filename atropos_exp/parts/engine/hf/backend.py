@@ -15,7 +15,7 @@ from atropos_exp.parts.engine.hf.decode import Decoder
 from atropos_exp.parts.engine.hf.scheduler import Generation, Scheduler
 from atropos_exp.parts.engine.hf.weights import WeightStore
 from atropos_exp.processes.wire import Message
-from atropos_exp.types import SamplingParams, Scored, TokenIds
+from atropos_exp.types import SamplingParams, TokenIds, TokenScores
 from atropos_exp.weights.receiver import BucketSource
 
 
@@ -52,7 +52,7 @@ class HFBackend:
 
     def score(
         self, sequences: Sequence[TokenIds], *, temperature: float, num_top: int, deadline: float
-    ) -> Future[list[Scored]]:
+    ) -> Future[list[TokenScores]]:
         return self.scheduler.score(
             lambda: self.decoder.score(sequences, temperature=temperature, num_top=num_top), deadline=deadline
         )

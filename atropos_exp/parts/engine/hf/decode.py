@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from atropos_exp.parts.engine.hf.cache import make_cache
 from atropos_exp.parts.engine.hf.sampling import sample_tokens, uniforms
-from atropos_exp.types import Floats, Mask, Scored, TokenIds
+from atropos_exp.types import Floats, Mask, TokenIds, TokenScores
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -127,12 +127,12 @@ class Decoder:
                 logits_MV = self._next_logits(tokens_M, pad_M if has_padding else None, padded + step, cache)
         return Decoded(token_ids_NR=token_ids_NR, logprobs_NR=logprobs_NR, length_N=length_N, stopped_N=stopped_N)
 
-    def score(self, sequences: Sequence[TokenIds], *, temperature: float, num_top: int = 0) -> list[Scored]:
+    def score(self, sequences: Sequence[TokenIds], *, temperature: float, num_top: int = 0) -> list[TokenScores]:
         """The logprobs of each sequence under softmax(logits / temperature), in nats, and the `num_top` likeliest
         tokens (at most the vocabulary) at each of its places."""
         import torch
 
-        scored: dict[int, Scored] = {}
+        scored: dict[int, TokenScores] = {}
         order = sorted(range(len(sequences)), key=lambda index: (len(sequences[index]), index))
         tokens = max(1, min(self._prefill_tokens, MAX_LOGITS // self._model.config.get_text_config().vocab_size))
         with torch.inference_mode():
@@ -151,7 +151,7 @@ class Decoder:
                 top_NTK = logprobs_NTV.topk(min(num_top, logprobs_NTV.shape[2]), dim=-1)
                 for row, index in enumerate(chosen):
                     places = len(sequences[index]) - 1
-                    scored[index] = Scored(
+                    scored[index] = TokenScores(
                         logprobs=logprobs_NT[row, :places].cpu().numpy(),
                         top_token_ids=top_NTK.indices[row, :places].cpu().numpy().astype(np.int32),
                         top_logprobs=top_NTK.values[row, :places].cpu().numpy(),

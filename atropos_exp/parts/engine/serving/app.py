@@ -16,7 +16,7 @@ import numpy as np
 from atropos_exp.errors import Refused, WireError
 from atropos_exp.parts.engine.serving.backend import Backend
 from atropos_exp.processes.wire import HEARTBEAT, MAX_MESSAGE_BYTES, Message, flatten, pack, split, unpack
-from atropos_exp.types import SamplingParams, Scored, TokenIds
+from atropos_exp.types import SamplingParams, TokenIds, TokenScores
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
@@ -208,7 +208,7 @@ def _nothing(result: Any) -> Message:
     return {}
 
 
-def _scored(rows: Sequence[Scored], *, with_top: bool) -> Message:
+def _scored(rows: Sequence[TokenScores], *, with_top: bool) -> Message:
     flat, lengths = flatten([row.logprobs for row in rows], np.float32)
     answer: Message = {"logprobs": flat, "lengths": lengths}
     if with_top:  # [sum of lengths, num_top]

@@ -7,7 +7,7 @@ from concurrent.futures import Future
 from typing import Any, Protocol
 
 from atropos_exp.processes.wire import Message
-from atropos_exp.types import SamplingParams, Scored, TokenIds
+from atropos_exp.types import SamplingParams, TokenIds, TokenScores
 
 
 class Backend(Protocol):
@@ -43,7 +43,7 @@ class Backend(Protocol):
 
     def score(
         self, sequences: Sequence[TokenIds], *, temperature: float, num_top: int, deadline: float
-    ) -> Future[list[Scored]]:
+    ) -> Future[list[TokenScores]]:
         """Every sequence's logprobs under the model, and the `num_top` likeliest tokens at each of its places."""
         ...
 

@@ -17,7 +17,7 @@ from atropos_exp.errors import Refused
 from atropos_exp.parts.engine.serving.seeds import request_keys
 from atropos_exp.parts.engine.sglang.update import SchedulerUpdate
 from atropos_exp.processes.wire import Message, flatten
-from atropos_exp.types import SamplingParams, Scored, TokenIds
+from atropos_exp.types import SamplingParams, TokenIds, TokenScores
 from atropos_exp.weights.account import UpdateAccount
 from atropos_exp.weights.receiver import BucketSource
 
@@ -67,7 +67,7 @@ class SGLangBackend:
 
     def score(
         self, sequences: Sequence[TokenIds], *, temperature: float, num_top: int, deadline: float
-    ) -> Future[list[Scored]]:
+    ) -> Future[list[TokenScores]]:
         return self._run(self._score(sequences, temperature, num_top), deadline)
 
     def probe(self, *, deadline: float) -> Future[Message]:
@@ -185,14 +185,14 @@ class SGLangBackend:
             "versions": np.full(len(outputs), self._account.version, dtype=np.int64),
         }
 
-    async def _score(self, sequences: Sequence[TokenIds], temperature: float, num_top: int) -> list[Scored]:
+    async def _score(self, sequences: Sequence[TokenIds], temperature: float, num_top: int) -> list[TokenScores]:
         await self._until_whole()
-        scored: list[Scored] = []
+        scored: list[TokenScores] = []
         for first in range(0, len(sequences), SCORED_TOGETHER):
             scored += await self._score_few(sequences[first : first + SCORED_TOGETHER], temperature, num_top)
         return scored
 
-    async def _score_few(self, sequences: Sequence[TokenIds], temperature: float, num_top: int) -> list[Scored]:
+    async def _score_few(self, sequences: Sequence[TokenIds], temperature: float, num_top: int) -> list[TokenScores]:
         """SGLang scores a prompt at temperature 1 only. At another one each token is asked for after its prefix: the
         logprobs of drawn tokens are at their temperature, and the prefixes are cached."""
         logprobs: list[float] = []  # of every token after a first one, sequence by sequence
@@ -220,7 +220,7 @@ class SGLangBackend:
         )
         ends = np.cumsum([len(sequence) - 1 for sequence in sequences])[:-1]
         rows = zip(*(np.split(array, ends) for array in arrays), strict=True)
-        return [Scored(logprobs=row, top_token_ids=ids, top_logprobs=top) for row, ids, top in rows]
+        return [TokenScores(logprobs=row, top_token_ids=ids, top_logprobs=top) for row, ids, top in rows]
 
     async def _probe(self) -> Message:
         await self._until_whole()

@@ -15,7 +15,7 @@ from atropos_exp.parts.engine.vllm.generation import Generation
 from atropos_exp.parts.engine.vllm.scheduler import Scheduler
 from atropos_exp.parts.engine.vllm.update import WorkerUpdate
 from atropos_exp.processes.wire import Message
-from atropos_exp.types import SamplingParams, Scored, TokenIds
+from atropos_exp.types import SamplingParams, TokenIds, TokenScores
 from atropos_exp.weights.account import UpdateAccount
 
 
@@ -64,7 +64,7 @@ class VLLMBackend:
 
     def score(
         self, sequences: Sequence[TokenIds], *, temperature: float, num_top: int, deadline: float
-    ) -> Future[list[Scored]]:
+    ) -> Future[list[TokenScores]]:
         return self.scheduler.score(
             lambda: self._core.score(sequences, temperature=temperature, num_top=num_top), deadline=deadline
         )

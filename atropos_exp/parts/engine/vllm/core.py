@@ -11,7 +11,7 @@ import numpy as np
 from atropos_exp.errors import Refused
 from atropos_exp.parts.engine.vllm.adapter import ADAPTER
 from atropos_exp.parts.engine.vllm.generation import Generation
-from atropos_exp.types import Scored, TokenIds
+from atropos_exp.types import TokenIds, TokenScores
 
 MAX_DRAINING_STEPS = 4
 
@@ -94,7 +94,7 @@ class Core:
                 if not generation.left:
                     self.ended.append(generation)
 
-    def score(self, sequences: Sequence[TokenIds], *, temperature: float, num_top: int) -> list[Scored]:
+    def score(self, sequences: Sequence[TokenIds], *, temperature: float, num_top: int) -> list[TokenScores]:
         """The logprobs of every sequence and the `num_top` likeliest tokens. Nothing else may run meanwhile: the
         temperature applies to all logits."""
         assert not self._running
@@ -181,11 +181,11 @@ class Core:
         )
 
 
-def _scored(flat: Any, num_top: int) -> Scored:
+def _scored(flat: Any, num_top: int) -> TokenScores:
     """vLLM's flat list of a prompt holds nothing for token 0; then at each place the token itself and the likeliest."""
     if flat is None:
         none = np.zeros((0, num_top))
-        return Scored(
+        return TokenScores(
             logprobs=none.sum(axis=1).astype(np.float32),
             top_token_ids=none.astype(np.int32),
             top_logprobs=none.astype(np.float32),
@@ -193,7 +193,7 @@ def _scored(flat: Any, num_top: int) -> Scored:
     starts = np.array(flat.start_indices[1:], dtype=np.int64)
     logprobs = np.array(flat.logprobs, dtype=np.float32)
     top = starts[:, None] + 1 + np.arange(num_top)
-    return Scored(
+    return TokenScores(
         logprobs=logprobs[starts],
         top_token_ids=np.array(flat.token_ids, dtype=np.int32)[top],
         top_logprobs=logprobs[top],

@@ -9,7 +9,7 @@ from atropos_exp.parts.gateway.dialects.fields import Fields, token_ids
 from atropos_exp.parts.gateway.dialects.request import take_sampling
 from atropos_exp.parts.gateway.refusal import Refusal, invalid, unsupported
 from atropos_exp.parts.gateway.sampler import Sampler
-from atropos_exp.types import Scored, TokenIds
+from atropos_exp.types import TokenIds, TokenScores
 
 MAX_PROMPT_LOGPROBS = 1024
 
@@ -53,7 +53,7 @@ async def generate(sampler: Sampler, body: JSON) -> JSON:
     return answer
 
 
-def prompt_logprobs(prompt: TokenIds, scored: Scored) -> list[dict[str, float] | None]:
+def prompt_logprobs(prompt: TokenIds, scored: TokenScores) -> list[dict[str, float] | None]:
     """One entry per prompt token: None for the first, then {id: logprob} with the token itself before the likeliest."""
     entries: list[dict[str, float] | None] = [None]
     rows = zip(
