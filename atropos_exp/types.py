@@ -76,6 +76,15 @@ class Sample:
     policy_version: int  # of the weights that sampled it
 
 
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class TokenScores:
+    """One sequence [T] under the policy: its tokens from the second on, and the K likeliest tokens at their places."""
+
+    logprobs: Floats  # [T - 1] nats
+    top_token_ids: NDArray[np.int32]  # [T - 1, K], likeliest first
+    top_logprobs: Floats  # [T - 1, K] nats
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Endpoint:
     """The address of one of the engine's servers, for the other processes of the run."""

@@ -5,7 +5,7 @@
     python benchmarks/engine_gpu.py --engine sglang --set attention_backend=triton --set sampling_backend=pytorch
 
 The model has random weights in the shape of Qwen2.5-0.5B (0.99 GB in bfloat16) and is made here; nothing is fetched.
-The trainer's side is a plain transformers model on the same GPU behind the real sharding manager, so a sync
+The trainer's side is a plain transformers model on the same GPU behind the real weight publisher, so a sync
 costs what it costs in a run: cast, device buffer, load, digests of every tensor, prefix cache, canary. The table comes
 last.
 """
@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from atropos_exp.types import Floats, SamplingParams, TokenIds  # noqa: E402
-from atropos_exp.weights.publisher import ShardingManager  # noqa: E402
+from atropos_exp.weights.publisher import WeightPublisher  # noqa: E402
 
 NUM_PROMPTS, NUM_SAMPLES, PROMPT_TOKENS, ANSWER_TOKENS = 32, 16, 128, 256
 TEMPERATURE = 0.8
@@ -45,7 +45,7 @@ SIZES = {
 
 
 class PlainTrainer:
-    """What the sharding manager needs of a trainer, around a transformers model."""
+    """What the weight publisher needs of a trainer, around a transformers model."""
 
     def __init__(self, size: str, device: str, dtype: torch.dtype) -> None:
         from transformers import AutoModelForCausalLM, Qwen2Config
@@ -114,7 +114,7 @@ def measure_syncs(
     generator = np.random.default_rng(0)
     vocab = trainer.model.config.vocab_size
     canary = [generator.integers(0, vocab, size=64).astype(np.int32) for _ in range(4)]
-    manager = ShardingManager(
+    publisher = WeightPublisher(
         trainer,  # type: ignore[arg-type]
         engine, is_rank_zero=True, bucket_bytes=bucket_mb << 20, canary=canary, temperature=temperature, tolerance=None,
     )  # fmt: skip
@@ -122,13 +122,13 @@ def measure_syncs(
     for _ in range(num):
         trainer.step()
         synchronize(trainer.device)  # the update's own work is not the sync's
-        stats.append(manager.publish(engine.version() + 1))
+        stats.append(publisher.publish(engine.version() + 1))
         engine_seconds.append(engine.replicas[0].info().get("update_seconds", {}))
         used.append(device_bytes(trainer.device))
     later = stats[2:]
     second_half = max(1, num // 2)
     return {
-        "syncs_proven": manager.num_verified,
+        "syncs_proven": publisher.num_verified,
         "bytes": stats[-1].num_bytes,
         "tensors": stats[-1].num_tensors,
         "digests_compared": stats[-1].digests_compared,

@@ -4,7 +4,7 @@
     python benchmarks/engine_two_gpus.py --kill                             and a server killed in the middle, 1 more
     python benchmarks/engine_two_gpus.py --device cpu --size tiny --python .venv-vllm/bin/python       to try it, Gloo
 
-The trainer (a plain transformers model behind the real sharding manager, see engine_gpu.py) is on GPU 0. One vLLM
+The trainer (a plain transformers model behind the real weight publisher, see engine_gpu.py) is on GPU 0. One vLLM
 server on GPU 1 gets its weights over NCCL, 20 times, each sync proven. Two more, on GPU 0 and 1, load meanwhile and get
 theirs through device memory and over NCCL; then one of them answers all prompts, and both together. Each part reports
 its own failure and the others go on; what is known is printed when the time limit strikes. The table comes last.
@@ -36,7 +36,7 @@ from atropos_exp.assembly.resync import Resync
 from atropos_exp.parts.engine.vllm.settings import VLLMEngine
 from atropos_exp.processes.ranks import Ranks
 from atropos_exp.weights.group import BACKENDS, nccl_version
-from atropos_exp.weights.publisher import ShardingManager
+from atropos_exp.weights.publisher import WeightPublisher
 
 ROOT = Path(__file__).resolve().parents[1]
 BUCKET_MB = 64
@@ -146,11 +146,11 @@ def kill_in_the_middle(trainer: Any, engine: Any, results: Results) -> None:
                 yield pair
 
     kills = Kills()
-    manager = ShardingManager(
+    publisher = WeightPublisher(
         kills,  # type: ignore[arg-type]
         engine, is_rank_zero=True, bucket_bytes=8 << 20, canary=canary, temperature=0.8, tolerance=None,
     )  # fmt: skip
-    resync = Resync(manager, engine, Ranks(rank=0, world_size=1), max_restarts=1)
+    resync = Resync(publisher, engine, Ranks(rank=0, world_size=1), max_restarts=1)
     noticed: list[float] = []
     restart = engine.restart
 

@@ -22,7 +22,7 @@ from atropos_exp.runs.snapshots import Snapshots
 
 if TYPE_CHECKING:
     from atropos_exp.interfaces import AdvantageEstimator, Engine, Evaluator, PolicyTrainer, Recorder, RolloutSource
-    from atropos_exp.weights.publisher import ShardingManager
+    from atropos_exp.weights.publisher import WeightPublisher
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -132,10 +132,10 @@ def _start_trainer_and_engine(
 
 def _publisher(
     checked: Checked, trainer: PolicyTrainer, engine: Engine | None, prepared: Prepared | None, ranks: Ranks
-) -> ShardingManager:
-    from atropos_exp.weights.publisher import ShardingManager
+) -> WeightPublisher:
+    from atropos_exp.weights.publisher import WeightPublisher
 
-    return ShardingManager(
+    return WeightPublisher(
         trainer,
         engine,
         is_rank_zero=ranks.is_zero,

@@ -5,17 +5,17 @@ from __future__ import annotations
 
 import json
 import math
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from atropos_exp.assembly.check import Checked
+from atropos_exp.parts.trainer.settings import MAX_CHUNK_LOGITS
+from atropos_exp.weights.tensors import safetensors_header
 
 MIB, GIB = 2**20, 2**30
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-MAX_CHUNK_LOGITS = 1 << 26  # of the trainer's output head (parts/trainer/logprob_head.py)
 # Resident memory of a process before it holds any model, as measured on a CPU: imports of torch, verl, transformers.
 TRAINER_BYTES, ENGINE_BYTES, WORKER_BYTES = 640 * MIB, 340 * MIB, 30 * MIB
 ATROPOS_BYTES = 700 * MIB  # API, gateway and one environment together
@@ -55,10 +55,7 @@ def count_parameters(folder: Path) -> int:
     """Count the parameters in the headers of all safetensors files of `folder`."""
     total = 0
     for path in folder.glob("*.safetensors"):
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(length))
-        total += sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+        total += sum(math.prod(entry["shape"]) for entry in safetensors_header(path).values())
     return total
 
 

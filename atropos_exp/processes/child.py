@@ -23,6 +23,7 @@ START_SECONDS = 30.0  # until the guard says that the program runs
 STOP_SECONDS = 15.0  # until a killed program and all that it started are gone
 # What a launcher set up for the trainer's ranks, and secrets that a server of local weights has no use for.
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
+ENGINE_DEVICES = "ATROPOS_EXP_ENGINE_DEVICES"  # set by a launcher that keeps devices of rank 0's node for the engine
 SECRETS = ("WANDB_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 IMPORT_ROOT = Path(__file__).resolve().parents[2]  # holds the package: a checkout, or site-packages
 _GUARD = Path(__file__).with_name("guard.py")

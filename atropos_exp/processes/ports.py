@@ -6,6 +6,8 @@ import os
 import socket
 import weakref
 
+BACKLOG = 2048  # connections that wait while a server starts, or is busy
+
 
 class HeldPort:
     """A free port, bound but not listened on: connections are refused, yet no other program is given it.
@@ -24,9 +26,9 @@ class HeldPort:
             self.number: int = bound.getsockname()[1]
             self._close = weakref.finalize(self, os.close, bound.detach())
 
-    def listen(self, backlog: int) -> socket.socket:
+    def listen(self) -> socket.socket:
         """A listening socket on it, to hand to a server. Raises OSError while somebody listens already."""
-        return socket.create_server((self._host, self.number), backlog=backlog)
+        return socket.create_server((self._host, self.number), backlog=BACKLOG)
 
     def close(self) -> None:
         """Give the port back. May be called twice."""

@@ -1,17 +1,28 @@
-"""The server's account of a weight update: what must arrive, what has, and whether the weights belong together."""
+"""The server's account of a weight update: what must arrive, what has arrived, and whether it is one policy."""
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
 from atropos_exp.errors import Refused
-from atropos_exp.weights.receiver import Kind
+from atropos_exp.weights.tensors import Kind, some
 
 
 class UpdateAccount:
-    """Says no to what does not fit. It holds no tensor. One thread uses it."""
+    """Keeps track of one update after another and refuses, with `Refused`, what does not fit. It holds no tensor.
+
+        account.begin(7)
+        for name, tensor in tensors:
+            account.admit(name, ("bfloat16", tuple(tensor.shape)))
+            load(name, tensor)
+            account.received(name)
+        account.check_complete()
+        account.finish()  # version 7 is served
+
+    One thread uses it. `problem` says why the weights are not one consistent policy; then nothing may be sampled.
+    """
 
     def __init__(
         self,
@@ -21,8 +32,9 @@ class UpdateAccount:
         adapter: Mapping[str, Kind] | None = None,
         problem: str | None = None,
     ) -> None:
-        """`base`, `adapter`: what an update brings; with an adapter, the base only where it is not held already.
-        `aliases`: tied name -> the expected name that owns the tensor. `problem`: why not to sample yet."""
+        """`base`, `adapter`: dtype and shape of each tensor that an update brings; with an adapter, the base comes only
+        when it is not held already. `aliases`: tied name -> the expected name that owns the tensor. `problem`: why
+        nothing may be sampled before the first update."""
         self.adapter = dict(adapter or {})
         self.kinds = {**base, **self.adapter}  # of every tensor that may come
         self.aliases = dict(aliases)
@@ -35,7 +47,7 @@ class UpdateAccount:
 
     @property
     def is_open(self) -> bool:
-        """An update is in progress."""
+        """Whether an update is in progress."""
         return self._next_version is not None
 
     @property
@@ -44,7 +56,7 @@ class UpdateAccount:
         return self.adapter if self._holds_base and self.adapter else self.kinds
 
     def begin(self, version: int) -> None:
-        """Start over with an empty account, whatever came before."""
+        """Start an update, whatever became of the last one. Refuses a version older than the one served."""
         self._holds_base = self._holds_base and self.problem is None
         if version < self.version:
             raise Refused(409, f"update to version {version} refused: version {self.version} is already served")
@@ -54,23 +66,23 @@ class UpdateAccount:
 
     @contextlib.contextmanager
     def spent(self, part: str) -> Iterator[None]:
-        """Book the seconds inside as those of a part of the update."""
+        """Add the seconds inside the block to those of a part of the update."""
         started = time.perf_counter()
         yield
         self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - started
 
     def mark_incomplete(self) -> None:
-        """For a backend that cannot compute from the first moment of an update on."""
+        """Mark the weights as incomplete at once: for an engine that cannot compute during an update."""
         self.problem = self._interrupted()
 
     def fall_asleep(self) -> None:
-        """The weights are gone, until an update brings new ones."""
+        """Note that the memory of the weights was released, until an update brings new ones."""
         assert self._next_version is None, "not during an update"
         self._holds_base = False
         self.problem = f"asleep since version {self.version}: the trainer has the memory; the next update wakes it"
 
     def admit(self, name: str, kind: Kind) -> None:
-        """One tensor that is about to be loaded: it is wanted, and for the first time."""
+        """Check one tensor that is about to be loaded: expected, of the right dtype and shape, and not sent before."""
         if self._next_version is None:
             raise Refused(409, f"{name} sent without an update in progress")
         if name in self._received:
@@ -82,14 +94,14 @@ class UpdateAccount:
             raise Refused(400, f"{name}: got {kind[0]} {list(kind[1])}, expected {want[0]} {list(want[1])}")
 
     def received(self, name: str) -> None:
-        """It is loaded now: from the first one on the weights are incomplete until `finish`."""
+        """Note that a tensor has been loaded. From the first one on the weights are incomplete, until `finish`."""
         if name not in self.aliases:
             self._received.add(name)
             self._holds_base = self._holds_base and name in self.adapter
             self.problem = self._interrupted()
 
     def check_complete(self) -> None:
-        """Refuses, and gives the update up, if a tensor is missing."""
+        """Abort the update and refuse if a tensor is missing."""
         if self._next_version is None:
             raise Refused(409, "finish without an update in progress")
         missing = [name for name in self.expected if name not in self._received]
@@ -99,13 +111,14 @@ class UpdateAccount:
             raise Refused(400, reason)
 
     def finish(self) -> None:
+        """Serve the new version. `check_complete` comes first."""
         assert self._next_version is not None, "check_complete comes first"
         self.version, self._next_version = self._next_version, None
         self._holds_base = True
         self.problem = None
 
     def abort(self) -> None:
-        """Give the update up. Whatever it changed already, nothing is sampled until a complete one has arrived."""
+        """Abandon the update. Whatever it changed, nothing may be sampled until a complete one has arrived."""
         if self._next_version is not None:
             self.problem = self._interrupted()
             self._next_version = None
@@ -116,9 +129,3 @@ class UpdateAccount:
             f"weights incomplete: update to version {self._next_version} interrupted after {len(self._received)} "
             f"of {len(self.expected)} tensors"
         )
-
-
-def some(names: Iterable[str], limit: int = 3) -> str:
-    """The first few names, and how many more there are."""
-    names = list(names)
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

@@ -1,32 +1,35 @@
-"""TODO."""
+"""Which transport carries the weights: the names that `engine.transport` knows, and which one suits which GPUs."""
 
 from __future__ import annotations
 
 import importlib
 import os
+import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from atropos_exp.errors import UserError
-from atropos_exp.weights.cuda import CudaTransport
-from atropos_exp.weights.disk import DiskTransport
 from atropos_exp.weights.group import BACKENDS
 from atropos_exp.weights.group_transport import GroupTransport
 from atropos_exp.weights.mixed_transport import MIXED, MixedTransport
-from atropos_exp.weights.shm import ShmTransport
 from atropos_exp.weights.transport import Transport
 
-if TYPE_CHECKING:
-    pass
-
-
-TRANSPORTS = ("shm", "disk", "cuda_ipc", "nccl", "gloo", *MIXED)
+TRANSPORTS = {
+    "shm": "atropos_exp.weights.shm.ShmTransport",
+    "disk": "atropos_exp.weights.disk.DiskTransport",
+    "cuda_ipc": "atropos_exp.weights.cuda.CudaTransport",
+    "nccl": "atropos_exp.weights.group_transport.GroupTransport",
+    "gloo": "atropos_exp.weights.group_transport.GroupTransport",
+    "cuda_ipc+nccl": "atropos_exp.weights.mixed_transport.MixedTransport",
+    "shm+gloo": "atropos_exp.weights.mixed_transport.MixedTransport",
+}
+_OWN_CLASS = re.compile(r"atropos_exp(\.[A-Za-z_]\w*){2,}")
 
 
 def is_transport(name: str) -> bool:
-    """Whether `make_transport` knows it: one of the built-in ones, or a class of this folder by its full name."""
-    return name in TRANSPORTS or (name.startswith(f"{__package__}.") and name.count(".") == 3)
+    """Whether `make_transport` takes the name: one of `TRANSPORTS`, or the full name of a class inside this package,
+    such as "atropos_exp.weights.ram_disk.RamDisk". Imports nothing, so there may be no such class."""
+    return name in TRANSPORTS or _OWN_CLASS.fullmatch(name) is not None
 
 
 def make_transport(
@@ -37,22 +40,22 @@ def make_transport(
     receivers_per_server: int = 1,
     near: Collection[int] = (),
 ) -> Transport:
-    """shm | disk | cuda_ipc | nccl | gloo, two of them joined by + (see `MIXED`), or a class of a file of this folder,
-    made with the log folder. Raises UserError. `receivers_per_server`: processes of each server that receive weights.
-    `near`: the servers that the first of two serves."""
+    """The transport with this name, for all servers of an engine. Raises UserError if there is none.
+
+        make_transport("nccl", Path("log"), num_servers=2)
+        make_transport("atropos_exp.weights.ram_disk.RamDisk", Path("log"))
+
+    A transport of one's own is a class inside this package that satisfies `Transport`; it is named in full and
+    constructed with `log_folder`. `receivers_per_server`: processes of each server that receive weights. `near`: the
+    numbers of the servers that the first half of a mixed transport serves.
+    """
     if name in MIXED:
         first, second = name.split("+")
         others = GroupTransport(second, num_servers=num_servers - len(near), receivers_per_server=receivers_per_server)
         return MixedTransport(make_transport(first, log_folder), others, near=near)
     if name in BACKENDS:
         return GroupTransport(name, num_servers=num_servers, receivers_per_server=receivers_per_server)
-    if name == "cuda_ipc":
-        return CudaTransport()
-    if name == "shm":
-        return ShmTransport()
-    if name == "disk":
-        return DiskTransport(log_folder)
-    module, _, attribute = name.rpartition(".")
+    module, _, attribute = TRANSPORTS.get(name, name).rpartition(".")
     try:
         cls = getattr(importlib.import_module(module), attribute)
     except (ModuleNotFoundError, AttributeError) as error:
@@ -62,7 +65,7 @@ def make_transport(
 
 
 def transport_problems(transport: str, *, device: str) -> list[str]:
-    """What cannot be, whatever the machine."""
+    """Why this transport cannot work on this device, whatever the machine; one sentence each."""
     if transport == "cuda_ipc" and device == "cpu":
         return [
             "engine.transport is cuda_ipc, which hands weights over on the GPU that trainer and engine share, but "
@@ -76,15 +79,20 @@ def transport_problems(transport: str, *, device: str) -> list[str]:
 
 
 def near_servers(servers: Sequence[str | None], *, device: str) -> list[int]:
-    """Those that have the trainer's GPU and no other. On a CPU the first one stands for them, so that a mixed transport
-    can be tried there. `servers`: as `visible_devices` has them."""
+    """The numbers of the servers that have the trainer's GPU and no other. `servers`: the CUDA_VISIBLE_DEVICES of each,
+    None where it is the trainer's. On a CPU the first server stands for them, so that a mixed transport can be tried
+    there."""
     if not device.startswith("cuda"):
         return [0]
     return [number for number, names in enumerate(servers) if names is None or names == _name(device)]
 
 
 def choose_transport(transport: str, servers: Sequence[str | None], *, device: str) -> str:
-    """`auto` resolved for servers as `visible_devices` has them. Raises UserError for one that does not suit them."""
+    """The transport to use: `auto` resolved, any other name checked. `servers`: the CUDA_VISIBLE_DEVICES of each, None
+    where it is the trainer's. Raises UserError for a transport that does not suit them.
+
+        choose_transport("auto", ["1", "2"], device="cuda:0")  # "nccl"
+    """
     on_gpu = device.startswith("cuda")
     shared = [number for number, names in enumerate(servers) if names is None or _name(device) in names.split(",")]
     if transport == "nccl" and (not on_gpu or shared):
@@ -115,7 +123,7 @@ def choose_transport(transport: str, servers: Sequence[str | None], *, device: s
 
 
 def _name(device: str) -> str:
-    """Of the trainer's GPU, as engine.gpus would name it."""
+    """The trainer's GPU as engine.gpus would name it."""
     number = int(device.partition(":")[2] or 0)
     visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
     return visible[number] if number < len(visible) else str(number)

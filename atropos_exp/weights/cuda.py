@@ -1,24 +1,27 @@
-"""TODO."""
+"""`engine.transport=cuda_ipc`: weights stay on the GPU that trainer and engine share."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from atropos_exp.processes.wire import Message
 from atropos_exp.weights.tensors import layout, write_bucket
-from atropos_exp.weights.transport import Bucket, Laid, Message
+from atropos_exp.weights.transport import Bucket, StoredTransport
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-class CudaTransport(Laid):
-    """One buffer on the GPU that trainer and engine share. Made at the first bucket, grown for a larger one."""
+class CudaTransport(StoredTransport):
+    """One buffer on the shared GPU, allocated for the first bucket and grown for a larger one."""
 
     on_device = True
 
-    def __init__(self) -> None:
+    def __init__(self, log_folder: Path) -> None:
+        """`log_folder` is not used: all transports are constructed alike."""
         self._buffer: Tensor | None = None
-        self._handle: list[Any] = []
+        self._handle: list[Any] = []  # what another process on this GPU opens the buffer with
 
     @property
     def inherited_fds(self) -> tuple[int, ...]:
@@ -44,7 +47,7 @@ class CudaTransport(Laid):
         """The buffer stays: the engine keeps it open."""
 
     def close(self) -> None:
-        """After the servers were killed, with the buffer open: torch would warn at exit that it is still theirs."""
+        """The servers were killed with the buffer open; without this torch warns at exit that it is still shared."""
         if self._handle:
             import torch
 

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Digests of tensors: they prove that the bits which arrived are the bits which were sent."""
 
 from __future__ import annotations
 
@@ -9,27 +9,22 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-
 _DIGEST_CHUNK = 1 << 22  # words of 8 bytes at once: bounds the work space on the device to some 200 MiB
-
-
 _DIGEST_GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as int64: SplitMix64's constants
-
-
 _DIGEST_MIX = -4658895280553007687  # 0xBF58476D1CE4E5B9
 
 
 def digest(tensor: Tensor) -> str:
-    """Of the bits of the elements in row-major order, as hexadecimal. Equal digests: equal bits.
+    """A hexadecimal digest of the elements' bits in row-major order: equal digests mean equal bits.
 
-    xxh3-128 of a tensor on the host; of one on a device the two sums of `digest_lanes`, so that no weight has to leave
-    it. The two kinds are not comparable with each other.
+    For a tensor on the host it is xxh3-128; for one on a device it is the two sums of `digest_lanes`, so that no weight
+    leaves the device. A digest of one kind says nothing about one of the other.
     """
     return digests([tensor])[0]
 
 
 def digests(tensors: Sequence[Tensor]) -> list[str]:
-    """`digest` of each; they are all on the host, or all on one device."""
+    """The `digest` of each tensor. They are all on the host, or all on one device."""
     import torch
     import xxhash
 
@@ -40,12 +35,13 @@ def digests(tensors: Sequence[Tensor]) -> list[str]:
 
 
 def digest_lanes(tensors: Sequence[Tensor]) -> Tensor:
-    """[N, 2] int64: two sums over the bits of each tensor, on their device and without waiting for it; `resolve_lanes`
-    reads them.
+    """Two sums over the bits of each of N tensors, int64 [N, 2], computed on their device without waiting for it;
+    `resolve_lanes` makes digests of them.
 
     A multilinear hash modulo 2^64: every 8 bytes are multiplied by a weight of their own, which is odd, so that no
-    single change cancels; the second lane does so with mixed words and other weights. It finds errors, not forgers.
-    Many small tensors are digested by the same few kernels: laid end to end, summed up, and cut apart by differences.
+    single change cancels; the second lane does so with mixed words and other weights. It detects errors, not forgery.
+    Many small tensors are digested by the same few kernels: concatenated, summed cumulatively, and separated by
+    differences.
     """
     import torch
 
@@ -113,25 +109,33 @@ def _add_lanes(lanes: Tensor, segments: Sequence[tuple[int, int, Tensor]]) -> No
 
 
 def resolve_lanes(lanes: Tensor) -> list[str]:
-    """[N, 2] -> N digests, with one wait for their device."""
+    """The N digests of `digest_lanes`' [N, 2], with one wait for their device."""
     return ["".join(f"{lane & 0xFFFFFFFFFFFFFFFF:016x}" for lane in pair) for pair in lanes.tolist()]
 
 
 class Digests:
-    """Digests of tensors that come bucket by bucket; those on a device are waited for only when they are read."""
+    """Digests of tensors that arrive bucket by bucket.
+
+        digests = Digests()
+        digests.add([("lm_head.weight", tensor)])
+        digests.read()  # {"lm_head.weight": "5a6f..."}
+
+    Those of tensors on a device are waited for only in `read`.
+    """
 
     def __init__(self) -> None:
         self._known: dict[str, str] = {}
         self._lanes: list[tuple[list[str], Tensor]] = []
 
     def add(self, bucket: Sequence[tuple[str, Tensor]]) -> None:
+        """Digest named tensors, as they are now."""
         if any(tensor.device.type == "cpu" for _, tensor in bucket):
             self._known.update((name, digest(tensor)) for name, tensor in bucket)
         elif bucket:
             self._lanes.append(([name for name, _ in bucket], digest_lanes([tensor for _, tensor in bucket])))
 
     def read(self) -> dict[str, str]:
-        """Of every tensor so far."""
+        """The digest of every tensor so far, by its name."""
         for names, lanes in self._lanes:
             self._known.update(zip(names, resolve_lanes(lanes), strict=True))
         self._lanes.clear()

@@ -1,27 +1,24 @@
-"""TODO."""
+"""`engine.transport=disk`: weights through a file, for machines without shared memory, or to look at what was sent."""
 
 from __future__ import annotations
 
 import contextlib
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from atropos_exp.weights.transport import Bucket, Laid, Message
-
-if TYPE_CHECKING:
-    pass
+from atropos_exp.processes.wire import Message
+from atropos_exp.weights.transport import Bucket, StoredTransport
 
 
-class DiskTransport(Laid):
-    """One safetensors file, overwritten by each bucket, in a folder of its own."""
+class DiskTransport(StoredTransport):
+    """One safetensors file, overwritten by each bucket, in a new folder inside `log_folder`."""
 
     FILE = "bucket.safetensors"
     on_device = False
 
-    def __init__(self, parent: Path) -> None:
-        parent.mkdir(parents=True, exist_ok=True)
-        self._folder = Path(tempfile.mkdtemp(prefix="weights_", dir=parent))
+    def __init__(self, log_folder: Path) -> None:
+        log_folder.mkdir(parents=True, exist_ok=True)
+        self._folder = Path(tempfile.mkdtemp(prefix="weights_", dir=log_folder))
 
     @property
     def inherited_fds(self) -> tuple[int, ...]:

@@ -1,9 +1,9 @@
-"""A process group of the sender of weights and of those who receive them, apart from all other groups of theirs.
+"""A process group of the sender of weights and the processes that receive them, separate from all their other groups.
 
-It is made directly (`ProcessGroupNCCL`, or `ProcessGroupGloo` where there is no GPU), so neither the trainer's default
-group nor vLLM's is touched. Its members find each other through a memory file that the servers inherit: there is no
-store port that others could reach, and nothing is left behind. Gloo's sockets are on loopback, and a stranger cannot
-join NCCL's without the 64 random bits of an id that is in that file only. What travels is bytes of known length.
+It is constructed directly (`ProcessGroupNCCL`, or `ProcessGroupGloo` without GPUs), so neither the trainer's default
+group nor vLLM's is touched. Its members meet through a memory file that the servers inherit: there is no store port
+that other programs could reach, and nothing is left behind. Gloo's sockets are on loopback, and NCCL's cannot be joined
+without the 64 random bits of an id that is in that file only. What is sent is bytes of known length.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 BACKENDS = ("nccl", "gloo")
 FORM_SECONDS = 120.0  # until all members are connected
 SEND_SECONDS = 60.0  # for one bucket
-LOOK_SECONDS = 0.05  # between two looks whether the group was given up
-GIVEN_UP = "given_up"
-# Read when a group is made. By default a group of NCCL ends its process when a peer is lost; ours is given up instead.
+POLL_SECONDS = 0.05  # between two checks whether the group was abandoned
+ABANDONED = "given_up"
+# Read when a group is constructed. By default NCCL ends the process when a peer is lost; ours abandons the group.
 NCCL_VARIABLES = {
-    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "2",  # give the communicator up, nothing more
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "2",  # abort the communicator, nothing more
     "TORCH_NCCL_BLOCKING_WAIT": "0",
     "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
     "TORCH_NCCL_ENABLE_MONITORING": "0",
@@ -42,7 +42,7 @@ class GroupError(RuntimeError):
 
 
 def nccl_version() -> tuple[int, ...] | None:
-    """Of this process: members of a group need the same. None without NCCL."""
+    """NCCL's version in this process, or None without NCCL. All members of a group need the same."""
     import torch
 
     if not torch.cuda.is_available():
@@ -53,10 +53,15 @@ def nccl_version() -> tuple[int, ...] | None:
 
 
 class Group:
-    """Rank 0 sends to all others. It forms with the first transfer; a new one takes the place of one that failed."""
+    """Rank 0 broadcasts buffers to all others. The group forms at the first transfer; one that failed is replaced by a
+    new group with another name.
+
+        group = Group(backend="gloo", store=f"/proc/{os.getpid()}/fd/{store_file()}", name="a", rank=0, size=2)
+        group.start(buffer).wait(SEND_SECONDS)  # the receiver does the same with rank=1 and a buffer of that size
+    """
 
     def __init__(self, *, backend: str, store: str, name: str, rank: int, size: int) -> None:
-        """`store`: path of the memory file in this process. `name`: of this group among those before it."""
+        """`store`: path of the memory file in this process. `name`: unique among the groups that use this file."""
         self.name = name
         self._backend = backend
         self._store = store
@@ -67,13 +72,13 @@ class Group:
         self._threads: list[threading.Thread] = []
 
     def start(self, buffer: Tensor) -> Transfer:
-        """Rank 0 sends the bytes, the others fill theirs with them, in a thread of its own. One at a time."""
+        """Begin to send (rank 0) or fill (other ranks) a buffer of bytes, in a thread of its own. One at a time."""
         transfer = Transfer(self, buffer)
         self._run(transfer.run)
         return transfer
 
     def transfer(self, buffer: Tensor) -> None:
-        """The work of that thread. Ends when the bytes are there, or raises."""
+        """Send or fill the buffer in this thread. Raises GroupError, or what the library raises."""
         if buffer.device.type == "cuda":
             import torch
 
@@ -81,7 +86,7 @@ class Group:
         if self._members is None:
             self._members = self._form()
         members = self._members
-        if self._is_over:  # given up while it formed
+        if self._is_over:  # abandoned while it formed
             raise GroupError("the group was given up")
         work = members.broadcast(buffer, 0)  # NCCL connects here the first time
         deadline = time.monotonic() + SEND_SECONDS
@@ -89,23 +94,26 @@ class Group:
             if time.monotonic() > deadline:
                 raise GroupError(f"a bucket was not through after {SEND_SECONDS:g} s")
             time.sleep(0.0002)
-        work.wait()  # raises what Gloo met
+        work.wait()  # raises what happened in Gloo
         if self._backend == "nccl" and hasattr(members, "get_error"):  # not in every torch
             state = members.get_error().name
             if state != "SUCCESS":
                 raise GroupError(f"NCCL met {state}")
 
-    def give_up(self) -> None:
-        """Tell the others, and let go of it: a member that hangs must not hold this thread, so another does it."""
+    def abandon(self) -> None:
+        """Abandon the group and signal the other members. A member that hangs may hold the thread that does this, so it
+        is another thread than the caller's."""
         self._is_over = True
         members, self._members = self._members, None
-        self._run(self._bury, members)
+        self._run(self._abort, members)
 
-    def is_given_up(self) -> bool:
-        return bool(_open(self._store, f"{self.name}/flags").check([GIVEN_UP]))
+    def is_abandoned(self) -> bool:
+        """Whether a member has abandoned this group."""
+        return bool(_open(self._store, f"{self.name}/flags").check([ABANDONED]))
 
     def wait_for_threads(self, seconds: float) -> None:
-        """Before the process ends: Python ends threads that are still in a library by force, and so the process."""
+        """Wait for unfinished transfers before the process ends: Python kills the process if threads are in a library
+        then."""
         deadline = time.monotonic() + seconds
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
@@ -116,12 +124,12 @@ class Group:
         self._threads.append(thread)
         thread.start()
 
-    def _bury(self, members: Any) -> None:
-        _open(self._store, f"{self.name}/flags").set(GIVEN_UP, "1")
+    def _abort(self, members: Any) -> None:
+        _open(self._store, f"{self.name}/flags").set(ABANDONED, "1")
         if self._backend == "nccl" and members is not None:
             with contextlib.suppress(RuntimeError):
                 members.abort()
-        # Gloo closes its connections with its last reference, which is ours.
+        # Gloo closes its connections when its last reference goes, which is ours.
 
     def _form(self) -> Any:
         store = _open(self._store, self.name)
@@ -143,7 +151,7 @@ class Group:
 
 
 class Transfer:
-    """One bucket on its way. A daemon thread runs it: a library that never returns must not keep the process."""
+    """One buffer being sent. A daemon thread runs it: a library call that never returns must not keep the process."""
 
     def __init__(self, group: Group, buffer: Tensor) -> None:
         self.error: BaseException | None = None
@@ -152,25 +160,27 @@ class Transfer:
         self._done = threading.Event()
 
     def run(self) -> None:
+        """The work of the thread."""
         try:
             self._group.transfer(self._buffer)
         except BaseException as error:  # raised by `wait`
             self.error = error
-            self._group.give_up()
+            self._group.abandon()
         finally:
             self._done.set()
 
     def wait(self, seconds: float, *, while_wanted: bool = False) -> None:
-        """Until the bytes are through. Raises GroupError; `while_wanted`: also when another member gave up."""
+        """Wait until the bytes have been sent. Raises GroupError; with `while_wanted`, also as soon as another member
+        has abandoned the group."""
         deadline = time.monotonic() + seconds
-        while not self._done.wait(LOOK_SECONDS):
+        while not self._done.wait(POLL_SECONDS):
             reason = None
-            if while_wanted and self._group.is_given_up():
+            if while_wanted and self._group.is_abandoned():
                 reason = "the sender gave the group up"
             elif time.monotonic() > deadline:
                 reason = f"nothing came for {seconds:g} s"
             if reason is not None:
-                self._group.give_up()
+                self._group.abandon()
                 raise GroupError(reason)
         if self.error is not None:
             raise GroupError(f"{type(self.error).__name__}: {self.error}") from self.error
@@ -178,15 +188,16 @@ class Transfer:
 
 @dataclass(frozen=True, kw_only=True)
 class GroupSource:
-    """What a server was told of its group. Usable in a worker process of the server, too."""
+    """The receiver's side of the group of one server. It can be sent to a worker process of the server."""
 
     backend: str
     store: str  # path of the memory file
     first_rank: int  # of this server's first receiver
 
     def receive(self, place: Any, num_bytes: int, *, receiver: int) -> Tensor:
-        """The next bucket, on the GPU with NCCL. `place`: what the sender says of the group. `receiver`: number of
-        this process among those of the server. The next call overwrites the bytes. Raises Refused."""
+        """The next bucket as `num_bytes` bytes, on the GPU with NCCL; the next call overwrites them. `place`: the
+        sender's description of the group. `receiver`: the number of this process among those of the server that receive
+        weights. Raises Refused."""
         import torch
 
         match place:
@@ -205,7 +216,7 @@ class GroupSource:
         member = _members.get(self.store)
         if member is None or member.group.name != name:
             if member is not None:
-                member.group.give_up()
+                member.group.abandon()
             rank = self.first_rank + receiver
             group = Group(backend=self.backend, store=self.store, name=name, rank=rank, size=size)
             member = _members[self.store] = _Member(group=group)
@@ -213,7 +224,7 @@ class GroupSource:
         if member.buffer is None or len(member.buffer) < num_bytes:
             member.buffer = torch.empty(num_bytes, dtype=torch.uint8, device=self._device())
             if self.backend == "nccl":
-                torch.cuda.synchronize()  # NCCL writes on a stream of its own: nobody may still use this memory
+                torch.cuda.synchronize()  # NCCL writes on a stream of its own: nothing may still use this memory
         if num_bytes:
             try:
                 member.group.start(member.buffer[:num_bytes]).wait(seconds + 5.0, while_wanted=True)
@@ -249,16 +260,16 @@ _store_file: list[int] = []  # of this process, as the sender
 
 
 def store_file() -> int:
-    """The memory file of all groups that this process sends to. It stays open: a FileStore whose path leads to another
-    file when it is destroyed ends the process."""
+    """The descriptor of the memory file for all groups in which this process is the sender. It stays open: a FileStore
+    ends the process if its path leads to another file when it is destroyed."""
     if not _store_file:
         _store_file.append(os.memfd_create("atropos_exp-group", os.MFD_CLOEXEC))
     return _store_file[0]
 
 
 def _open(path: str, name: str) -> Any:
-    """Part `name` of the store in this file. It is never closed either, for that takes a lock of the file, which a
-    member that was stopped may hold."""
+    """The part `name` of the store in this file. It is never closed either: closing takes a lock of the file, which a
+    stopped member may hold."""
     import torch.distributed as dist
 
     if path not in _stores:
@@ -272,7 +283,7 @@ _environment_lock = threading.Lock()
 
 @contextlib.contextmanager
 def _environment(values: dict[str, str]) -> Iterator[None]:
-    """With these variables for as long as it lasts."""
+    """Set these environment variables inside the block."""
     with _environment_lock:
         before = {name: os.environ.get(name) for name in values}
         os.environ.update(values)

@@ -1,4 +1,4 @@
-"""The sender's side of `engine.transport=nccl` and `gloo`: each bucket is sent to the engine's processes at once."""
+"""`engine.transport=nccl` and `gloo`: each bucket is sent to all processes of the engine at once, by a broadcast."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import contextlib
 import os
 import secrets
 import threading
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from atropos_exp.errors import EngineError, EngineLost
+from atropos_exp.processes.wire import Message
 from atropos_exp.weights.group import SEND_SECONDS, Group, GroupError, Transfer, nccl_version, store_file
 from atropos_exp.weights.tensors import layout, write_bucket
+from atropos_exp.weights.transport import Bucket
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,18 +22,19 @@ END_SECONDS = 10.0
 
 
 class GroupTransport:
-    """A `Transport`. The bucket is on its way in a thread of its own while the servers are told of it, so a server that
-    dies or refuses never leaves this process waiting for it: the group is given up, and the next bucket forms another.
+    """A `Transport`. A thread of its own broadcasts the bucket while the servers get the message, so a server that dies
+    or refuses never leaves this process waiting for it: the group is abandoned, and the next bucket forms a new one.
     """
 
     def __init__(self, backend: str, *, num_servers: int, receivers_per_server: int) -> None:
+        """`backend`: nccl | gloo. `receivers_per_server`: processes of each server that receive weights."""
         self.on_device = backend == "nccl"
         self._backend = backend
         self._receivers_per_server = receivers_per_server
         self._size = 1 + num_servers * receivers_per_server
         self._fd = store_file()
         self._group: Group | None = None
-        self._given_up: list[Group] = []
+        self._abandoned: list[Group] = []
         self._buffer: Tensor | None = None
         self._resetting = threading.Lock()
 
@@ -44,14 +47,14 @@ class GroupTransport:
         return ["--group-backend", self._backend, "--group-fd", str(self._fd), "--group-rank", str(rank)]
 
     @contextlib.contextmanager
-    def sending(self, bucket: Sequence[tuple[str, Tensor]]) -> Iterator[dict[str, Any]]:
+    def sending(self, bucket: Bucket) -> Iterator[Message]:
         import torch
 
         pieces, num_bytes = layout(bucket)
         if self._group is None:
             store = f"/proc/{os.getpid()}/fd/{self._fd}"
             self._group = Group(backend=self._backend, store=store, name=secrets.token_hex(16), rank=0, size=self._size)
-        message = {
+        message: Message = {
             "pieces": [piece.to_message() for piece in pieces],
             "num_bytes": num_bytes,
             "group": {
@@ -94,11 +97,11 @@ class GroupTransport:
         with self._resetting:  # servers that share this transport are restarted side by side
             group, self._group, self._buffer = self._group, None, None  # a transfer that hangs still has the old buffer
             if group is not None:
-                group.give_up()
-                self._given_up.append(group)
+                group.abandon()
+                self._abandoned.append(group)
 
     def close(self) -> None:
         """After the servers have ended, so that nothing waits for them any more."""
         self.reset()
-        while self._given_up:
-            self._given_up.pop().wait_for_threads(END_SECONDS)
+        while self._abandoned:
+            self._abandoned.pop().wait_for_threads(END_SECONDS)

@@ -1,14 +1,15 @@
-"""The sender's side of `engine.transport=cuda_ipc+nccl` and `shm+gloo`: some servers are near the trainer, some not."""
+"""`engine.transport=cuda_ipc+nccl` and `shm+gloo`: some servers are on the trainer's GPU, others are not."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection, Iterator
+from typing import TYPE_CHECKING
+
+from atropos_exp.processes.wire import Message
+from atropos_exp.weights.transport import Bucket
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from atropos_exp.weights.group_transport import GroupTransport
     from atropos_exp.weights.transport import Transport
 
@@ -16,7 +17,12 @@ MIXED = ("cuda_ipc+nccl", "shm+gloo")  # near + far; the second one is how the f
 
 
 class MixedTransport:
-    """A `Transport` of two: NCCL takes a GPU once, so a server on the trainer's own GPU gets its weights otherwise."""
+    """A `Transport` made of two.
+
+        MixedTransport(CudaTransport(folder), GroupTransport("nccl", num_servers=1, receivers_per_server=1), near=[0])
+
+    NCCL allows one process per GPU, so a server on the trainer's own GPU gets its weights in another way.
+    """
 
     def __init__(self, near_transport: Transport, far_transport: GroupTransport, *, near: Collection[int]) -> None:
         """`near`: numbers of the servers that `near_transport` serves."""
@@ -34,8 +40,8 @@ class MixedTransport:
         return self._far.arguments(server - sum(near < server for near in self._near_servers))
 
     @contextlib.contextmanager
-    def sending(self, bucket: Sequence[tuple[str, Tensor]]) -> Iterator[dict[str, Any]]:
-        # The near one first: it waits for the whole GPU, where the far one's send waits for servers to be told of it.
+    def sending(self, bucket: Bucket) -> Iterator[Message]:
+        # The near one first: it waits for the whole GPU, on which the far one's send waits for the servers' message.
         with self._near.sending(bucket) as near, self._far.sending(bucket) as far:
             yield {**far, **near}
 

@@ -1,4 +1,4 @@
-"""Did the weights arrive? The account of what was sent, against what the engine expects and holds."""
+"""Whether the weights arrived: what was sent, compared with what the engine expects, holds and computes."""
 
 from __future__ import annotations
 
@@ -11,35 +11,36 @@ import numpy as np
 from atropos_exp.errors import SyncError
 from atropos_exp.types import Floats, TokenIds
 from atropos_exp.weights.digest import Digests
-from atropos_exp.weights.tensors import dtype_name
+from atropos_exp.weights.tensors import Kind, dtype_name, some
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 ONE_TOKEN = 10.0  # by how much one token of the canary may exceed the tolerance of the mean
-TensorKinds = Mapping[str, tuple[str, tuple[int, ...]]]
 
 
 @dataclass(kw_only=True)
-class Account:
-    """What the sender handed over during one update."""
+class SentTensors:
+    """What the trainer's side sent during one update."""
 
-    kinds: dict[str, tuple[str, tuple[int, ...]]] = field(default_factory=dict)  # name -> (dtype, shape)
-    digests: Digests = field(default_factory=Digests)  # of what went on the line
+    kinds: dict[str, Kind] = field(default_factory=dict)  # name -> (dtype, shape)
+    digests: Digests = field(default_factory=Digests)  # of the tensors as they were sent
     num_bytes: int = 0
 
     def add(self, name: str, tensor: Tensor) -> None:
+        """Count a tensor that is about to be sent. Raises SyncError if it was sent before."""
         if name in self.kinds:
             raise SyncError(f"the trainer gave {name} twice")
         self.kinds[name] = (dtype_name(tensor), tuple(tensor.shape))
         self.num_bytes += tensor.nbytes
 
 
-def check_complete(sent: TensorKinds, expected: TensorKinds) -> None:
-    """Every expected tensor was sent, with its dtype and shape. More may have been sent: the engine judges those."""
+def check_complete(sent: Mapping[str, Kind], expected: Mapping[str, Kind]) -> None:
+    """Raise SyncError unless every expected tensor was sent with its dtype and shape. More may have been sent: the
+    engine refuses what it does not know."""
     missing = [name for name in expected if name not in sent]
     if missing:
-        raise SyncError(f"{_some(missing)} of {len(expected)} tensors never sent to the engine")
+        raise SyncError(f"{some(missing)} of {len(expected)} tensors never sent to the engine")
     for name, want in expected.items():
         if sent[name] != want:
             got = sent[name]
@@ -47,21 +48,21 @@ def check_complete(sent: TensorKinds, expected: TensorKinds) -> None:
 
 
 def check_digests(sent: Mapping[str, str], held: Mapping[str, str], expected: Iterable[str]) -> int:
-    """Each tensor that the engine holds has the bits that were sent. Returns how many were compared: all or,
-    for an engine that cannot tell, none."""
+    """Raise SyncError unless each tensor that the engine holds has the bits that were sent. Returns how many were
+    compared: all, or none for an engine that gives no digests."""
     if not held:
         return 0
-    untold = [name for name in expected if name not in held]
-    if untold:
-        raise SyncError(f"the engine gave no digest of {_some(untold)}")
+    unknown = [name for name in expected if name not in held]
+    if unknown:
+        raise SyncError(f"the engine gave no digest of {some(unknown)}")
     wrong = [name for name in expected if held[name] != sent[name]]
     if wrong:
-        raise SyncError(f"the engine holds other bits than were sent of {_some(wrong)} ({len(wrong)} tensors differ)")
+        raise SyncError(f"the engine holds other bits than were sent of {some(wrong)} ({len(wrong)} tensors differ)")
     return len(held)
 
 
 def check_finite(trainer: Sequence[Floats]) -> None:
-    """The trainer's own logprobs of the canary are numbers: no engine can serve weights that are not."""
+    """Raise SyncError unless the trainer's own logprobs of the canary are finite."""
     for index, ours in enumerate(trainer):
         if not np.isfinite(ours).all():
             raise SyncError(
@@ -73,9 +74,12 @@ def check_finite(trainer: Sequence[Floats]) -> None:
 def check_canary(
     canary: Sequence[TokenIds], trainer: Sequence[Floats], engine: Sequence[Floats], *, tolerance: float, version: int
 ) -> tuple[float, float]:
-    """Largest and mean |engine - trainer| logprob over the canary's tokens, in nats. SyncError if the mean is above
-    `tolerance` or one token above `ONE_TOKEN` times it: rounding errors of 16 bits are large for single tokens, but
-    not in the mean."""
+    """Largest and mean |engine - trainer| logprob over the canary's tokens, in nats.
+
+    `canary`: prompts [T]; `trainer` and `engine`: the logprobs [T - 1] of each prompt's tokens from the second on.
+    Raises SyncError if the mean is above `tolerance` or one token above `ONE_TOKEN` times it: rounding errors of 16
+    bits are large for single tokens, but not in the mean.
+    """
     if len(trainer) != len(canary) or len(engine) != len(canary):
         raise SyncError(f"canary: {len(canary)} prompts, but scores of {len(trainer)} and {len(engine)}")
     worst, largest, gaps = "", 0.0, []
@@ -101,7 +105,3 @@ def check_canary(
             "trainer's weights"
         )
     return largest, mean
-
-
-def _some(names: Sequence[str], limit: int = 3) -> str:
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

@@ -1,4 +1,8 @@
-"""Moves the trainer's weights into the engine after an update, and proves that they arrived."""
+"""Publishes the trainer's weights to the engine after an update, and proves that they arrived.
+
+One sync: the engine opens an update; tensors are gathered from all ranks, cast and sent in buckets; the engine's
+digests are compared with the sender's, and it commits; then the canary's logprobs must agree.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,7 @@ from typing import TYPE_CHECKING
 from atropos_exp.errors import EngineError, SyncError
 from atropos_exp.processes.ranks import Ranks
 from atropos_exp.types import Floats, SyncStats, TokenIds
-from atropos_exp.weights.proof import Account, check_canary, check_complete, check_digests, check_finite
+from atropos_exp.weights.proof import SentTensors, check_canary, check_complete, check_digests, check_finite
 from atropos_exp.weights.tensors import is_adapter, torch_dtype
 
 if TYPE_CHECKING:
@@ -23,19 +27,22 @@ if TYPE_CHECKING:
 # weights. SmolLM2-135M in bfloat16 at temperature 0.7 was seen at 0.09 to 0.18, plain transformers against itself in
 # float32 at 0.07, single tokens up to 1.5 (docs/results/smollm2.md).
 DEFAULT_TOLERANCE = {"float32": 2e-4, "float16": 0.05, "bfloat16": 0.5}
-# What a sync spends its time on: to hold the engine, gather and cast, hand over and load, accept; and the two proofs.
+# Parts of a sync's time: pause the engine, gather and cast, send and load, commit; and the two proofs.
 TRANSFER = ("open", "gather", "send", "commit")
 PROOF = ("digest", "canary")
 
 
-class ShardingManager:
+class WeightPublisher:
     """A `Publisher`. Collective: every rank calls `publish`; rank 0 alone talks to the engine.
 
-    One sync: the tensors are gathered one by one, cast to the engine's dtype and streamed in buckets, so that no
-    rank holds more than one bucket besides its shards. Before the engine commits, names, shapes, dtypes, bytes and
-    digests of what it holds are compared with what was sent. After it, the canary: fixed prompts must get the
-    trainer's logprobs from the engine. A failed proof leaves the engine refusing to sample, and raises SyncError
-    on every rank.
+        publisher = WeightPublisher(trainer, engine, is_rank_zero=True, bucket_bytes=1 << 28, canary=prompts,
+                                    temperature=1.0, tolerance=None)
+        stats = publisher.publish(7)  # from now on the engine samples with the trainer's weights, as version 7
+
+    The tensors are gathered one by one, cast to the engine's dtype and sent in buckets, so that no rank holds more than
+    one bucket besides its shards. Before the engine commits, names, shapes, dtypes, bytes and digests of what it holds
+    are compared with what was sent. Afterwards comes the canary: for fixed prompts the engine must give the trainer's
+    logprobs. A failed proof leaves the engine refusing to sample, and raises SyncError on every rank.
     """
 
     def __init__(
@@ -49,7 +56,9 @@ class ShardingManager:
         temperature: float,
         tolerance: float | None,
     ) -> None:
-        """`canary`: sequences of two or more tokens. `tolerance`: of `check_canary`; None: by the engine's dtype."""
+        """`engine`: rank 0's; None elsewhere. `bucket_bytes`: size of a bucket, unless one tensor is larger. `canary`:
+        sequences of two or more tokens. `temperature`: of its logprobs. `tolerance`: of `check_canary`, in nats; None:
+        by the engine's dtype (`DEFAULT_TOLERANCE`)."""
         assert (engine is not None) == is_rank_zero
         assert canary and all(len(prompt) > 1 for prompt in canary) and bucket_bytes > 0
         self._trainer = trainer
@@ -58,28 +67,29 @@ class ShardingManager:
         self._canary = canary
         self._temperature = temperature
         self._tolerance = tolerance
-        self.num_syncs = 0  # begun
-        self.num_verified = 0  # proven
+        self.num_syncs = 0  # that have begun
+        self.num_verified = 0  # that have been proven
 
     def publish(self, version: int) -> SyncStats:
-        """Make the engine serve the trainer's weights as `version`. Raises SyncError; EngineError if it fails."""
+        """Make the engine serve the trainer's weights as `version`. Raises SyncError if they do not provably arrive,
+        and EngineError if the engine fails."""
         self.num_syncs += 1
-        laps = Laps()
+        timer = PartTimer()
         ranks = Ranks.of_group()
         with ranks.same_outcome(f"the weight sync to version {version}"):
-            account, compared = self._transfer(version, laps)
-        with ranks.same_outcome(f"the proof of the weight sync to version {version}"), self._asked_canary() as scores:
+            sent, compared = self._transfer(version, timer)
+        with ranks.same_outcome(f"the proof of the weight sync to version {version}"), self._scored_canary() as scores:
             ours = self._trainer.logprobs(self._canary, temperature=self._temperature)
             largest, mean = self._check_canary(version, ours, scores)
-            laps("canary")
+            timer.book("canary")
         stats = ranks.broadcast(
             SyncStats(
                 policy_version=version,
-                num_tensors=len(account.kinds),
-                num_bytes=account.num_bytes,
-                seconds=sum(laps.seconds[part] for part in TRANSFER),
-                proof_seconds=sum(laps.seconds[part] for part in PROOF),
-                seconds_by_part=laps.seconds,
+                num_tensors=len(sent.kinds),
+                num_bytes=sent.num_bytes,
+                seconds=sum(timer.seconds[part] for part in TRANSFER),
+                proof_seconds=sum(timer.seconds[part] for part in PROOF),
+                seconds_by_part=timer.seconds,
                 canary_gap_max=largest,
                 canary_gap_mean=mean,
                 digests_compared=compared,
@@ -88,9 +98,9 @@ class ShardingManager:
         self.num_verified += 1
         return stats
 
-    def _transfer(self, version: int, laps: Laps) -> tuple[Account, int]:
+    def _transfer(self, version: int, timer: PartTimer) -> tuple[SentTensors, int]:
         """Send every tensor and compare what the engine then holds; the number of digests compared."""
-        account = Account()
+        sent = SentTensors()
         compared = 0
         with contextlib.ExitStack() as update:
             receiver: WeightReceiver | None = None
@@ -98,35 +108,35 @@ class ShardingManager:
                 if self._engine is not None:
                     receiver = update.enter_context(self._engine.updating(version))
             parameters = self._needed(receiver)
-            laps("open")
+            timer.book("open")
             try:
                 if receiver is not None:
-                    for bucket in self._buckets(parameters, account):
-                        laps("gather")
-                        account.digests.add(bucket)
-                        laps("digest")
+                    for bucket in self._buckets(parameters, sent):
+                        timer.book("gather")
+                        sent.digests.add(bucket)
+                        timer.book("digest")
                         receiver.receive(bucket)
-                        laps("send")
-                    laps("gather")
-                    compared = self._compare(receiver, account)
-                    laps("digest")
+                        timer.book("send")
+                    timer.book("gather")
+                    compared = self._compare(receiver, sent)
+                    timer.book("digest")
             finally:
                 # The gathering is collective: the other ranks need this one to the end, also when the engine failed.
                 for _ in parameters:
                     pass
-        laps("commit")
-        return account, compared
+        timer.book("commit")
+        return sent, compared
 
     def _needed(self, receiver: WeightReceiver | None) -> Iterator[tuple[str, Tensor]]:
-        """What the engine asks for, which every rank has to gather: all weights with LoRA merged, or LoRA's matrices by
-        themselves, with or without the base that they adapt."""
+        """The tensors that the engine expects, which every rank has to gather: all weights with LoRA merged, or LoRA's
+        matrices by themselves, with or without the base that they adapt."""
         names = [] if receiver is None else list(receiver.expected())
         kinds = (any(map(is_adapter, names)), not all(map(is_adapter, names)))
         has_adapter, has_base = Ranks.of_group().broadcast(kinds)
         return self._trainer.adapter(with_base=has_base) if has_adapter else self._trainer.parameters()
 
     def _buckets(
-        self, parameters: Iterator[tuple[str, Tensor]], account: Account
+        self, parameters: Iterator[tuple[str, Tensor]], sent: SentTensors
     ) -> Iterator[list[tuple[str, Tensor]]]:
         """Cast tensors in groups of at most `bucket_bytes`; a larger tensor goes alone."""
         assert self._engine is not None
@@ -137,7 +147,7 @@ class ShardingManager:
             tensor = full.detach().to(dtype)  # cast first: half the bytes leave the device, if they have to
             if not self._engine.transfers_on_device:
                 tensor = tensor.cpu()
-            account.add(name, tensor)
+            sent.add(name, tensor)
             if bucket and num_bytes + tensor.nbytes > self._bucket_bytes:
                 yield bucket
                 bucket, num_bytes = [], 0
@@ -146,15 +156,15 @@ class ShardingManager:
         if bucket:
             yield bucket
 
-    def _compare(self, receiver: WeightReceiver, account: Account) -> int:
+    def _compare(self, receiver: WeightReceiver, sent: SentTensors) -> int:
         expected = receiver.expected()
-        check_complete(account.kinds, expected)
-        held = receiver.digests()  # asked for while the device may still be at ours
-        return check_digests(account.digests.read(), held, expected)
+        check_complete(sent.kinds, expected)
+        held = receiver.digests()  # requested while the device may still be computing ours
+        return check_digests(sent.digests.read(), held, expected)
 
     @contextlib.contextmanager
-    def _asked_canary(self) -> Iterator[list[Future[list[Floats]]]]:
-        """The canary's logprobs by every server, which find them while the trainer does."""
+    def _scored_canary(self) -> Iterator[list[Future[list[Floats]]]]:
+        """The canary's logprobs by every server, which computes them while the trainer does."""
         replicas = self._engine.replicas if self._engine is not None else []
         with ThreadPoolExecutor(max(1, len(replicas)), thread_name_prefix="canary") as pool:
             yield [pool.submit(one.score, self._canary, temperature=self._temperature) for one in replicas]
@@ -165,9 +175,9 @@ class ShardingManager:
         """Largest and mean gap on rank 0, zeros elsewhere."""
         if self._engine is None:
             return 0.0, 0.0
-        wait(scores)  # each has its deadline; a server that dies of this is dead before it is told to stop sampling
+        wait(scores)  # each has its deadline; a server that dies of this is dead before it is asked to stop sampling
         try:
-            check_finite(ours)  # before what the engine says: it may not have outlived such weights
+            check_finite(ours)  # before the engine's scores: it may not have survived such weights
             tolerance = DEFAULT_TOLERANCE[self._engine.dtype] if self._tolerance is None else self._tolerance
             gaps = []
             for number, theirs in enumerate(scores):
@@ -186,28 +196,30 @@ class ShardingManager:
             raise
 
     def _quarantine(self, version: int, error: SyncError) -> None:
-        """An update that is given up leaves the engine refusing to sample: nobody gets tokens of unproven weights."""
+        """Open an update and abort it, which leaves the engine refusing to sample: no token comes from unproven
+        weights."""
         assert self._engine is not None
         try:
-            with contextlib.suppress(_GivenUp), self._engine.updating(version):
-                raise _GivenUp
+            with contextlib.suppress(_Abort), self._engine.updating(version):
+                raise _Abort
         except EngineError as also:
             error.add_note(f"the engine could not be told to stop sampling: {also}")
 
 
-class Laps:
-    """Seconds by part: each call books the time since the last one. A device works on after the call that asked it to,
-    so what a GPU takes to gather and digest shows where it is waited for, in `send`."""
+class PartTimer:
+    """Seconds by part of a sync. A device computes on after the call that started it, so what a GPU takes to gather and
+    digest is booked where the next call waits for it, under `send`."""
 
     def __init__(self) -> None:
         self.seconds = dict.fromkeys((*TRANSFER, *PROOF), 0.0)
         self._last = time.perf_counter()
 
-    def __call__(self, part: str) -> None:
+    def book(self, part: str) -> None:
+        """Add the time since the last call to this part."""
         now = time.perf_counter()
         self.seconds[part] += now - self._last
         self._last = now
 
 
-class _GivenUp(Exception):
-    """Ends an update on purpose."""
+class _Abort(Exception):
+    """Aborts an update on purpose."""

@@ -1,11 +1,9 @@
-"""The receiver's side of a weight transport: where a bucket lies, and the tensors in it."""
+"""The receiver's side of a weight transport, in the engine's servers: finds a bucket and reads the tensors in it."""
 
 from __future__ import annotations
 
-import json
 import mmap
 import os
-import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +12,11 @@ from typing import TYPE_CHECKING, Any
 from atropos_exp.errors import Refused, WireError
 from atropos_exp.processes.wire import Message
 from atropos_exp.weights.group import GroupSource
-from atropos_exp.weights.tensors import LORA_A, LORA_B, Piece, read_piece
+from atropos_exp.weights.tensors import LORA_A, LORA_B, Kind, Piece, read_piece, safetensors_header
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Kind = tuple[str, tuple[int, ...]]  # dtype, shape
 MAX_BYTES = 1 << 50
 NOT_PARAMETERS = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")  # buffers in older checkpoints
 SAFETENSORS_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -27,7 +24,15 @@ SAFETENSORS_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 @dataclass(frozen=True, kw_only=True)
 class BucketSource:
-    """Where this server was told to look. The paths also open in a worker process of the server."""
+    """Where buckets of weights arrive in this server: exactly one of the four ways.
+
+        source = BucketSource(shm=None, folder=Path("log/weights_x1"), cuda_ipc=False, group=None)
+        source.kinds({"file": "bucket.safetensors"})  # [("lm_head.weight", ("bfloat16", (49152, 576)))]
+        for name, tensor in source.read({"file": "bucket.safetensors"}):
+            ...  # copy it: the next bucket overwrites it
+
+    It can be sent to a worker process of the server, where the paths open the same files.
+    """
 
     shm: str | None  # of an inherited memory file, as /proc/<pid>/fd/<n>
     folder: Path | None
@@ -36,18 +41,18 @@ class BucketSource:
 
     @property
     def on_device(self) -> bool:
-        """Buckets lie in device memory."""
+        """Whether buckets arrive in device memory."""
         return self.cuda_ipc or (self.group is not None and self.group.backend == "nccl")
 
     def check(self, message: Message) -> None:
-        """Refuses a message that says nothing to this server: of another transport."""
+        """Refuse a message of another transport than the one this server was started with."""
         if self._key not in message:
             got = ", ".join(sorted(message))
             raise Refused(400, f"this server was started for another weight transport; got {got}")
 
     @property
     def _key(self) -> str:
-        """Of a message, under which it says where the bucket lies. Other servers may find theirs under others."""
+        """The key of a message that holds this server's way to the bucket; servers with other ways read other keys."""
         if self.group is not None:
             return "group"
         if self.cuda_ipc:
@@ -55,7 +60,7 @@ class BucketSource:
         return "shm" if self.folder is None else "file"
 
     def kinds(self, message: Message) -> list[tuple[str, Kind]]:
-        """Name, dtype and shape of the bucket's tensors, without reading them."""
+        """Name, dtype and shape of the bucket's tensors, without reading them. Raises Refused or WireError."""
         self.check(message)
         if self.folder is not None:
             return safetensors_kinds(self._file(message))
@@ -64,8 +69,8 @@ class BucketSource:
         return [(piece.name, (piece.dtype, piece.shape)) for piece in pieces]
 
     def read(self, message: Message, *, receiver: int = 0) -> Iterator[tuple[str, Tensor]]:
-        """The bucket's tensors, as views: they are gone with the next bucket. `receiver`: number of this process among
-        those of the server that receive weights."""
+        """The bucket's tensors, as views that the next bucket overwrites. `receiver`: the number of this process among
+        those of the server that receive weights. Raises Refused or WireError."""
         self.check(message)
         if self.folder is not None:
             from safetensors.torch import load_file
@@ -105,20 +110,17 @@ class BucketSource:
 
 
 def safetensors_kinds(path: Path) -> list[tuple[str, Kind]]:
-    """Name, dtype and shape of the floating-point tensors of a file, from its header."""
-    with path.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        header = json.loads(file.read(length))
+    """Name, dtype and shape of the floating-point tensors in a file, read from its header."""
     return [
         (name, (SAFETENSORS_DTYPES[item["dtype"]], tuple(item["shape"])))
-        for name, item in header.items()
-        if name != "__metadata__" and item["dtype"] in SAFETENSORS_DTYPES
+        for name, item in safetensors_header(path).items()
+        if item["dtype"] in SAFETENSORS_DTYPES
     ]
 
 
 def expected_tensors(folder: Path, *, dtype: str, is_tied: bool) -> dict[str, Kind]:
-    """What an update must bring, by the checkpoint's own names: its floating-point tensors in the served dtype, a tied
-    head once."""
+    """The tensors that an update must bring to a server of the model in `folder`, by the checkpoint's names: all of its
+    floating-point tensors in the served `dtype`, a tied head once. Ends the process if there are none."""
     found: dict[str, Kind] = {}
     for path in sorted(folder.glob("*.safetensors")):
         for name, (_, shape) in safetensors_kinds(path):
@@ -130,8 +132,8 @@ def expected_tensors(folder: Path, *, dtype: str, is_tied: bool) -> dict[str, Ki
 
 
 def adapter_tensors(base: Mapping[str, Kind], *, rank: int, target_modules: Sequence[str]) -> dict[str, Kind]:
-    """The LoRA matrices of a model with these tensors: of every linear layer with the name of a target, as PEFT has
-    it."""
+    """The LoRA matrices of a model with the tensors `base`: A [rank, in] and B [out, rank] for every linear layer whose
+    name ends with a target, as in PEFT."""
     found: dict[str, Kind] = {}
     for name, (dtype, shape) in base.items():
         module = name.removesuffix(".weight")
@@ -142,12 +144,12 @@ def adapter_tensors(base: Mapping[str, Kind], *, rank: int, target_modules: Sequ
 
 
 def inherited(fd: int | None) -> str | None:
-    """The path of a file that this process inherited: a worker process of it can open the same."""
+    """The path of a file descriptor that this process inherited, which its worker processes can open too."""
     return None if fd is None else f"/proc/{os.getpid()}/fd/{fd}"
 
 
 def share_cuda(buffer: Tensor) -> list[Any]:
-    """The handle of a device buffer for a process on the same GPU: numbers and bytes, no pickle."""
+    """A handle with which a process on the same GPU opens a device buffer: numbers and bytes, no pickle."""
     return list(buffer.untyped_storage()._share_cuda_())
 
 
@@ -155,7 +157,7 @@ _opened: dict[tuple[Any, ...], Any] = {}  # handle -> storage: the sender uses o
 
 
 def open_cuda(handle: Any, size: int) -> Tensor:
-    """The sender's device buffer in this process, as bytes. An IPC handle leads to device memory and runs no code."""
+    """The sender's device buffer in this process, as `size` bytes. Opening a handle runs no code. Raises WireError."""
     import torch
 
     match handle:

@@ -1,6 +1,6 @@
-"""Which parts of a served model's parameters are the tensors of its checkpoint.
+"""Which parts of a served model's parameters are the tensors of its checkpoint, so that they can be read back in place.
 
-vLLM and SGLang lay them out alike: q, k, v and gate, up are stacked by rows, vocabularies are padded at the end.
+vLLM and SGLang store them alike: q, k, v and gate, up are stacked by rows, and vocabularies are padded at the end.
 """
 
 from __future__ import annotations
@@ -8,19 +8,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from atropos_exp.weights.receiver import Kind
-from atropos_exp.weights.tensors import dtype_name
+from atropos_exp.weights.tensors import Kind, dtype_name
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-# Of layers that compute with their parameters as they came.
+# The quantisation methods of layers that compute with their parameters as they were loaded.
 PLAIN_METHODS = ("UnquantizedLinearMethod", "UnquantizedEmbeddingMethod")
 
 
 def has_plain_layers(model: Any) -> bool:
-    """Whether no layer of it repacks or quantises its parameters."""
+    """Whether no layer of the model repacks or quantises its parameters."""
     methods = {type(method).__name__ for module in model.modules() if (method := getattr(module, "quant_method", None))}
     return methods <= set(PLAIN_METHODS)
 
@@ -28,8 +27,13 @@ def has_plain_layers(model: Any) -> bool:
 def views(
     parameters: Mapping[str, Tensor], fused: Mapping[str, Sequence[str]], kinds: Mapping[str, Kind]
 ) -> dict[str, Tensor]:
-    """Those of `kinds` that `parameters` hold in their dtype and a fitting shape, as views. `fused`: parameter -> what
-    is stacked in it, in order."""
+    """The tensors of `kinds` that `parameters` hold in their own dtype and a fitting shape, as views of the parameters.
+
+        fused = {"qkv_proj": ("q_proj", "k_proj", "v_proj")}  # parameter -> what is stacked in it, in order
+        views(dict(model.named_parameters()), fused, {"layers.0.k_proj.weight": ("bfloat16", (64, 512))})
+
+    A tensor that the model keeps in another form is left out.
+    """
     found = {}
     for name, (dtype, shape) in kinds.items():
         tensor, start, rows = parameters.get(name), 0, None

@@ -1,24 +1,23 @@
-"""TODO."""
+"""`engine.transport=shm`: weights through shared memory on the host."""
 
 from __future__ import annotations
 
 import mmap
 import os
-from typing import TYPE_CHECKING
+from pathlib import Path
 
+from atropos_exp.processes.wire import Message
 from atropos_exp.weights.tensors import layout, write_bucket
-from atropos_exp.weights.transport import Bucket, Laid, Message
-
-if TYPE_CHECKING:
-    pass
+from atropos_exp.weights.transport import Bucket, StoredTransport
 
 
-class ShmTransport(Laid):
-    """Anonymous shared memory that the child inherits: it has no name that could be left behind, whoever dies."""
+class ShmTransport(StoredTransport):
+    """One anonymous memory file that the servers inherit: it has no name, so nothing is left when processes die."""
 
     on_device = False
 
-    def __init__(self) -> None:
+    def __init__(self, log_folder: Path) -> None:
+        """`log_folder` is not used: all transports are constructed alike."""
         self._fd = os.memfd_create("atropos_exp-weights", os.MFD_CLOEXEC)
 
     @property

@@ -1,10 +1,13 @@
-"""Weights as bytes: how a bucket of tensors lies in a buffer, and the digest that proves a tensor arrived."""
+"""Weights as bytes: the layout of a bucket of tensors in one buffer, and the names and dtypes of tensors."""
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Sequence
+import struct
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from atropos_exp.errors import WireError
@@ -12,6 +15,7 @@ from atropos_exp.errors import WireError
 if TYPE_CHECKING:
     from torch import Tensor, dtype
 
+Kind = tuple[str, tuple[int, ...]]  # of a tensor: dtype such as "bfloat16", and shape
 TENSOR_DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}  # name -> bytes of an element
 LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"  # after the name of the module that they adapt, as PEFT has it
 ALIGNMENT = 64  # bytes; every tensor of a bucket starts at a multiple of it
@@ -19,7 +23,7 @@ ALIGNMENT = 64  # bytes; every tensor of a bucket starts at a multiple of it
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Piece:
-    """Where one tensor lies in a bucket's buffer."""
+    """The place of one tensor in a bucket's buffer."""
 
     name: str
     dtype: str
@@ -31,11 +35,12 @@ class Piece:
         return math.prod(self.shape) * TENSOR_DTYPES[self.dtype]
 
     def to_message(self) -> list[Any]:
+        """As a list of plain values, which `from_message` reads."""
         return [self.name, self.dtype, list(self.shape), self.offset]
 
     @staticmethod
     def from_message(item: Any, *, buffer_bytes: int) -> Piece:
-        """Checked: the piece lies inside a buffer of `buffer_bytes`. Raises WireError."""
+        """The piece in a message. Raises WireError unless it fits a buffer of `buffer_bytes`."""
         match item:
             case [str(name), str(kind), list(shape), int(offset)] if kind in TENSOR_DTYPES and all(
                 type(size) is int and size >= 0 for size in shape
@@ -49,7 +54,7 @@ class Piece:
 
 
 def layout(bucket: Sequence[tuple[str, Tensor]]) -> tuple[list[Piece], int]:
-    """The places of a bucket's tensors one after the other, and the bytes of the whole buffer."""
+    """The places of a bucket's tensors, one after the other, and the size of the whole buffer in bytes."""
     pieces: list[Piece] = []
     offset = 0
     for name, tensor in bucket:
@@ -60,7 +65,7 @@ def layout(bucket: Sequence[tuple[str, Tensor]]) -> tuple[list[Piece], int]:
 
 
 def write_bucket(bucket: Sequence[tuple[str, Tensor]], pieces: Sequence[Piece], buffer: Any) -> None:
-    """Copy the tensors (of any device) to their places in a writable buffer, or in a tensor of bytes."""
+    """Copy the tensors, from any device, to their places in a writable buffer or a uint8 tensor."""
     import torch
 
     target = buffer if isinstance(buffer, torch.Tensor) else torch.frombuffer(buffer, dtype=torch.uint8)
@@ -71,7 +76,7 @@ def write_bucket(bucket: Sequence[tuple[str, Tensor]], pieces: Sequence[Piece], 
 
 
 def read_piece(piece: Piece, buffer: Any) -> Tensor:
-    """The tensor at its place, as a view: copy it before the buffer goes away."""
+    """The tensor at this place of a buffer or uint8 tensor, as a view: copy it before the buffer changes."""
     import torch
 
     if piece.num_bytes == 0:
@@ -84,17 +89,34 @@ def read_piece(piece: Piece, buffer: Any) -> Tensor:
 
 
 def is_adapter(name: str) -> bool:
-    """Of one of LoRA's own matrices, on its way or in the trainer, where PEFT puts the adapter's name behind it."""
+    """Whether this is the name of one of LoRA's matrices, as it is sent or as PEFT has it in the trainer, with the
+    adapter's name inserted."""
     return ".lora_A." in name or ".lora_B." in name
 
 
 def dtype_name(tensor: Tensor) -> str:
+    """The name of a tensor's dtype without "torch.", such as "bfloat16"."""
     return str(tensor.dtype).removeprefix("torch.")
 
 
 def torch_dtype(name: str) -> dtype:
+    """The torch dtype with this name, such as "bfloat16"."""
     import torch
 
     kind = getattr(torch, name)
     assert isinstance(kind, torch.dtype), name
     return kind
+
+
+def safetensors_header(path: Path) -> dict[str, Any]:
+    """Of a safetensors file: tensor name -> its `dtype` ("F32", "BF16", ...), `shape` and `data_offsets`."""
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+    return {name: entry for name, entry in header.items() if name != "__metadata__"}
+
+
+def some(names: Iterable[str], limit: int = 3) -> str:
+    """The first few names for a message, and how many more there are: "a, b, c and 9 more"."""
+    names = list(names)
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

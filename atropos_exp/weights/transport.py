@@ -1,7 +1,8 @@
-"""How a bucket of weights reaches server processes: shared memory, device memory, files, or a group of processes.
+"""How a bucket of weights reaches the engine's server processes: the sender's side.
 
-One transport serves all replicas of an engine: each bucket is laid down once, and every server is told of it. A message
-has a key for each way in which the bucket can be reached; a server knows its own.
+A bucket is a few named tensors, at most `sync.bucket_mb` of them at a time. One transport serves all servers of an
+engine: each bucket is written or sent once, and every server gets the same message over HTTP. The message has a key for
+each way in which the bucket can be reached, and a server knows its own (`receiver.BucketSource`).
 """
 
 from __future__ import annotations
@@ -9,50 +10,66 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
+
+from atropos_exp.processes.wire import Message
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 Bucket = Sequence[tuple[str, "Tensor"]]
-Message = dict[str, Any]
 
 
 class Transport(Protocol):
-    """The sender's side."""
+    """Carries buckets of weights from this process to all servers of an engine.
+
+        transport = DiskTransport(Path("log"))
+        process = start_a_server(*transport.arguments(0), pass_fds=transport.inherited_fds)
+        with transport.sending([("lm_head.weight", tensor)]) as message:
+            process.post("/weights/bucket", message)  # returns when the server has loaded it
+        transport.clear()
+
+    A transport of one's own is constructed with the folder of the run's logs; docs/extending.md has one.
+    """
 
     @property
     def on_device(self) -> bool:
-        """Tensors are handed over on the trainer's GPU and never leave it."""
+        """Whether `sending` takes tensors on the trainer's GPU, which then never leave it."""
         ...
 
     @property
-    def inherited_fds(self) -> tuple[int, ...]: ...
+    def inherited_fds(self) -> tuple[int, ...]:
+        """File descriptors that every server process must inherit."""
+        ...
 
     def arguments(self, server: int) -> list[str]:
-        """What tells this one of the engine's servers (0, 1, …) where to look."""
+        """Command-line options that tell the engine's server with this number (0, 1, …) where buckets arrive."""
         ...
 
     def sending(self, bucket: Bucket) -> AbstractContextManager[Message]:
-        """Lay the bucket down, or begin to send it; the message that tells a server of it. It may be overwritten after
-        leaving. Leaving by an exception gives it up."""
+        """Write the bucket, or begin to send it. Inside the block, hand the message to every server, and leave when all
+        of them have loaded the bucket: the next one may overwrite it. Leaving by an exception gives the bucket up.
+        Raises EngineError if the bucket does not get through."""
         ...
 
     def clear(self) -> None:
-        """Give the space of the last bucket back."""
+        """Release the space of the last bucket. The transport can go on."""
         ...
 
     def reset(self) -> None:
-        """A server was started anew and knows nothing of what came before."""
+        """Forget all servers' connections: one of them has been restarted."""
         ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Release everything. The servers have ended. May be called twice."""
+        ...
 
 
-class Laid:
-    """Of a transport that lays buckets down with `write`, where they lie until the next one."""
+class StoredTransport:
+    """The base of transports that store a bucket in one place, where it stays until the next: they define `write`."""
 
     def write(self, bucket: Bucket) -> Message:
+        """Store the bucket over the last one. Returns the message that tells a server where it is."""
         raise NotImplementedError
 
     @contextlib.contextmanager
@@ -60,4 +77,4 @@ class Laid:
         yield self.write(bucket)
 
     def reset(self) -> None:
-        """Nothing is kept but the last bucket, which `clear` removes."""
+        """There are no connections."""

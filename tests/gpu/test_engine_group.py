@@ -74,8 +74,8 @@ def test_weights_reach_an_engine_on_another_gpu(device: str, tmp_path: Path) -> 
                     yield pair
 
         kills = Kills(trainer.model, device)
-        manager = manage(kills, engine, bucket_bytes=1, tolerance=None)
-        resync = Resync(manager, engine, Ranks(rank=0, world_size=1), max_restarts=1)
+        publisher = manage(kills, engine, bucket_bytes=1, tolerance=None)
+        resync = Resync(publisher, engine, Ranks(rank=0, world_size=1), max_restarts=1)
         assert resync.publish(4).policy_version == 4
         assert (resync.num_restarts, resync.num_verified) == (1, 1)
         engine.check()

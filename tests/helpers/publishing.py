@@ -1,4 +1,4 @@
-"""A trainer that is honest but does not train, and the manager that publishes its weights."""
+"""A trainer that is honest but does not train, and the publisher of its weights."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from atropos_exp.types import Floats, TokenIds, TrainBatch, UpdateStats
-from atropos_exp.weights.publisher import ShardingManager
+from atropos_exp.weights.publisher import WeightPublisher
 from tests.helpers.random_models import plain_logprobs, random_prompts
 
 CANARY = random_prompts([4, 9, 6], seed=5)
@@ -46,6 +46,6 @@ class HeldModel:
         raise NotImplementedError
 
 
-def manage(trainer: Any, engine: Any, **changes: Any) -> ShardingManager:
+def manage(trainer: Any, engine: Any, **changes: Any) -> WeightPublisher:
     values: dict[str, Any] = {"bucket_bytes": 40_000, "canary": CANARY, "temperature": 0.8, "tolerance": 1e-4}
-    return ShardingManager(trainer, engine, is_rank_zero=True, **{**values, **changes})
+    return WeightPublisher(trainer, engine, is_rank_zero=True, **{**values, **changes})

@@ -51,20 +51,20 @@ def test_an_update_wakes_it_with_new_weights_and_an_empty_cache(sleepy: Servers)
     sleepy.sleep()
     manage(trainer, sleepy).publish(sleepy.version() + 1)  # now every page of it is in use
     assert_serves(sleepy, trainer)  # leaves a long prompt in the prefix cache
-    num_cached = sleepy.info()["num_cached_tokens"]
+    num_cached = sleepy.replicas[0].info()["num_cached_tokens"]
     before, after = sleepy.sleep()
     assert before - after > CACHE_BYTES * 0.9
     assert sleepy.sleep()[0] == pytest.approx(after, rel=0.02), "again changes nothing"
-    info = sleepy.info()
+    info = sleepy.replicas[0].info()
     assert info["is_asleep"] is True and "asleep since version" in info["problem"]
 
     trainer.disturb()
     stats = manage(trainer, sleepy, bucket_bytes=40_000).publish(sleepy.version() + 1)
     assert stats.canary_gap_max < 1e-4 and stats.digests_compared == stats.num_tensors
-    info = sleepy.info()
+    info = sleepy.replicas[0].info()
     assert (info["is_asleep"], info["problem"]) == (False, None) and info["update_seconds"]["wake"] > 0
     assert_serves(sleepy, trainer)
-    assert sleepy.info()["num_cached_tokens"] == num_cached, "nothing was found in the cache after it slept"
+    assert sleepy.replicas[0].info()["num_cached_tokens"] == num_cached, "nothing was found in the cache after it slept"
 
 
 @pytest.mark.vllm
@@ -77,7 +77,7 @@ def test_an_update_that_breaks_leaves_it_refusing_until_a_whole_one(sleepy: Serv
     with pytest.raises(EngineError, match=f"answered 409: weights incomplete: update to version {version} interr"):
         sleepy.check()
     sleepy.sleep()  # half awake: the rest goes on sleeping, the next update wakes it
-    assert sleepy.info()["is_asleep"] is True
+    assert sleepy.replicas[0].info()["is_asleep"] is True
     manage(trainer, sleepy).publish(version)
     assert_serves(sleepy, trainer)
 
@@ -86,7 +86,7 @@ def test_an_update_that_breaks_leaves_it_refusing_until_a_whole_one(sleepy: Serv
 def test_it_sleeps_during_the_trainer_s_update_also_after_a_restart(sleepy: Servers) -> None:
     class Training(HeldModel):
         def update(self, batch: Any) -> Any:
-            seen.append(sleepy.info()["is_asleep"])
+            seen.append(sleepy.replicas[0].info()["is_asleep"])
             self.disturb()
             return batch
 
@@ -106,7 +106,7 @@ def test_it_sleeps_during_the_trainer_s_update_also_after_a_restart(sleepy: Serv
     left = counters["engine/memory_awake_gb"] - counters["engine/memory_freed_gb"]
     assert counters["engine/memory_asleep_gb"] == pytest.approx(left) and left > 0
 
-    os.kill(sleepy.process.pid, signal.SIGKILL)
+    os.kill(sleepy.replicas[0].process.pid, signal.SIGKILL)
     trainer.update(2)  # type: ignore[arg-type]
     resync.publish(sleepy.version() + 1)
     assert_serves(sleepy, inner)

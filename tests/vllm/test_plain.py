@@ -51,8 +51,8 @@ def test_every_digest_is_of_a_resident_tensor(plain: Servers, trainer: Any) -> N
         version = plain.version() + 1
         stats = manage(trainer, plain, bucket_bytes=bucket_bytes).publish(version)
         assert stats.canary_gap_max < 1e-4 and stats.digests_compared == len(parameters)
-        assert plain.digests() == {name: digest(tensor) for name, tensor in parameters.items()}
-        info = plain.info()
+        assert plain.replicas[0].digests() == {name: digest(tensor) for name, tensor in parameters.items()}
+        info = plain.replicas[0].info()
         assert info["loads_plainly"] is True and info["num_resident_digests"] == len(parameters)
         assert set(info["update_seconds"]) == {"begin", "load", "digests", "finish", "prefixes"}
         assert stats.seconds == pytest.approx(

@@ -70,7 +70,7 @@ def test_more_prompt_tokens_than_a_step_takes(engine: Servers) -> None:
     prompts = random_prompts([int(length) for length in np.linspace(100, 140, 48)], seed=12)
     params = sampling(max_tokens=3)
     together = engine.generate(prompts, params, num_samples=2)
-    alone = engine.generate(prompts[-1:], params, num_samples=2, first_prompt=47)
+    alone = engine.replicas[0].generate(prompts[-1:], params, num_samples=2, first_prompt=47)
     assert ids(together[-1:]) == ids(alone)
 
 

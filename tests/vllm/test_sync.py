@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
 import pytest
 
 from atropos_exp.parts.engine.servers import Servers
 from tests.helpers.publishing import HeldModel, manage
-from tests.helpers.random_models import random_model
+from tests.helpers.random_models import plain_logprobs, random_model, random_prompts
+from tests.helpers.sampling_contract import sampling
 from tests.helpers.sync_contract import SyncContract, check_no_older_key_is_read
 
 pytestmark = pytest.mark.vllm
@@ -30,3 +36,31 @@ def test_no_key_or_value_of_older_weights_is_read(engine: Servers) -> None:
     before, after = check_no_older_key_is_read(engine)
     assert before["num_cached_tokens"] > 0, "the cache was in use"
     assert after["num_cached_tokens"] == before["num_cached_tokens"]
+
+
+def test_an_update_waits_for_the_logprobs_of_truncated_samples(engine: Servers) -> None:
+    """A sample of top-k is scored when nothing else runs: before an update that comes meanwhile, not after it."""
+    trainer = HeldModel(random_model(seed=2))
+    publisher = manage(trainer, engine)
+    version = engine.version() + 1
+    publisher.publish(version)
+    before = copy.deepcopy(trainer.model)
+    slow, quick = random_prompts([4, 5], seed=8)
+    server = engine.replicas[0]
+    finished = server.info()["num_rows"]
+    with ThreadPoolExecutor(2) as pool:
+        long = pool.submit(engine.generate, [slow], sampling(max_tokens=290, stop_token_ids=(), seed=1), num_samples=1)
+        short = pool.submit(
+            engine.generate, [quick], sampling(max_tokens=2, top_k=5, stop_token_ids=(), seed=2), num_samples=1
+        )
+        deadline = time.monotonic() + 60
+        while server.info()["num_rows"] == finished:
+            assert time.monotonic() < deadline, "the short sample has not been drawn"
+        assert not long.done() and not short.done()
+        trainer.disturb()
+        publisher.publish(version + 1)
+        ((sample,),) = short.result()
+        assert long.result()[0][0].policy_version == version
+    assert sample.policy_version == version
+    expected = plain_logprobs(before, np.concatenate([quick, sample.token_ids]), 1.0)[-2:]
+    np.testing.assert_allclose(sample.logprobs, expected, atol=1e-4)

@@ -121,7 +121,7 @@ def test_a_receiver_does_not_wait_for_a_sender_that_gave_up() -> None:
     store = f"/proc/{os.getpid()}/fd/{store_file()}"
     sender, receiver = (Group(backend="gloo", store=store, name="a", rank=rank, size=2) for rank in (0, 1))
     transfer = receiver.start(torch.zeros(8, dtype=torch.uint8))
-    threading.Timer(0.3, sender.give_up).start()
+    threading.Timer(0.3, sender.abandon).start()
     began = time.monotonic()
     with pytest.raises(GroupError, match="the sender gave the group up"):
         transfer.wait(60, while_wanted=True)

@@ -123,19 +123,19 @@ def main(rank: int, meeting: str) -> None:
     """One rank: a sync under each fault of FAULTS, its outcome printed as a line."""
     import torch.distributed as dist
 
-    from atropos_exp.weights.publisher import ShardingManager
+    from atropos_exp.weights.publisher import WeightPublisher
 
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
     for fails_at in FAULTS:
         trainer: Any = ShardedTrainer(fails_at, rank)
         engine: Any = MemoryEngine(fails_at) if rank == 0 else None
-        manager = ShardingManager(
+        publisher = WeightPublisher(
             trainer, engine, is_rank_zero=rank == 0, bucket_bytes=8, canary=CANARY, temperature=0.5, tolerance=1e-5
         )
         try:
-            outcome = f"{manager.publish(3)} {manager.num_verified} of {manager.num_syncs}"
+            outcome = f"{publisher.publish(3)} {publisher.num_verified} of {publisher.num_syncs}"
             if fails_at == "adapter":
-                outcome = f"{manager.publish(4)} {manager.num_verified} of {manager.num_syncs}"
+                outcome = f"{publisher.publish(4)} {publisher.num_verified} of {publisher.num_syncs}"
         except Exception as error:  # the outcome that the test reads
             outcome = f"{type(error).__name__}: {error}"
         print(json.dumps({"outcome": outcome, "given": trainer.num_given}))

@@ -1,29 +1,32 @@
-"""The trainer's side of one engine server: each call is one exchange with its process, within a deadline."""
+"""The trainer's side of one engine server: each call is one request to its process, answered within a deadline."""
 
 from __future__ import annotations
 
 import contextlib
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from atropos_exp.errors import EngineError, EngineLost, UserError, WireError
-from atropos_exp.processes.wire import HEARTBEAT, flatten, pack, split, unpack
+from atropos_exp.processes.wire import HEARTBEAT, Message, flatten, pack, split, unpack
 from atropos_exp.types import Endpoint, Finish, Floats, Sample, SamplingParams, TokenIds
 
 if TYPE_CHECKING:
     from atropos_exp.parts.engine.process import ServerProcess
     from atropos_exp.weights.transport import Transport
 
-Message = dict[str, Any]
-
 
 class EngineClient:
-    """One server of an engine (`servers.Servers` makes an `Engine` of one or several).
+    """One server of an engine; `servers.Servers` makes an `Engine` of one or several.
 
-    Safe to use from several threads; requests that wait at the same time are decoded together.
+        client.wait_until_ready()
+        groups = client.generate(prompts, params, num_samples=8)  # one list of 8 samples for each prompt
+        client.stop()
+
+    It may be used from several threads; requests that wait at the same time are decoded together. Every method raises
+    EngineError if the server does not do what it was asked, and EngineLost if it died or hangs.
     """
 
     def __init__(
@@ -37,11 +40,12 @@ class EngineClient:
         request_timeout_seconds: float,
         health_timeout_seconds: float,
     ) -> None:
+        """`kind`: the engine's name in conf/engine. `dtype`: of the served weights. The timeouts are the settings'."""
         import httpx
 
         self.process = process
-        self.kind = kind  # the name of the engine in conf/engine
-        self.is_lost = False  # a call has found it dead or hanging
+        self.kind = kind
+        self.is_lost = False  # a call has found the server dead or hanging
         self._transport = transport
         self._dtype = dtype
         self._start_timeout_seconds = start_timeout_seconds
@@ -57,21 +61,22 @@ class EngineClient:
 
     @property
     def dtype(self) -> str:
+        """Of the served weights: float32 | bfloat16 | float16."""
         return self._dtype
 
     @property
     def endpoint(self) -> Endpoint:
-        # Every engine's server speaks the protocol that began with engine hf.
+        """Where other processes of the run reach this server. All engines' servers speak one protocol, named hf."""
         return Endpoint(kind="hf", address=self.process.address, token=self.process.token)
 
     def wait_until_ready(self) -> None:
-        """Until the server answers and has generated a token. Raises EngineError."""
+        """Wait until the server answers and has generated a token, at most the time that a start may take."""
         left = self._await_server()
         self.exchange("/health", {}, what="the first token", seconds=max(1.0, left))
 
     def restart(self) -> None:
-        """Replace a server that is lost by a fresh one, at the same address, which refuses to sample until it has had
-        a complete update. Raises EngineError if that fails, too."""
+        """Replace a lost server by a new one at the same address, which refuses to sample until it has had a complete
+        update."""
         self._transport.reset()
         self._transport.clear()
         self.process.restart("--problem", "weights incomplete: the engine was started anew and not synced yet")
@@ -79,7 +84,7 @@ class EngineClient:
         self.is_lost = False
 
     def _await_server(self) -> float:
-        """Until it answers; the seconds left of those that a start may take."""
+        """Wait until the server answers. Returns the seconds that are left of the time that a start may take."""
         import httpx
 
         seconds = self._start_timeout_seconds
@@ -98,8 +103,8 @@ class EngineClient:
     def generate(
         self, prompts: Sequence[TokenIds], params: SamplingParams, *, num_samples: int, first_prompt: int = 0
     ) -> list[list[Sample]]:
-        """See `Engine.generate`. A prompt that does not fit, or a token outside the vocabulary, is a UserError.
-        `first_prompt`: place of the first one in a call that is shared between servers."""
+        """As `Engine.generate`. `first_prompt`: the place of the first prompt in a call that is split between servers.
+        Raises UserError for a prompt that does not fit, or a token outside the vocabulary."""
         if not prompts:
             return []
         token_ids, lengths = flatten(prompts, np.int32)
@@ -136,6 +141,7 @@ class EngineClient:
         return [samples[start : start + num_samples] for start in range(0, len(samples), num_samples)]
 
     def score(self, sequences: Sequence[TokenIds], *, temperature: float) -> list[Floats]:
+        """As `Engine.score`: for each sequence [T] the logprobs [T - 1] of its tokens from the second on, in nats."""
         if not sequences:
             return []
         token_ids, lengths = flatten(sequences, np.int32)
@@ -144,27 +150,31 @@ class EngineClient:
         return split(answer["logprobs"], answer["lengths"])
 
     def version(self) -> int:
+        """The policy version that the server serves; 0 before the first update."""
         return int(self.info()["version"])
 
     def libraries(self) -> dict[str, str]:
+        """Versions of the libraries in the server's environment, by name."""
         return dict(self.info()["versions"])
 
     def info(self) -> Message:
-        """What the server says of itself: version, problem, expected tensors, batches decoded, library versions."""
+        """The server's state: version, problem, expected tensors, batches decoded, library versions and more."""
         return self.exchange("/info", {}, what="its version", seconds=self._health_timeout_seconds)
 
     def check(self) -> None:
+        """Let the server generate one token, as a sign of health."""
         self.exchange("/health", {}, what="a token as a sign of health", seconds=self._health_timeout_seconds)
 
     def pause(self) -> None:
-        """Hold new generations; returns when the batch in flight has ended."""
+        """Hold new generations. Returns when the batch in flight has ended."""
         self.exchange("/pause", {}, what="the batch in flight to end")
 
     def resume(self) -> None:
+        """Sample again after `pause`."""
         self.exchange("/resume", {}, what="sampling to resume", seconds=self._health_timeout_seconds)
 
     def sleep(self) -> tuple[int, int]:
-        """See `Engine.sleep`."""
+        """As `Engine.sleep`: bytes in use on the device before and after."""
         self.pause()
         try:
             answer = self.exchange("/sleep", {}, what="its memory to be given back")
@@ -175,18 +185,23 @@ class EngineClient:
         return int(answer["bytes_before"]), int(answer["bytes_after"])
 
     def digests(self) -> dict[str, str]:
-        """Of every tensor that an update brings, as the server holds it."""
+        """The digest of every tensor that an update brings, as the server holds it, by name."""
         message = {"on_device": self._transport.on_device}
         found: dict[str, str] = self.exchange("/weights/digests", message, what="the digests of its weights")["digests"]
         return found
 
     def stop(self) -> None:
+        """Kill the server and close the transport. May be called twice."""
         self._http.close()
         self.process.stop()
         self._transport.close()
 
     def exchange(self, path: str, message: Message, *, what: str, seconds: float | None = None) -> Message:
-        """One request and its answer within the deadline. Raises EngineError, or UserError for a wrong request."""
+        """Send one request and return its answer. `what`: what is waited for, in messages. `seconds`: until the
+        deadline; None: the settings' `request_timeout_seconds`. Raises EngineError, or UserError for a wrong request.
+
+            client.exchange("/weights/begin", {"version": 7}, what="the update to version 7 to begin")
+        """
         import httpx
 
         seconds = self._request_timeout_seconds if seconds is None else seconds

@@ -1,4 +1,4 @@
-"""Which GPUs an engine's servers are on, and so how weights reach them."""
+"""Which GPUs each of an engine's servers gets."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import os
 from collections.abc import Sequence
 
 from atropos_exp.errors import UserError
-from atropos_exp.parts.engine.process import DEVICES_VARIABLE
+from atropos_exp.processes.child import ENGINE_DEVICES
 
 
 def gpu_problems(
     gpus: Sequence[int] | None, *, tensor_parallel_size: int, data_parallel_size: int, device: str
 ) -> list[str]:
-    """What does not fit between the GPUs that are named and those that are needed."""
+    """Why the named GPUs are not those that are needed: one sentence each. `gpus`: of all servers, or None."""
     problems = []
     if gpus is not None and device == "cpu":
         problems.append(f"engine.gpus is {list(gpus)}, but device is cpu; use engine.gpus=null")
@@ -26,8 +26,8 @@ def gpu_problems(
 
 
 def _own(gpus: Sequence[int] | None) -> list[str] | None:
-    """The engine's own GPUs: those that a launcher keeps for it, else `gpus`."""
-    if kept := os.environ.get(DEVICES_VARIABLE):
+    """The engine's own GPUs: those that a launcher keeps for it, otherwise `gpus`."""
+    if kept := os.environ.get(ENGINE_DEVICES):
         return kept.split(",")
     return None if gpus is None else [str(gpu) for gpu in gpus]
 
@@ -35,8 +35,11 @@ def _own(gpus: Sequence[int] | None) -> list[str] | None:
 def visible_devices(
     gpus: Sequence[int] | None, *, tensor_parallel_size: int, data_parallel_size: int, device: str
 ) -> list[str | None]:
-    """CUDA_VISIBLE_DEVICES of each server; None: as in this process. What a launcher keeps for engines comes first.
-    Raises UserError."""
+    """CUDA_VISIBLE_DEVICES of each server; None where it is this process's. GPUs that a launcher keeps for the engine
+    take precedence over `gpus`. Raises UserError if there are too few or too many.
+
+        visible_devices([1, 3, 4, 6], tensor_parallel_size=2, data_parallel_size=2, device="cuda")  # ["1,3", "4,6"]
+    """
     if not device.startswith("cuda"):
         return [None] * data_parallel_size
     names = _own(gpus)

@@ -1,4 +1,4 @@
-"""Starting an engine's servers: what all of them check first, and what all of them are told."""
+"""Starting an engine's servers: the settings that all engines have, what is checked first, and the command lines."""
 
 from __future__ import annotations
 
@@ -6,17 +6,22 @@ import contextlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from atropos_exp.errors import UserError
 from atropos_exp.parts.engine.client import EngineClient
-from atropos_exp.parts.engine.devices import visible_devices
-from atropos_exp.parts.engine.process import DEVICES_VARIABLE, ServerProcess
+from atropos_exp.parts.engine.devices import gpu_problems, visible_devices
+from atropos_exp.parts.engine.process import ServerProcess
 from atropos_exp.parts.engine.servers import Servers
 from atropos_exp.parts.engine.update import together
-from atropos_exp.weights.choose import choose_transport, make_transport, near_servers
-from atropos_exp.weights.transport import Transport
+from atropos_exp.processes.child import ENGINE_DEVICES
+from atropos_exp.weights.choose import choose_transport, make_transport, near_servers, transport_problems
+
+if TYPE_CHECKING:
+    from atropos_exp.types import LoraSettings
+    from atropos_exp.weights.transport import Transport
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 POSITIVE = ("data_parallel_size", "start_timeout_seconds", "request_timeout_seconds", "health_timeout_seconds")
@@ -24,18 +29,83 @@ POSITIVE = ("data_parallel_size", "start_timeout_seconds", "request_timeout_seco
 
 @dataclass(frozen=True, kw_only=True)
 class ServerSettings:
-    """The settings that all engines have."""
+    """The settings that all engines have, and how their servers are started.
+
+    What the rest of a run asks of an engine's settings, whichever engine it is:
+
+        preflight(device=...)   what stands in the way of a start, one sentence each, found without starting anything
+        start(...)              an `Engine` in working order
+        dtype: str              of the served weights; "auto" is resolved by the device
+        python: str | None      interpreter of the servers; None: one that the engine finds, or this process's
+        gpus: list[int] | None  GPUs of all servers; None: the trainer's own
+        num_servers: int        servers, each with the whole model
+        max_restarts: int       times that a lost server is replaced
+        serves_adapter: bool    takes LoRA's matrices by themselves, so `start` needs `lora`
+        colocate: bool          gives the shared GPU to the trainer during an update
+        gpu_memory_utilization: float | None   share of the GPU that it reserves at its start
+        kv_cache_gb: float | None              GiB of keys and values, where they are set
+        max_batch_tokens: int | None           tokens decoded at once, where they are limited
+
+    An engine without a mode or limit has False or None there, as a `ClassVar`.
+    """
 
     dtype: str  # of the served weights; auto: float32 on a CPU, bfloat16 on a GPU
     python: str | None
     gpus: list[int] | None  # of all servers; None: the trainer's own
     data_parallel_size: int  # servers
     num_threads: int | None  # of each server; None: its share of the cores that this process may use
-    transport: str  # auto, one of TRANSPORTS, or a class of this folder
+    transport: str  # auto, a name in `weights.choose.TRANSPORTS`, or the full name of a class
     start_timeout_seconds: float
     request_timeout_seconds: float
     health_timeout_seconds: float
     max_restarts: int
+
+    @property
+    def num_servers(self) -> int:
+        return self.data_parallel_size
+
+    @property
+    def serves_adapter(self) -> bool:
+        return False
+
+    def program(self, *, device: str, max_sequence_length: int, lora: LoraSettings | None) -> ServerProgram:
+        """What `start` starts. Raises UserError where these settings cannot serve such sequences."""
+        raise NotImplementedError
+
+    def start(
+        self,
+        *,
+        model_folder: Path,
+        device: str,
+        log_folder: Path,
+        max_sequence_length: int,
+        lora: LoraSettings | None = None,
+    ) -> Servers:
+        """Start the servers on a Hugging Face folder and wait for their first tokens. The caller stops them.
+
+        `max_sequence_length` is the most tokens that a prompt and its answer have together. `lora`, of the model, is
+        read where `serves_adapter` is true. Raises UserError for what cannot be served, and EngineError.
+        """
+        start = _Start(
+            settings=self,
+            program=self.program(device=device, max_sequence_length=max_sequence_length, lora=lora),
+            model_folder=model_folder,
+            device=device,
+            log_folder=log_folder,
+            max_sequence_length=max_sequence_length,
+        )
+        start.check_model()
+        return start.run()
+
+    def placement_problems(self, *, device: str, tensor_parallel_size: int = 1) -> list[str]:
+        """What does not fit between the GPUs, the transport and the device; one sentence each."""
+        problems = gpu_problems(
+            self.gpus,
+            tensor_parallel_size=tensor_parallel_size,
+            data_parallel_size=self.data_parallel_size,
+            device=device,
+        )
+        return problems + transport_problems(self.transport, device=device)
 
 
 def check_settings(settings: ServerSettings, *, choices: Mapping[str, Sequence[str]], positive: Sequence[str]) -> None:
@@ -54,19 +124,34 @@ def check_settings(settings: ServerSettings, *, choices: Mapping[str, Sequence[s
 
 
 @dataclass(frozen=True, kw_only=True)
-class Launch:
-    """One engine to be started: a server, or several of the same (`data_parallel_size`)."""
+class ServerProgram:
+    """The program of one engine's server.
 
-    kind: str  # hf | vllm | sglang
-    module: str  # python -m
+        ServerProgram(kind="hf", module="atropos_exp.parts.engine.hf.server", python=None,
+                      arguments=["--max-batch-tokens", "65536"])
+
+    It holds what is this engine's own, beside the command line that every engine's server has.
+    """
+
+    kind: str  # the engine's name in conf/engine
+    module: str  # started as `python -m module`
+    python: str | None  # interpreter; None: this process's
+    arguments: Sequence[str] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
+    tensor_parallel_size: int = 1  # GPUs of one server
+    receivers_per_server: int = 1  # processes of one server that receive weights; the others share its GPU
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Start:
+    """One start of the servers of `program` on a model."""
+
     settings: ServerSettings
-    python: str | None  # that of the settings, or what stands for it
+    program: ServerProgram
     model_folder: Path
     device: str
     log_folder: Path
-    max_sequence_length: int  # tokens of a prompt and its answer together
-    tensor_parallel_size: int = 1  # GPUs of one server
-    receivers_per_server: int = 1  # processes of one that receive weights; the others share its GPU
+    max_sequence_length: int
 
     def check_model(self) -> None:
         """Raises UserError if the folder has no model, or one with too short a context."""
@@ -87,12 +172,12 @@ class Launch:
             return self.settings.dtype
         return "bfloat16" if self.device.startswith("cuda") else "float32"
 
-    def start(self, *arguments: str, environment: Mapping[str, str]) -> Servers:
-        """Start the servers and wait for their first tokens; raises EngineError. The caller stops them."""
-        count = self.settings.data_parallel_size
+    def run(self) -> Servers:
+        """Start the servers and wait for their first tokens. Raises EngineError, and then none is left."""
+        count = self.settings.num_servers
         devices = visible_devices(
             self.settings.gpus,
-            tensor_parallel_size=self.tensor_parallel_size,
+            tensor_parallel_size=self.program.tensor_parallel_size,
             data_parallel_size=count,
             device=self.device,
         )
@@ -101,37 +186,34 @@ class Launch:
                 choose_transport(self.settings.transport, devices, device=self.device),
                 self.log_folder,
                 num_servers=count,
-                receivers_per_server=self.receivers_per_server,
+                receivers_per_server=self.program.receivers_per_server,
                 near=near_servers(devices, device=self.device),
             )
             undo.callback(transport.close)
             clients = []
-            for server in range(count):
-                visible = {} if devices[server] is None else {DEVICES_VARIABLE: devices[server] or ""}
-                more = [*arguments, *transport.arguments(server)]
-                client = self._client(server, more, {**environment, **visible}, transport)
+            for server, visible in enumerate(devices):
+                client = self._client(server, visible, transport)
                 undo.callback(client.stop)
                 clients.append(client)
             together(clients, lambda client: client.wait_until_ready())
             undo.pop_all()
         return Servers(clients, transport)
 
-    def _client(
-        self, server: int, arguments: Sequence[str], environment: Mapping[str, str], transport: Transport
-    ) -> EngineClient:
-        """Start one server process."""
+    def _client(self, server: int, visible: str | None, transport: Transport) -> EngineClient:
+        """Start one server process. `visible`: its CUDA_VISIBLE_DEVICES; None: those of this process."""
         settings = self.settings
-        num_threads = settings.num_threads or max(1, len(os.sched_getaffinity(0)) // settings.data_parallel_size)
+        num_threads = settings.num_threads or max(1, len(os.sched_getaffinity(0)) // settings.num_servers)
         process = ServerProcess(
-            self.module,
+            self.program.module,
             [
                 *("--model", str(self.model_folder), "--device", self.device, "--dtype", self.served_dtype),
                 *("--num-threads", str(num_threads)),
                 *("--max-sequence-length", str(self.max_sequence_length)),
                 *("--heartbeat-seconds", str(settings.health_timeout_seconds / 5)),
-                *arguments,
+                *self.program.arguments,
+                *transport.arguments(server),
             ],
-            python=self.python,
+            python=self.program.python,
             environment={
                 # A launcher such as torchrun sets one thread per rank; the server has its own setting.
                 "OMP_NUM_THREADS": str(num_threads),
@@ -139,15 +221,16 @@ class Launch:
                 "OMP_WAIT_POLICY": "passive",
                 "HF_HUB_OFFLINE": "1",
                 "TQDM_DISABLE": "1",  # progress bars are noise in a log
-                **environment,
+                **self.program.environment,
+                **({} if visible is None else {ENGINE_DEVICES: visible}),
             },
-            log=self.log_folder / ("engine.log" if settings.data_parallel_size == 1 else f"engine_{server}.log"),
+            log=self.log_folder / ("engine.log" if settings.num_servers == 1 else f"engine_{server}.log"),
             inherited_fds=transport.inherited_fds,
         )
         return EngineClient(
             process,
             transport,
-            kind=self.kind,
+            kind=self.program.kind,
             dtype=self.served_dtype,
             start_timeout_seconds=settings.start_timeout_seconds,
             request_timeout_seconds=settings.request_timeout_seconds,

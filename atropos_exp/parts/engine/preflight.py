@@ -1,4 +1,4 @@
-"""What can be known of an engine's surroundings before any process of the run starts."""
+"""Checks of an engine's environment before any process of the run starts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from pathlib import Path
 
 from atropos_exp.processes.child import IMPORT_ROOT, child_environment
 
-LOOK_SECONDS = 30.0
+FIND_SECONDS = 30.0  # for an interpreter to find its modules
+NEEDS = ("msgpack", "xxhash", "safetensors", "starlette", "uvicorn", "numpy")  # of our server, besides the engine
+BESIDE_CHECKOUT = ".venv-vllm"  # made by `make vllm-cpu`
 _FIND = (
     "import importlib.util, sys; "
     "print('\\n'.join(name for name in sys.argv[1:] if importlib.util.find_spec(name) is None))"
@@ -17,18 +19,18 @@ _FIND = (
 
 
 def has_gpu() -> bool:
-    """Whether the NVIDIA driver shows a device. Imports nothing."""
+    """Whether the NVIDIA driver shows a GPU. Imports nothing."""
     return any(Path("/dev").glob("nvidia[0-9]*"))
 
 
 def missing_modules(python: str, modules: Sequence[str]) -> str | None:
-    """Why `python` cannot import all of `modules`, or None. Looks for them without importing them."""
+    """Why the interpreter `python` cannot import all of `modules`, or None. It finds them without importing them."""
     try:
         found = subprocess.run(
             [python, "-c", _FIND, *modules],
             capture_output=True,
             text=True,
-            timeout=LOOK_SECONDS,
+            timeout=FIND_SECONDS,
             check=False,
             env=child_environment(python),
         )
@@ -40,13 +42,9 @@ def missing_modules(python: str, modules: Sequence[str]) -> str | None:
     return f"it cannot import {', '.join(missing)}" if missing else None
 
 
-NEEDS = ("msgpack", "xxhash", "safetensors", "starlette", "uvicorn", "numpy")  # of our server, besides the engine
-BESIDE_CHECKOUT = ".venv-vllm"  # made by `make vllm-cpu`
-
-
 def interpreter(python: str | None, *, environment: str) -> str:
-    """Who runs the server: the configured one; else that of an environment of this name beside the checkout; else the
-    trainer's own."""
+    """The interpreter that runs the server: `python` if it is configured, otherwise that of a virtual environment with
+    the name `environment` in the checkout, otherwise the trainer's own."""
     if python is not None:
         return python
     beside = IMPORT_ROOT / environment / "bin" / "python"
@@ -54,7 +52,11 @@ def interpreter(python: str | None, *, environment: str) -> str:
 
 
 def environment_problems(*, option: str, title: str, python: str, is_own: bool, install: str) -> list[str]:
-    """Why this interpreter cannot run the engine: one sentence that says how to get one that can, or nothing."""
+    """Why the interpreter `python` cannot run the engine and how to get one that can: one sentence, or none.
+
+    `option` and `title`: the engine's name in conf/engine and in text. `is_own`: no interpreter was configured.
+    `install`: how to make an environment for it.
+    """
     missing = missing_modules(python, [option, *NEEDS, "atropos_exp"])
     if missing is None:
         return []

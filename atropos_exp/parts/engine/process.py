@@ -1,4 +1,4 @@
-"""A server process that an engine client started: its address, its token, its restarts."""
+"""One server process of an engine: its command, address, token and restarts."""
 
 from __future__ import annotations
 
@@ -7,18 +7,20 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from atropos_exp.processes.child import Child, child_environment
+from atropos_exp.processes.child import ENGINE_DEVICES, Child, child_environment
 from atropos_exp.processes.ports import HeldPort
 
 TOKEN_VARIABLE = "ATROPOS_EXP_ENGINE_TOKEN"  # in the child's environment: its bearer token
-DEVICES_VARIABLE = "ATROPOS_EXP_ENGINE_DEVICES"  # set by a launcher that keeps devices for engines alone
-BACKLOG = 2048  # connections that wait while the server loads
 
 
 class ServerProcess:
     """Runs `python -m module arguments` on a free loopback port, which it keeps over restarts.
 
-    The child inherits the listening socket (`--socket-fd`) and finds its bearer token in the environment. Its output
+        process = ServerProcess("atropos_exp.parts.engine.hf.server", ["--model", "folder", ...], python=None,
+                                environment={}, log=Path("log/engine.log"))
+        process.address  # "http://127.0.0.1:40123"
+
+    The server inherits the listening socket (`--socket-fd`) and finds its bearer token in the environment. Its output
     goes to `log`. It ends with this process, see `Child`.
     """
 
@@ -32,26 +34,27 @@ class ServerProcess:
         log: Path,
         inherited_fds: Sequence[int] = (),
     ) -> None:
-        """Raises UserError if the interpreter cannot be started."""
+        """`python`: the interpreter, None for this process's. `environment`: variables besides this process's.
+        `inherited_fds`: descriptors that the server inherits. Raises UserError if the interpreter cannot be started."""
         self.log = log
         self.token = secrets.token_urlsafe(32)
         self.num_restarts = 0
         self._command = [python or sys.executable, "-m", module, *arguments]
         self._environment = {**child_environment(python), TOKEN_VARIABLE: self.token, **environment}
-        if devices := self._environment.pop(DEVICES_VARIABLE, ""):
+        if devices := self._environment.pop(ENGINE_DEVICES, ""):
             self._environment["CUDA_VISIBLE_DEVICES"] = devices
         self._inherited_fds = tuple(inherited_fds)
         self._port = HeldPort()
         self._child = self._spawn()
 
     def restart(self, *arguments: str) -> None:
-        """Kill what is left of the process and start it again at the same address, with these arguments too."""
+        """Kill what is left of the process and start it again at the same address, with additional arguments."""
         self._child.stop()
         self.num_restarts += 1
         self._child = self._spawn(*arguments)
 
     def _spawn(self, *more: str) -> Child:
-        with self._port.listen(BACKLOG) as listener:
+        with self._port.listen() as listener:
             return Child(
                 [*self._command, *more, "--socket-fd", str(listener.fileno())],
                 log=self.log,
@@ -69,18 +72,19 @@ class ServerProcess:
         return self._child.pid
 
     def has_ended(self) -> bool:
+        """Whether the server process has exited or was killed."""
         return self._child.poll() is not None
 
     def wait(self, seconds: float) -> None:
-        """Wait for a process that is about to end."""
+        """Wait at most this long for a process that is about to end."""
         self._child.wait(seconds)
 
     def state(self) -> str:
-        """For an error message: how the process is, and the end of its log."""
+        """The state of the process and the end of its log, for an error message."""
         return self._child.state()
 
     def stop(self) -> None:
-        """Kill the process and its children, which hold nothing that needs a goodbye, and give the port back. May be
+        """Kill the process and its children, which hold nothing that has to be saved, and release the port. May be
         called twice; there is no restart after it."""
         self._child.stop()
         self._port.close()

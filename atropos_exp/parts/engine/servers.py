@@ -19,8 +19,13 @@ if TYPE_CHECKING:
 class Servers:
     """An `Engine` of one or more servers that share one transport: a bucket is written once and read by all of them.
 
+        engine = Servers([client], transport)
+        with engine.updating(version=7) as receiver:
+            receiver.receive([("lm_head.weight", tensor), ...])  # until all tensors have been sent
+
     An update is accepted when every server has accepted it, and their digests must agree. Prompts are split into
-    contiguous blocks, and each row keeps the seed that it would have had with one server.
+    contiguous blocks, and each row keeps the seed that it would have had with one server. Errors are those of
+    `EngineClient`.
     """
 
     def __init__(self, clients: Sequence[EngineClient], transport: Transport) -> None:
@@ -30,6 +35,7 @@ class Servers:
 
     @property
     def replicas(self) -> tuple[EngineClient, ...]:
+        """The client of each server."""
         return self._clients
 
     @property
@@ -38,7 +44,7 @@ class Servers:
 
     @property
     def endpoint(self) -> Endpoint:
-        """Of the first one; `replicas` have one each."""
+        """Of the first server; `replicas` have one each."""
         return self._clients[0].endpoint
 
     @property
@@ -63,7 +69,7 @@ class Servers:
         return [group for part in together(blocks, work) for group in part]
 
     def score(self, sequences: Sequence[TokenIds], *, temperature: float) -> list[Floats]:
-        """By the first one: all serve the same weights, which the proof of every sync shows."""
+        """By the first server: all serve the same weights, which every weight sync proves."""
         return self._clients[0].score(sequences, temperature=temperature)
 
     def version(self) -> int:
@@ -73,14 +79,14 @@ class Servers:
         return versions[0]
 
     def libraries(self) -> dict[str, str]:
-        """Of the first one: all are started alike."""
+        """Of the first server's environment: all are started alike."""
         return self._clients[0].libraries()
 
     def check(self) -> None:
         together(self._clients, lambda client: client.check())
 
     def sleep(self) -> tuple[int, int]:
-        """See `Engine.sleep`. Servers on the same GPU each see all of it: the most before, the least after."""
+        """As `Engine.sleep`. Servers on the same GPU each measure all of it: the most before, the least after."""
         found = together(self._clients, lambda client: client.sleep())
         return max(before for before, _ in found), min(after for _, after in found)
 
@@ -88,12 +94,12 @@ class Servers:
         return update(self._clients, self.transport, version)
 
     def restart(self) -> None:
-        """Those that are lost. The others wait for the update that makes all of them equal again."""
+        """Restart the servers that are lost. The others wait for the update that makes all of them equal again."""
         lost = [client for client in self._clients if client.is_lost or client.process.has_ended()]
         together(lost or self._clients, lambda client: client.restart())
 
     def stop(self) -> None:
-        """One after the other: each closes the transport that they share."""
+        """Stop one server after the other: each closes the transport that they share."""
         with ExitStack() as stack:
             for client in self._clients:
                 stack.callback(client.stop)

@@ -1,4 +1,4 @@
-"""One weight update of all servers of an engine: each step is taken by all of them before the next one."""
+"""One weight update of all servers of an engine: every step ends on all of them before the next one begins."""
 
 from __future__ import annotations
 
@@ -17,12 +17,15 @@ if TYPE_CHECKING:
 
 Item = TypeVar("Item")
 Value = TypeVar("Value")
-GIVE_UP_SECONDS = 5.0
+ABORT_SECONDS = 5.0  # for a server to abandon an update
 
 
 def together(items: Sequence[Item], work: Callable[[Item], Value]) -> list[Value]:
-    """`work` of every item at the same time, in order. When all have ended the gravest error is raised: a lost server
-    comes before one that merely refuses, which may be a consequence."""
+    """The results of `work` for all items, computed at the same time, in order. When all have ended, one of the errors
+    is raised: EngineLost before any other, which may be its consequence.
+
+        versions = together(clients, lambda client: client.version())
+    """
     if len(items) == 1:
         return [work(items[0])]
     with ThreadPoolExecutor(len(items), thread_name_prefix="engine") as pool:
@@ -35,19 +38,20 @@ def together(items: Sequence[Item], work: Callable[[Item], Value]) -> list[Value
 
 @contextlib.contextmanager
 def update(clients: Sequence[EngineClient], transport: Transport, version: int) -> Iterator[Receiver]:
-    """See `Engine.updating`."""
+    """As `Engine.updating`: pause all servers, begin, hand out the receiver, commit, resume. An exception in the block
+    abandons the update on all servers, which then refuse to sample."""
 
     def ask(path: str, what: str, message: Mapping[str, Any] | None = None) -> None:
         together(clients, lambda client: client.exchange(path, dict(message or {}), what=what))
 
-    def give_up(client: EngineClient) -> None:
-        client.exchange("/weights/abort", {}, what="the update to be given up", seconds=GIVE_UP_SECONDS)
+    def abort(client: EngineClient) -> None:
+        client.exchange("/weights/abort", {}, what="the update to be given up", seconds=ABORT_SECONDS)
         client.resume()
 
     expected = together(
         clients, lambda client: {name: (kind, tuple(shape)) for name, kind, shape in client.info()["expected"]}
     )
-    kinds = max(expected, key=len)  # a server that was started anew needs the base, the others then get it as well
+    kinds = max(expected, key=len)  # a restarted server needs the base as well, and then all get it
     if any(not other.items() <= kinds.items() for other in expected):
         raise EngineError("the engine's servers expect different tensors")
     try:
@@ -57,7 +61,7 @@ def update(clients: Sequence[EngineClient], transport: Transport, version: int) 
         ask("/weights/finish", f"version {version} to be accepted")
     except BaseException as error:
         try:
-            together(clients, give_up)
+            together(clients, abort)
         except EngineError as also:
             error.add_note(f"while giving the update up: {also}")
         raise
@@ -67,7 +71,7 @@ def update(clients: Sequence[EngineClient], transport: Transport, version: int) 
 
 
 class Receiver:
-    """A `WeightReceiver`: one update of every server's weights."""
+    """A `WeightReceiver` for one update of all servers."""
 
     def __init__(
         self,
@@ -85,13 +89,14 @@ class Receiver:
         return self._expected
 
     def receive(self, bucket: Sequence[tuple[str, Tensor]]) -> None:
+        """Send one bucket to all servers. Returns when they have loaded it."""
         names = f"{bucket[0][0]} .. {bucket[-1][0]}" if bucket else "nothing"
         what = f"version {self._version}: {names} to be loaded"
         with self._transport.sending(bucket) as message:
             together(self._clients, lambda client: client.exchange("/weights/bucket", message, what=what))
 
     def digests(self) -> Mapping[str, str]:
-        """Those that all servers give; of a tensor on which they differ, a text that equals no digest."""
+        """The digests on which all servers agree; for a tensor on which they differ, a text that equals no digest."""
         first, *others = together(self._clients, lambda client: client.digests())
         held = {}
         for name, value in first.items():

@@ -9,8 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from atropos_exp.errors import UserError
-
-BACKLOG = 2048
+from atropos_exp.processes.ports import BACKLOG
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -13,9 +13,9 @@ from atropos_exp.parts.gateway.gate import Gate
 from atropos_exp.parts.gateway.ledger import CompletionLedger
 from atropos_exp.parts.gateway.refusal import Refusal
 from atropos_exp.parts.gateway.text import Text
-from atropos_exp.parts.gateway.upstream import Answer, TokenScores
+from atropos_exp.parts.gateway.upstream import Answer
 from atropos_exp.parts.gateway.upstreams import Upstreams
-from atropos_exp.types import Floats, SamplingParams, TokenIds
+from atropos_exp.types import Floats, SamplingParams, TokenIds, TokenScores
 
 LOWEST_LOGPROB = -9999.0  # in the place of minus infinity, which JSON cannot carry; vLLM's choice too
 

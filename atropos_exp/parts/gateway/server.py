@@ -21,12 +21,12 @@ from atropos_exp.parts.gateway.counters import Counters
 from atropos_exp.parts.gateway.gate import Gate
 from atropos_exp.parts.gateway.ledger import CompletionLedger
 from atropos_exp.parts.gateway.options import CLIENT_TOKEN, ENGINE_TOKENS, PRIVATE_TOKEN, Options
-from atropos_exp.parts.gateway.ports import BACKLOG
 from atropos_exp.parts.gateway.sampler import Sampler, Seeds
 from atropos_exp.parts.gateway.text import Text
 from atropos_exp.parts.gateway.upstream import Upstream
 from atropos_exp.parts.gateway.upstreams import Upstreams
 from atropos_exp.processes import lifeline
+from atropos_exp.processes.ports import BACKLOG
 from atropos_exp.processes.startup import no_collections, tokenizers_only
 from atropos_exp.types import Endpoint
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from atropos_exp.errors import WireError
 from atropos_exp.parts.gateway.refusal import Refusal
 from atropos_exp.processes.wire import HEARTBEAT, Message, flatten, pack, unpack
-from atropos_exp.types import Endpoint, Floats, Mask, SamplingParams, TokenIds
+from atropos_exp.types import Endpoint, Floats, Mask, SamplingParams, TokenIds, TokenScores
 
 KINDS = ("hf",)  # engines whose protocol this client speaks
 RETRY_SECONDS = 2  # sent as Retry-After while the engine is gone
@@ -28,15 +28,6 @@ class Answer:
     lengths: NDArray[np.int64]  # [N]
     stopped: Mask  # [N]
     versions: NDArray[np.int64]  # [N]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class TokenScores:
-    """Logprobs of one sequence [T]: of its own tokens from the second on, and of the likeliest tokens there."""
-
-    logprobs: Floats  # [T - 1]
-    top_token_ids: NDArray[np.int32]  # [T - 1, K], likeliest first
-    top_logprobs: Floats  # [T - 1, K]
 
 
 class Upstream:

@@ -10,8 +10,8 @@ from typing import TypeVar
 
 from atropos_exp.parts.gateway.counters import Counters
 from atropos_exp.parts.gateway.refusal import Refusal
-from atropos_exp.parts.gateway.upstream import Answer, TokenScores, Upstream
-from atropos_exp.types import SamplingParams, TokenIds
+from atropos_exp.parts.gateway.upstream import Answer, Upstream
+from atropos_exp.types import SamplingParams, TokenIds, TokenScores
 
 Value = TypeVar("Value")
 BLOCK_TOKENS = 64  # prefixes are remembered in multiples of this

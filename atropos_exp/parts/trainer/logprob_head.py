@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from atropos_exp.errors import UserError
+from atropos_exp.parts.trainer.settings import MAX_CHUNK_LOGITS
 
-MAX_CHUNK_LOGITS = 1 << 26  # float32 logits alive at once: 256 MiB, and the same again for their gradient
 # Config entries of architectures that change the logits after the head.
 SCALED_LOGITS = ("final_logit_softcapping", "logits_scaling", "logit_scale", "lm_head_multiplier")
 

@@ -10,6 +10,8 @@ from atropos_exp.errors import UserError
 from atropos_exp.parts.trainer.schedule import SCHEDULERS
 from atropos_exp.types import LoraSettings
 
+MAX_CHUNK_LOGITS = 1 << 26  # float32 logits alive at once: 256 MiB, and the same again for their gradient
+
 
 class ModelChoice(Protocol):
     """The settings of `conf/model` that the trainer reads."""

@@ -23,8 +23,9 @@ from atropos_exp.parts.cluster.slurm.attempts import Attempts, read_attempts
 from atropos_exp.parts.cluster.slurm.board import Board, Pulse
 from atropos_exp.parts.cluster.slurm.cluster import Slurm
 from atropos_exp.parts.cluster.slurm.control import interface_towards, job_state, own_job
-from atropos_exp.parts.cluster.slurm.layout import ENGINE_DEVICES, Layout
+from atropos_exp.parts.cluster.slurm.layout import Layout
 from atropos_exp.parts.cluster.slurm.script import script_text
+from atropos_exp.processes.child import ENGINE_DEVICES
 
 PLAIN = yaml.safe_load((CONF_DIR / "cluster" / "slurm.yaml").read_text())
 

@@ -115,27 +115,26 @@ def test_score_equals_a_plain_forward_pass(model: Any) -> None:
     for prefill_tokens in (8, 40, 4096):
         decoder = Decoder(model, prefill_tokens=prefill_tokens, on_step=lambda: None)
         for temperature in (1.0, 0.7):
-            scored = decoder.score(sequences, temperature=temperature)
-            for sequence, logprobs in zip(sequences, scored, strict=True):
+            for sequence, scored in zip(sequences, decoder.score(sequences, temperature=temperature), strict=True):
                 expected = completion_logprobs(model, sequence[:1], sequence[1:], temperature)
-                assert logprobs.dtype == np.float32
-                np.testing.assert_allclose(logprobs, expected, atol=1e-5)
+                assert scored.logprobs.dtype == np.float32
+                np.testing.assert_allclose(scored.logprobs, expected, atol=1e-5)
 
 
 def test_the_likeliest_tokens_of_every_place(model: Any) -> None:
 
     sequences = random_prompts([5, 1, 9], seed=2)
     decoder = Decoder(model, prefill_tokens=4096, on_step=lambda: None)
-    for sequence, scored in zip(sequences, decoder.score_top(sequences, temperature=0.7, num_top=4), strict=True):
+    for sequence, scored in zip(sequences, decoder.score(sequences, temperature=0.7, num_top=4), strict=True):
         with torch.inference_mode():
             logits = model(input_ids=torch.tensor(sequence[None].astype(np.int64))).logits[0, :-1].double() / 0.7
         best = torch.log_softmax(logits, dim=-1).sort(dim=-1, descending=True)
         assert scored.top_token_ids.dtype == np.int32 and scored.top_logprobs.dtype == np.float32
         assert scored.top_token_ids.tolist() == best.indices[:, :4].tolist()
         np.testing.assert_allclose(scored.top_logprobs, best.values[:, :4].numpy(), atol=1e-5)
-        plain = decoder.score([sequence], temperature=0.7)[0]
-        np.testing.assert_allclose(scored.logprobs, plain, atol=1e-5)  # alone and among others
-    (everything,) = decoder.score_top(sequences[:1], temperature=1.0, num_top=10**6)
+        (plain,) = decoder.score([sequence], temperature=0.7)
+        np.testing.assert_allclose(scored.logprobs, plain.logprobs, atol=1e-5)  # alone and among others
+    (everything,) = decoder.score(sequences[:1], temperature=1.0, num_top=10**6)
     assert everything.top_token_ids.shape == (4, VOCAB)
 
 

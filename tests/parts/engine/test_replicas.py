@@ -20,7 +20,7 @@ from atropos_exp.parts.engine.update import update
 from atropos_exp.processes.ranks import Ranks
 from atropos_exp.types import SamplingParams
 from atropos_exp.weights.digest import digest
-from atropos_exp.weights.publisher import ShardingManager
+from atropos_exp.weights.publisher import WeightPublisher
 from tests.helpers.engines import start_engine
 from tests.helpers.random_models import VOCAB, completion_logprobs, random_model, random_prompts
 
@@ -44,9 +44,9 @@ class Trainer:
         ]
 
 
-def manage(trainer: Any, engine: Any) -> ShardingManager:
+def manage(trainer: Any, engine: Any) -> WeightPublisher:
     canary = random_prompts([4, 9], seed=5)
-    return ShardingManager(
+    return WeightPublisher(
         trainer, engine, is_rank_zero=True, bucket_bytes=40_000, canary=canary, temperature=0.8, tolerance=1e-4
     )
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from atropos_exp.weights.receiver import Kind
 from atropos_exp.weights.resident import EMBEDDING, views
+from atropos_exp.weights.tensors import Kind
 
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj")}
 LAYER = "model.layers.0.self_attn"

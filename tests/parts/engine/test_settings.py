@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,10 @@ import pytest
 
 from atropos_exp.errors import UserError
 from atropos_exp.parts.engine.devices import visible_devices
-from atropos_exp.parts.engine.process import DEVICES_VARIABLE
-from atropos_exp.weights.choose import choose_transport, near_servers
+from atropos_exp.processes.child import ENGINE_DEVICES
+from atropos_exp.weights.choose import TRANSPORTS, choose_transport, make_transport, near_servers
+from atropos_exp.weights.group import BACKENDS
+from atropos_exp.weights.mixed_transport import MIXED
 from tests.helpers.engines import engine_settings
 
 
@@ -113,7 +116,7 @@ def test_what_the_engines_are_told() -> None:
 
 
 def test_where_the_servers_are_and_how_weights_get_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(DEVICES_VARIABLE, raising=False)
+    monkeypatch.delenv(ENGINE_DEVICES, raising=False)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     cases: tuple[tuple[list[str | None], str, str], ...] = (
         ([None], "cpu", "shm"),
@@ -144,7 +147,7 @@ def test_where_the_servers_are_and_how_weights_get_there(monkeypatch: pytest.Mon
     assert visible([1, 3, 4, 6], tensor=2, data=2) == ["1,3", "4,6"]
     with pytest.raises(UserError, match=r"engine.data_parallel_size is 2, but engine.gpus names no GPUs"):
         visible(None, data=2)
-    monkeypatch.setenv(DEVICES_VARIABLE, "6,7")  # what a launcher keeps for engines
+    monkeypatch.setenv(ENGINE_DEVICES, "6,7")  # what a launcher keeps for engines
     assert choose_transport("auto", visible(None, data=2), device="cuda") == "nccl"
     assert visible(None, data=2) == visible([0, 1], data=2) == ["6", "7"]
     with pytest.raises(UserError, match=r"the engine has the GPUs 6, 7, but .* is 1; make them equal"):
@@ -171,6 +174,28 @@ def test_where_a_mixed_transport_can_serve(monkeypatch: pytest.MonkeyPatch) -> N
         assert str(raised.value).startswith(f"engine.transport is {transport}, for an engine with a server on")
     problems = engine_settings("vllm", transport="cuda_ipc+nccl", data_parallel_size=2).preflight(device="cpu")
     assert any(problem.startswith("engine.transport is cuda_ipc+nccl, which sends weights") for problem in problems)
+
+
+def test_a_transport_of_ones_own_is_named_in_full(tmp_path: Path) -> None:
+    own = "atropos_exp.weights.disk.DiskTransport"  # as good as any other class inside this package
+    assert engine_settings("hf", transport=own).preflight(device="cpu") == []
+    transport = make_transport(own, tmp_path)
+    assert transport.arguments(0) == ["--weights-folder", str(next(tmp_path.iterdir()))]
+    transport.close()
+    for wrong in ("atropos_exp.weights", "somewhere.else.Transport", "atropos_exp.weights.disk.", own + " "):
+        with pytest.raises(UserError, match=r"engine.transport must be one of shm, disk"):
+            engine_settings("hf", transport=wrong)
+    for missing in ("atropos_exp.weights.disk.NoTransport", "atropos_exp.no_such_file.Transport"):
+        with pytest.raises(UserError, match=rf"engine.transport: got {missing}, but there is no such class"):
+            make_transport(missing, tmp_path)
+
+
+def test_every_name_of_a_transport_leads_to_a_class() -> None:
+    for name, path in TRANSPORTS.items():
+        module, _, attribute = path.rpartition(".")
+        assert isinstance(getattr(importlib.import_module(module), attribute), type), name
+    assert {name for name in TRANSPORTS if "+" in name} == set(MIXED)
+    assert set(BACKENDS) < set(TRANSPORTS)
 
 
 def test_replicas_and_groups_before_the_start() -> None:

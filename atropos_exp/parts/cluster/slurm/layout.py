@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-ENGINE_DEVICES = "ATROPOS_EXP_ENGINE_DEVICES"  # in rank 0's environment: devices that only the engine may use
+from atropos_exp.processes.child import ENGINE_DEVICES
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

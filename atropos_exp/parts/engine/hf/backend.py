@@ -14,15 +14,14 @@ from atropos_exp.errors import Refused
 from atropos_exp.parts.engine.hf.decode import Decoder
 from atropos_exp.parts.engine.hf.scheduler import Generation, Scheduler
 from atropos_exp.parts.engine.hf.weights import WeightStore
-from atropos_exp.parts.engine.serving.backend import Scored
 from atropos_exp.processes.wire import Message
-from atropos_exp.types import SamplingParams, TokenIds
+from atropos_exp.types import SamplingParams, TokenIds, TokenScores
 from atropos_exp.weights.receiver import BucketSource
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class HFBackend:
-    """A `Backend`."""
+    """The `Backend` of engine `hf`. All work on the model runs on the scheduler's thread."""
 
     scheduler: Scheduler
     decoder: Decoder
@@ -53,9 +52,9 @@ class HFBackend:
 
     def score(
         self, sequences: Sequence[TokenIds], *, temperature: float, num_top: int, deadline: float
-    ) -> Future[list[Scored]]:
+    ) -> Future[list[TokenScores]]:
         return self.scheduler.score(
-            lambda: self.decoder.score_top(sequences, temperature=temperature, num_top=num_top), deadline=deadline
+            lambda: self.decoder.score(sequences, temperature=temperature, num_top=num_top), deadline=deadline
         )
 
     def probe(self, *, deadline: float) -> Future[Message]:

@@ -1,4 +1,4 @@
-"""Keys and values of a batch in flight: allocated once for prompt and answer, written in place, rows removable."""
+"""Keys and values of a batch in flight: allocated once for prompt and completion, written in place, rows removable."""
 
 from __future__ import annotations
 

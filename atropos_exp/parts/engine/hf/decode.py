@@ -1,4 +1,4 @@
-"""Many sequences at once through one model: prefill each distinct prompt once, then one token per row and step."""
+"""Batched decoding with one model: each distinct prompt is prefilled once, then every step adds a token to each row."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from numpy.typing import NDArray
 
 from atropos_exp.parts.engine.hf.cache import make_cache
 from atropos_exp.parts.engine.hf.sampling import sample_tokens, uniforms
-from atropos_exp.parts.engine.serving.backend import Scored
-from atropos_exp.types import Floats, Mask, TokenIds
+from atropos_exp.types import Floats, Mask, TokenIds, TokenScores
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,7 +37,7 @@ class Rows:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Decoded:
-    """What came out. R is the longest completion's room; entries from `length_N` on mean nothing."""
+    """The completions of N rows. R is the largest of their limits; entries from `length_N` on mean nothing."""
 
     token_ids_NR: NDArray[np.int32]
     logprobs_NR: Floats
@@ -47,10 +46,17 @@ class Decoded:
 
 
 class Decoder:
-    """Owns no weights: it reads `model` at every call and keeps no keys, values or tokens between calls."""
+    """Samples from a model and scores sequences with it.
+
+        decoder = Decoder(model, prefill_tokens=1024, on_step=lambda: None)
+        decoder.score([np.array([1, 2, 3], dtype=np.int32)], temperature=1.0)[0].logprobs  # 2 numbers
+
+    It owns no weights: it reads `model` at every call and keeps no keys, values or tokens between calls.
+    """
 
     def __init__(self, model: Any, *, prefill_tokens: int, on_step: Callable[[], None]) -> None:
-        """`prefill_tokens` bounds one forward pass over prompts; `on_step` is called between forward passes."""
+        """`prefill_tokens` bounds the tokens of one forward pass over prompts. `on_step` is called between forward
+        passes. Raises ValueError for a model with layers other than attention, which has no cache that fits."""
         self._model = model
         self._prefill_tokens = prefill_tokens
         self._on_step = on_step
@@ -61,7 +67,7 @@ class Decoder:
         self._full_only = kinds == {"full_attention"} and not getattr(model.config, "sliding_window", None)
 
     def decode(self, rows: Rows) -> Decoded:
-        """Sample every row to its stop token or its limit."""
+        """Sample every row up to its stop token or its limit."""
         import torch
 
         device = self._model.device
@@ -121,15 +127,12 @@ class Decoder:
                 logits_MV = self._next_logits(tokens_M, pad_M if has_padding else None, padded + step, cache)
         return Decoded(token_ids_NR=token_ids_NR, logprobs_NR=logprobs_NR, length_N=length_N, stopped_N=stopped_N)
 
-    def score(self, sequences: Sequence[TokenIds], *, temperature: float) -> list[Floats]:
-        """For each sequence [T] the logprobs [T - 1] of tokens 1.. under softmax(logits / temperature), nats."""
-        return [scored.logprobs for scored in self.score_top(sequences, temperature=temperature, num_top=0)]
-
-    def score_top(self, sequences: Sequence[TokenIds], *, temperature: float, num_top: int) -> list[Scored]:
-        """As `score`, with the `num_top` likeliest tokens (at most the vocabulary) of every place."""
+    def score(self, sequences: Sequence[TokenIds], *, temperature: float, num_top: int = 0) -> list[TokenScores]:
+        """The logprobs of each sequence under softmax(logits / temperature), in nats, and the `num_top` likeliest
+        tokens (at most the vocabulary) at each of its places."""
         import torch
 
-        scored: dict[int, Scored] = {}
+        scored: dict[int, TokenScores] = {}
         order = sorted(range(len(sequences)), key=lambda index: (len(sequences[index]), index))
         tokens = max(1, min(self._prefill_tokens, MAX_LOGITS // self._model.config.get_text_config().vocab_size))
         with torch.inference_mode():
@@ -148,7 +151,7 @@ class Decoder:
                 top_NTK = logprobs_NTV.topk(min(num_top, logprobs_NTV.shape[2]), dim=-1)
                 for row, index in enumerate(chosen):
                     places = len(sequences[index]) - 1
-                    scored[index] = Scored(
+                    scored[index] = TokenScores(
                         logprobs=logprobs_NT[row, :places].cpu().numpy(),
                         top_token_ids=top_NTK.indices[row, :places].cpu().numpy().astype(np.int32),
                         top_logprobs=top_NTK.values[row, :places].cpu().numpy(),

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from atropos_exp.parts.engine.serving.seeds import _GOLDEN, _mix
+from atropos_exp.parts.engine.serving.seeds import GOLDEN, mix
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,8 +23,8 @@ MAX_CDF_ELEMENTS = 1 << 25  # bounds the float64 work space of one step: 256 MiB
 
 def uniforms(keys_N: NDArray[np.uint64], num_positions: int) -> NDArray[np.float64]:
     """[N, num_positions] in [0, 1), one per row and position, on a grid of 2^-52."""
-    positions = (np.arange(num_positions, dtype=np.uint64) + np.uint64(1)) * _GOLDEN
-    bits = _mix(keys_N[:, None] + positions[None, :]) >> np.uint64(12)
+    positions = (np.arange(num_positions, dtype=np.uint64) + np.uint64(1)) * GOLDEN
+    bits = mix(keys_N[:, None] + positions[None, :]) >> np.uint64(12)
     return bits.astype(np.float64) * 2.0**-52
 
 

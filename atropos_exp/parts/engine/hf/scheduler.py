@@ -1,44 +1,30 @@
-"""One thread that owns the model: it decodes what is queued in batches and does everything else in between."""
+"""The thread that owns the model of engine `hf`: it decodes requests in batches and does everything else in between."""
 
 from __future__ import annotations
 
 import logging
-import threading
-import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from atropos_exp.errors import Refused
 from atropos_exp.parts.engine.hf.decode import Decoder, Rows
 from atropos_exp.parts.engine.hf.weights import WeightStore
-from atropos_exp.parts.engine.serving.seeds import row_keys
-from atropos_exp.types import SamplingParams, TokenIds
+from atropos_exp.parts.engine.serving import queue
+from atropos_exp.processes.wire import Message
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True, eq=False)
-class Generation:
-    """One request: `num_samples` completions of each prompt. Its rows may be decoded in several batches."""
-
-    prompts: Sequence[TokenIds]
-    params: SamplingParams
-    num_samples: int
-    deadline: float  # of time.monotonic()
-    first_prompt: int = 0  # place of the first one in the call that this is a part of
-    done: Future[dict[str, Any]] = field(default_factory=Future)
+class Generation(queue.Generation):
+    """One request and what has been decoded of it. Its rows may be decoded in several batches."""
 
     def __post_init__(self) -> None:
-        num_rows = len(self.prompts) * self.num_samples
-        self.prompt_N = np.repeat(np.arange(len(self.prompts)), self.num_samples)
-        sample_N = np.tile(np.arange(self.num_samples), len(self.prompts))
-        self.key_N = row_keys(self.params.seed, self.first_prompt + self.prompt_N, sample_N)
+        num_rows = self.num_rows
+        self.key_N = self.keys()
         self.token_ids_NR = np.zeros((num_rows, self.params.max_tokens), dtype=np.int32)
         self.logprobs_NR = np.zeros((num_rows, self.params.max_tokens), dtype=np.float32)
         self.length_N = np.zeros(num_rows, dtype=np.int64)
@@ -48,10 +34,8 @@ class Generation:
         self.todo = deque(sorted(range(num_rows), key=lambda row: (len(self.prompt_of(row)), row)))
         self.num_left = num_rows
 
-    def prompt_of(self, row: int) -> TokenIds:
-        return self.prompts[int(self.prompt_N[row])]
-
-    def result(self) -> dict[str, Any]:
+    def result(self) -> Message:
+        """The answer, once every row has been decoded."""
         taken_NR = np.arange(self.params.max_tokens)[None, :] < self.length_N[:, None]
         return {
             "token_ids": self.token_ids_NR[taken_NR],
@@ -62,41 +46,18 @@ class Generation:
         }
 
 
-@dataclass(kw_only=True, eq=False)
-class Call:
-    """Anything else that needs the model."""
-
-    work: Callable[[], Any]
-    deadline: float
-    done: Future[Any] = field(default_factory=Future)
-
-    def run(self) -> None:
-        if self.done.set_running_or_notify_cancel():
-            try:
-                self.done.set_result(self.work())
-            except Refused as refusal:
-                self.done.set_exception(refusal)
-            except Exception as error:  # the client is told, the log has the trace
-                logger.exception("a call failed")
-                self.done.set_exception(error)
-
-
-class Scheduler:
-    """Queues of the server. `decoder` calls `on_step` between forward passes, where a waiting probe goes first."""
+class Scheduler(queue.RequestQueues[Generation]):
+    """Decodes what is queued. `decoder` calls `on_step` between forward passes, where a waiting probe goes first."""
 
     def __init__(
         self, decoder: Decoder, weights: WeightStore, *, max_batch_tokens: int, batching_wait_seconds: float
     ) -> None:
+        """`max_batch_tokens`: rows × (prompt + answer) tokens of one batch. `batching_wait_seconds`: an idle server
+        waits this long for more requests before it decodes the first."""
+        super().__init__(lambda: weights.problem, batching_wait_seconds=batching_wait_seconds)
         self._decoder = decoder
         self._weights = weights
         self._max_batch_tokens = max_batch_tokens
-        self._batching_wait_seconds = batching_wait_seconds
-        self._changed = threading.Condition()
-        self._control: deque[Call] = deque()  # weight updates and such: always run, between batches
-        self._probes: deque[Call] = deque()  # need complete weights; run even when paused, between forward passes
-        self._scores: deque[Call] = deque()  # need complete weights; run even when paused, between batches
-        self._generations: deque[Generation] = deque()
-        self._paused = False
         self._in_probe = False
         self.num_batches = 0
         self.num_rows = 0
@@ -106,105 +67,37 @@ class Scheduler:
         """Generations not finished yet."""
         return len(self._generations)
 
-    def submit(self, generation: Generation) -> Future[dict[str, Any]]:
-        self._put(self._generations, generation)
-        return generation.done
-
-    def control(self, work: Callable[[], Any], *, deadline: float) -> Future[Any]:
-        return self._put(self._control, Call(work=work, deadline=deadline))
-
-    def probe(self, work: Callable[[], Any], *, deadline: float) -> Future[Any]:
-        return self._put(self._probes, Call(work=work, deadline=deadline))
-
-    def score(self, work: Callable[[], Any], *, deadline: float) -> Future[Any]:
-        return self._put(self._scores, Call(work=work, deadline=deadline))
-
-    def pause(self, *, deadline: float) -> Future[Any]:
-        """Hold generations from now on; the result comes when the batch in flight has ended."""
-        with self._changed:
-            self._paused = True
-        return self.control(lambda: None, deadline=deadline)
-
-    def resume(self) -> None:
-        with self._changed:
-            self._paused = False
-            self._changed.notify()
-
     def run_forever(self) -> None:
+        """The work of the thread that owns the model."""
         while True:
-            with self._changed:
-                while not self._is_runnable():
-                    idle = not self._generations
-                    self._changed.wait(timeout=0.25)
-                    self.expire()
-                    if idle and self._generations and self._batching_wait_seconds:
-                        # Requests that were sent together arrive one after the other: let them share a batch.
-                        self._changed.wait_for(lambda: False, timeout=self._batching_wait_seconds)
+            self._await_work()
             self.turn()
 
-    def decode_now(self, generation: Generation) -> dict[str, Any]:
-        """Decode one request by itself. For work that already runs on this thread."""
+    def decode_now(self, generation: Generation) -> Message:
+        """The answer to one request that is decoded by itself. Only for work that runs on the model's thread."""
         self._decode([generation], [list(generation.todo)])
         return generation.result()
 
     def on_step(self) -> None:
-        """Between forward passes: only a probe may cut in. (Its own forward passes come here too.)"""
+        """Called between forward passes, where only a probe may run. (A probe's own forward passes call it too.)"""
         if self._probes and not self._in_probe and self._weights.problem is None:
             self._in_probe = True
             try:
-                self._drain(self._probes)
+                self._run_all(self._probes)
             finally:
                 self._in_probe = False
 
-    def _put(self, queue: deque[Any], item: Any) -> Future[Any]:
-        with self._changed:
-            queue.append(item)
-            self._changed.notify()
-        done: Future[Any] = item.done
-        return done
-
-    def _is_runnable(self) -> bool:
-        if self._control:
-            return True
-        held = self._paused and self._weights.problem is not None
-        return bool((self._probes or self._scores) and not held) or bool(self._generations and not self._paused)
-
     def turn(self) -> None:
         """Do what can be done now: control first, then probes and scores, then one batch."""
-        self._drain(self._control)
+        self._run_all(self._control)
         problem = self._weights.problem
         if problem is not None:
-            if not self._paused:
-                for queue in (self._probes, self._scores, self._generations):
-                    self._refuse(queue, 409, problem)
+            self._refuse_waiting(problem)
             return
         self.on_step()
-        self._drain(self._scores)
-        if not self._paused and self._generations:
+        self._run_all(self._scores)
+        if not self._is_paused and self._generations:
             self._decode_batch()
-
-    def _drain(self, queue: deque[Call]) -> None:
-        while queue:
-            queue.popleft().run()
-
-    def _refuse(self, queue: deque[Any], status: int, reason: str) -> None:
-        while queue:
-            item = queue.popleft()
-            if not item.done.done():
-                item.done.set_exception(Refused(status, reason))
-
-    def expire(self) -> None:
-        """Whoever waited too long is told what for."""
-        now = time.monotonic()
-        state = "paused" if self._paused else "busy"
-        if self._weights.problem is not None:
-            state += f"; {self._weights.problem}"
-        queues: list[deque[Any]] = [self._probes, self._scores, self._generations]
-        for queue in queues:
-            late = [item for item in queue if item.deadline < now]
-            for item in late:
-                queue.remove(item)
-            self._refuse(deque(late), 503, f"held by the engine until its deadline: {state}")
 
     def _decode_batch(self) -> None:
         generations, rows_of = self._take_rows()
@@ -219,7 +112,7 @@ class Scheduler:
                     self._drop(generation)
                     if generation.done.set_running_or_notify_cancel():
                         generation.done.set_result(generation.result())
-        except Exception as error:  # every client of the batch is told, the log has the trace
+        except Exception as error:  # every client of the batch gets it, the log has the trace
             logger.exception("decoding failed")
             for generation in generations:
                 self._drop(generation)

@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 def main() -> None:
+    """Load the model and serve it until the process is killed."""
     options = _options()
     token = prepare(options)
 

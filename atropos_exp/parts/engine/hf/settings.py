@@ -1,19 +1,18 @@
-"""`engine=hf`: samples with transformers in a server process of its own. Needs nothing that the trainer has not."""
+"""`engine=hf`: samples with transformers in a server process. It needs no libraries besides the trainer's."""
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from atropos_exp.errors import UserError
-from atropos_exp.parts.engine.devices import gpu_problems
-from atropos_exp.parts.engine.launch import DTYPES, Launch, ServerSettings, check_settings
+from atropos_exp.parts.engine.launch import DTYPES, ServerProgram, ServerSettings, check_settings
 from atropos_exp.parts.engine.preflight import missing_modules
-from atropos_exp.parts.engine.servers import Servers
-from atropos_exp.types import LoraSettings
-from atropos_exp.weights.choose import TRANSPORTS, is_transport, transport_problems
+from atropos_exp.weights.choose import TRANSPORTS, is_transport
+
+if TYPE_CHECKING:
+    from atropos_exp.types import LoraSettings
 
 SERVER = "atropos_exp.parts.engine.hf.server"
 NEEDS = ("torch", "transformers", "safetensors", "starlette", "uvicorn", "msgpack", "xxhash", "numpy")
@@ -21,10 +20,14 @@ NEEDS = ("torch", "transformers", "safetensors", "starlette", "uvicorn", "msgpac
 
 @dataclass(frozen=True, kw_only=True)
 class HFEngine(ServerSettings):
-    """Settings of `engine=hf`."""
+    """Settings of `engine=hf`; conf/engine/hf.yaml describes each."""
 
     max_batch_tokens: int
     batching_wait_seconds: float
+
+    colocate: ClassVar[bool] = False
+    gpu_memory_utilization: ClassVar[float | None] = None
+    kv_cache_gb: ClassVar[float | None] = None
 
     def __post_init__(self) -> None:
         check_settings(self, choices={"dtype": DTYPES}, positive=())
@@ -37,10 +40,8 @@ class HFEngine(ServerSettings):
         if self.num_threads is not None and self.num_threads < 1:
             raise UserError(f"engine.num_threads must be 1 or more, or null for all cores; got {self.num_threads}")
 
-    colocate: ClassVar[bool] = False
-
     def preflight(self, *, device: str) -> list[str]:
-        """What stands in the way of `start`, one sentence each, found without starting a server."""
+        """Why `start` would fail, one sentence each, found without starting a server."""
         problems = []
         if self.python is not None:
             missing = missing_modules(self.python, (*NEEDS, "atropos_exp"))
@@ -51,42 +52,20 @@ class HFEngine(ServerSettings):
                 )
         if self.transport == "shm" and not hasattr(os, "memfd_create"):
             problems.append("engine.transport is shm, which needs Linux; use engine.transport=disk")
-        problems += gpu_problems(
-            self.gpus, tensor_parallel_size=1, data_parallel_size=self.data_parallel_size, device=device
-        )
-        return problems + transport_problems(self.transport, device=device)
+        return problems + self.placement_problems(device=device)
 
-    def start(
-        self,
-        *,
-        model_folder: Path,
-        device: str,
-        log_folder: Path,
-        max_sequence_length: int,
-        lora: LoraSettings | None = None,
-    ) -> Servers:
-        """Start the server on a Hugging Face folder and wait for its first token; raises EngineError.
-
-        `max_sequence_length` is the most tokens that a prompt and its answer have together. The caller stops it.
-        """
+    def program(self, *, device: str, max_sequence_length: int, lora: LoraSettings | None) -> ServerProgram:
         if max_sequence_length > self.max_batch_tokens:
             raise UserError(
                 f"engine.max_batch_tokens is {self.max_batch_tokens}, but one sequence may have {max_sequence_length} "
                 "tokens (max_prompt_length + max_response_length); raise the former or lower the latter"
             )
-        launch = Launch(
+        return ServerProgram(
             kind="hf",
             module=SERVER,
-            settings=self,
             python=self.python,
-            model_folder=model_folder,
-            device=device,
-            max_sequence_length=max_sequence_length,
-            log_folder=log_folder,
-        )
-        launch.check_model()
-        return launch.start(
-            *("--max-batch-tokens", str(self.max_batch_tokens)),
-            *("--batching-wait-seconds", str(self.batching_wait_seconds)),
-            environment={},
+            arguments=[
+                *("--max-batch-tokens", str(self.max_batch_tokens)),
+                *("--batching-wait-seconds", str(self.batching_wait_seconds)),
+            ],
         )

@@ -14,7 +14,16 @@ if TYPE_CHECKING:
 
 
 class WeightStore:
-    """The model's parameters, their version, and whether they belong together. One thread uses it."""
+    """The model's parameters, their version, and whether they are one consistent policy. One thread uses it.
+
+        store = WeightStore(model)
+        store.begin(7)
+        for name, tensor in tensors:
+            store.load(name, tensor)
+        store.finish()  # version 7 is served
+
+    What does not fit raises Refused.
+    """
 
     def __init__(self, model: Any, *, problem: str | None = None) -> None:
         self._parameters: dict[str, Tensor] = {}
@@ -33,19 +42,21 @@ class WeightStore:
 
     @property
     def version(self) -> int:
+        """Of the last complete update; 0 before the first."""
         return self._account.version
 
     @property
     def problem(self) -> str | None:
+        """Why nothing may be sampled from these weights, or None."""
         return self._account.problem
 
     def expected(self) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """name -> (dtype, shape) of every tensor an update must bring. A tied tensor has one name here; sending
-        it under its other name too is allowed, and then compared."""
+        """name -> (dtype, shape) of every tensor that an update must bring. A tied tensor has one name here; it may be
+        sent under its other name too, and is then compared."""
         return dict(self._account.expected)
 
     def begin(self, version: int) -> None:
-        """Start over with an empty account, whatever came before."""
+        """Start an update, whatever became of the last one."""
         self._account.begin(version)
         self._alias_digests = {}
 
@@ -59,7 +70,7 @@ class WeightStore:
             self._parameters[name].data.copy_(tensor)
 
     def finish(self) -> None:
-        """Accept the update if every tensor has arrived; else the weights stay incomplete."""
+        """Accept the update if every tensor has arrived; otherwise the weights stay incomplete."""
         self._account.check_complete()
         for alias, sent in self._alias_digests.items():
             owner = self._account.aliases[alias]
@@ -69,11 +80,11 @@ class WeightStore:
         self._account.finish()
 
     def abort(self) -> None:
-        """Give the update up. Whatever it changed already, nothing is sampled until a complete one has arrived."""
+        """Abandon the update. If it changed a weight, nothing may be sampled until a complete one has arrived."""
         self._account.abort()
 
     def digests(self, *, on_device: bool = False) -> dict[str, str]:
-        """Of each parameter as the model holds it now, `on_device` or by its bytes on the host."""
+        """The digest of each parameter as the model holds it now, computed `on_device` or from a copy on the host."""
         return {
             name: digest(parameter if on_device else parameter.cpu()) for name, parameter in self._parameters.items()
         }

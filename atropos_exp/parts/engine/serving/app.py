@@ -1,4 +1,4 @@
-"""The HTTP face of every engine server: msgpack in, msgpack out, one route per verb of the client protocol."""
+"""The HTTP interface of every engine server: msgpack in, msgpack out, one route for each request of `EngineClient`."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from atropos_exp.errors import Refused, WireError
-from atropos_exp.parts.engine.serving.backend import Backend, Scored
+from atropos_exp.parts.engine.serving.backend import Backend
 from atropos_exp.processes.wire import HEARTBEAT, MAX_MESSAGE_BYTES, Message, flatten, pack, split, unpack
-from atropos_exp.types import SamplingParams, TokenIds
+from atropos_exp.types import SamplingParams, TokenIds, TokenScores
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
@@ -29,7 +29,8 @@ Work = tuple[Future[Any], Encode]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Service:
-    """What the routes do. Each takes a message and returns the future of the answer, and how to word it."""
+    """The routes' work. Each method checks a message, asks the backend, and returns the future of the result with the
+    function that encodes it as a message. Raises Refused or WireError for a wrong message."""
 
     backend: Backend
     heartbeat_seconds: float
@@ -62,7 +63,7 @@ class Service:
         return scored, lambda rows: _scored(rows, with_top=num_top > 0)
 
     def health(self, message: Message) -> Work:
-        """One real token, drawn by the model that serves."""
+        """One real token of the model, as a sign of health."""
         return self.backend.probe(deadline=_deadline(message)), dict
 
     def info(self, message: Message) -> Work:
@@ -127,6 +128,8 @@ class Service:
 
 
 def make_app(service: Service, *, token: str) -> Starlette:
+    """The web application. Requests must carry the bearer token. While a request waits, the answer's body begins with
+    heartbeats, as long as the backend is moving."""
     from starlette.applications import Starlette
     from starlette.responses import Response, StreamingResponse
     from starlette.routing import Route
@@ -175,7 +178,7 @@ def make_app(service: Service, *, token: str) -> Starlette:
             _, message = outcome(done, encode)
             yield pack(message)
         finally:
-            done.cancel()  # nothing if it has ended; else the client has gone and its rows need not be decoded
+            done.cancel()  # no effect if it has ended; otherwise the client has gone and its rows need not be decoded
 
     return Starlette(
         routes=[
@@ -205,7 +208,7 @@ def _nothing(result: Any) -> Message:
     return {}
 
 
-def _scored(rows: Sequence[Scored], *, with_top: bool) -> Message:
+def _scored(rows: Sequence[TokenScores], *, with_top: bool) -> Message:
     flat, lengths = flatten([row.logprobs for row in rows], np.float32)
     answer: Message = {"logprobs": flat, "lengths": lengths}
     if with_top:  # [sum of lengths, num_top]

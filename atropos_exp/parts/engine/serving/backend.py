@@ -1,36 +1,32 @@
-"""What stands behind the routes of an engine server: one protocol, whichever library holds the model."""
+"""What an engine server's routes call: one protocol, whichever library holds the model."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
 from typing import Any, Protocol
 
-import numpy as np
-from numpy.typing import NDArray
-
 from atropos_exp.processes.wire import Message
-from atropos_exp.types import Floats, SamplingParams, TokenIds
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Scored:
-    """One sequence [T] under the model: its tokens 1.., and the K likeliest tokens at each of their places."""
-
-    logprobs: Floats  # [T - 1] nats
-    top_token_ids: NDArray[np.int32]  # [T - 1, K], likeliest first
-    top_logprobs: Floats  # [T - 1, K]
+from atropos_exp.types import SamplingParams, TokenIds, TokenScores
 
 
 class Backend(Protocol):
-    """Every method returns at once; what takes time is a future. `deadline` is one of time.monotonic()."""
+    """A model behind an engine server. Every method returns at once; what takes time is a future, which raises Refused
+    for what cannot be done. `deadline` is a value of time.monotonic().
+
+        future = backend.generate(prompts, params, num_samples=8, first_prompt=0, deadline=time.monotonic() + 60)
+        future.result()["lengths"]  # [len(prompts) * 8]
+    """
 
     @property
-    def vocab_size(self) -> int: ...
+    def vocab_size(self) -> int:
+        """Token ids are below it."""
+        ...
 
     @property
-    def max_sequence_length(self) -> int: ...
+    def max_sequence_length(self) -> int:
+        """The most tokens that a prompt and its completion have together."""
+        ...
 
     def generate(
         self,
@@ -41,53 +37,61 @@ class Backend(Protocol):
         first_prompt: int,
         deadline: float,
     ) -> Future[Message]:
-        """`token_ids`, `logprobs` laid end to end, and `lengths`, `stopped`, `versions` of all samples in order.
-        `first_prompt`: the place of the first one in a call of which this is a part; rows get their seeds by it."""
+        """All samples in order: `token_ids` and `logprobs` concatenated, and `lengths`, `stopped` and `versions` [N].
+        `first_prompt`: the place of the first prompt in the call of which this is a part, which decides the seeds."""
         ...
 
     def score(
         self, sequences: Sequence[TokenIds], *, temperature: float, num_top: int, deadline: float
-    ) -> Future[list[Scored]]:
-        """Every sequence [T] under the model, with the `num_top` likeliest tokens (at most the vocabulary)."""
+    ) -> Future[list[TokenScores]]:
+        """Every sequence's logprobs under the model, and the `num_top` likeliest tokens at each of its places."""
         ...
 
     def probe(self, *, deadline: float) -> Future[Message]:
-        """One real token as a sign of health, also while paused: `token_id`, `version`."""
+        """Generate one token as a sign of health, also while paused: `token_id` and `version`."""
         ...
 
     def info(self) -> Message:
-        """`version`, `problem` and whatever else this backend counts."""
+        """The served `version`, the `problem` with the weights or None, and what else this backend counts."""
         ...
 
     def expected(self) -> Mapping[str, tuple[str, tuple[int, ...]]]:
-        """name -> (dtype, shape) of every tensor an update must bring."""
+        """name -> (dtype, shape) of every tensor that the next update must bring."""
         ...
 
     def pause(self, *, deadline: float) -> Future[Any]:
-        """Hold generations from now on; the result comes when none is in flight."""
+        """Hold generations from now on. The result comes when none is in flight."""
         ...
 
-    def resume(self) -> None: ...
+    def resume(self) -> None:
+        """Sample again after `pause`."""
+        ...
 
     def sleep(self, *, deadline: float) -> Future[Message]:
-        """Give the device's memory back until the next update, which wakes the model: `bytes_before` and `bytes_after`
-        in use on the device, whoever holds them. Nothing is sampled in between. Raises Refused where it cannot."""
+        """Release the device's memory until the next update, which wakes the model: `bytes_before` and `bytes_after` in
+        use on the device, by all processes. Nothing is sampled in between. Raises Refused where it cannot."""
         ...
 
-    def begin(self, version: int, *, deadline: float) -> Future[Any]: ...
+    def begin(self, version: int, *, deadline: float) -> Future[Any]:
+        """Start the update to this version."""
+        ...
 
     def load(self, message: Message, *, deadline: float) -> Future[Any]:
-        """One bucket of the update, wherever its transport left it."""
+        """Load one bucket of the update. `message`: where it is, from the sender's transport."""
         ...
 
-    def finish(self, *, deadline: float) -> Future[Any]: ...
+    def finish(self, *, deadline: float) -> Future[Any]:
+        """Accept the update and serve its version. Refused if a tensor is missing."""
+        ...
 
-    def abort(self, *, deadline: float) -> Future[Any]: ...
+    def abort(self, *, deadline: float) -> Future[Any]:
+        """Abandon the update. Nothing is sampled until a complete one has arrived, if it changed any weight."""
+        ...
 
     def digests(self, *, on_device: bool, deadline: float) -> Future[Mapping[str, str]]:
-        """Of each expected tensor as the model holds it."""
+        """name -> digest of each expected tensor as the model holds it. `on_device`: computed on the GPU."""
         ...
 
     def is_moving(self) -> bool:
-        """False: a step of the model takes longer than it may, so the client is no longer told to wait."""
+        """False if a step of the model takes longer than it may: waiting clients then get no more heartbeats."""
         ...

@@ -1,6 +1,6 @@
-"""What every engine server process does around its model: options, signals, the web server.
+"""What every engine server process does around its model: command line, signals, the web server.
 
-It listens on a loopback socket that it inherited and answers only requests that carry the run's token.
+The process listens on a loopback socket that it inherited and answers only requests that carry its bearer token.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ logger = logging.getLogger(__name__)
 
 
 def prepare(options: argparse.Namespace) -> str:
-    """First thing in the process: log and signals. Returns the bearer token."""
+    """Set up the log and signals, first thing in the process. Returns the bearer token."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     lifeline.ignore()
     return os.environ.pop(TOKEN_VARIABLE)
 
 
 def serve(backend: Backend, options: argparse.Namespace, *, token: str) -> None:
-    """Answer requests until the process ends."""
+    """Answer requests with the backend until the process ends."""
     import uvicorn
 
     service = Service(backend=backend, heartbeat_seconds=options.heartbeat_seconds)
@@ -50,7 +50,7 @@ def serve(backend: Backend, options: argparse.Namespace, *, token: str) -> None:
 
 
 def run_model_thread(work: Callable[[], None]) -> None:
-    """Start the thread that owns the model. Without it every request would wait for nothing: they end together."""
+    """Run `work` in the thread that owns the model. If it ends, the process does: requests would wait for nothing."""
 
     def run() -> None:
         try:
@@ -63,7 +63,7 @@ def run_model_thread(work: Callable[[], None]) -> None:
 
 
 def parser(module: str, description: str | None) -> argparse.ArgumentParser:
-    """The options that every server has."""
+    """The command line options that every server has. `module`: how the server is started."""
     options = argparse.ArgumentParser(prog=f"python -m {module}", description=description)
     options.add_argument("--model", type=Path, required=True, help="Hugging Face folder")
     options.add_argument("--device", required=True, help="cpu, cuda or cuda:N")
@@ -83,6 +83,7 @@ def parser(module: str, description: str | None) -> argparse.ArgumentParser:
 
 
 def bucket_source(options: argparse.Namespace) -> BucketSource:
+    """Where buckets of weights arrive, from the options that the sender's transport gave this server."""
     group = None
     store = inherited(options.group_fd)
     if store is not None:

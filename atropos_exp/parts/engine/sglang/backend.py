@@ -14,11 +14,10 @@ from typing import Any, TypeVar
 import numpy as np
 
 from atropos_exp.errors import Refused
-from atropos_exp.parts.engine.serving.backend import Scored
-from atropos_exp.parts.engine.serving.seeds import row_keys
+from atropos_exp.parts.engine.serving.seeds import request_keys
 from atropos_exp.parts.engine.sglang.update import SchedulerUpdate
 from atropos_exp.processes.wire import Message, flatten
-from atropos_exp.types import SamplingParams, TokenIds
+from atropos_exp.types import SamplingParams, TokenIds, TokenScores
 from atropos_exp.weights.account import UpdateAccount
 from atropos_exp.weights.receiver import BucketSource
 
@@ -29,7 +28,7 @@ GREEDY = {"temperature": 0.0, "max_new_tokens": 1, "ignore_eos": True}
 
 
 class SGLangBackend:
-    """A `Backend`. All state belongs to `loop`."""
+    """The `Backend` of engine `sglang`. All of its state belongs to the event loop `loop`."""
 
     def __init__(
         self,
@@ -68,7 +67,7 @@ class SGLangBackend:
 
     def score(
         self, sequences: Sequence[TokenIds], *, temperature: float, num_top: int, deadline: float
-    ) -> Future[list[Scored]]:
+    ) -> Future[list[TokenScores]]:
         return self._run(self._score(sequences, temperature, num_top), deadline)
 
     def probe(self, *, deadline: float) -> Future[Message]:
@@ -159,7 +158,7 @@ class SGLangBackend:
         self, prompts: Sequence[TokenIds], params: SamplingParams, num_samples: int, first_prompt: int
     ) -> Message:
         prompt_N = np.repeat(np.arange(len(prompts)), num_samples)
-        keys_N = row_keys(params.seed, first_prompt + prompt_N, np.tile(np.arange(num_samples), len(prompts)))
+        keys_N = request_keys(params.seed, len(prompts), num_samples, first_prompt=first_prompt)
         sampling: dict[str, Any] = {
             "temperature": params.temperature,
             "top_p": params.top_p,
@@ -186,14 +185,14 @@ class SGLangBackend:
             "versions": np.full(len(outputs), self._account.version, dtype=np.int64),
         }
 
-    async def _score(self, sequences: Sequence[TokenIds], temperature: float, num_top: int) -> list[Scored]:
+    async def _score(self, sequences: Sequence[TokenIds], temperature: float, num_top: int) -> list[TokenScores]:
         await self._until_whole()
-        scored: list[Scored] = []
+        scored: list[TokenScores] = []
         for first in range(0, len(sequences), SCORED_TOGETHER):
             scored += await self._score_few(sequences[first : first + SCORED_TOGETHER], temperature, num_top)
         return scored
 
-    async def _score_few(self, sequences: Sequence[TokenIds], temperature: float, num_top: int) -> list[Scored]:
+    async def _score_few(self, sequences: Sequence[TokenIds], temperature: float, num_top: int) -> list[TokenScores]:
         """SGLang scores a prompt at temperature 1 only. At another one each token is asked for after its prefix: the
         logprobs of drawn tokens are at their temperature, and the prefixes are cached."""
         logprobs: list[float] = []  # of every token after a first one, sequence by sequence
@@ -221,7 +220,7 @@ class SGLangBackend:
         )
         ends = np.cumsum([len(sequence) - 1 for sequence in sequences])[:-1]
         rows = zip(*(np.split(array, ends) for array in arrays), strict=True)
-        return [Scored(logprobs=row, top_token_ids=ids, top_logprobs=top) for row, ids, top in rows]
+        return [TokenScores(logprobs=row, top_token_ids=ids, top_logprobs=top) for row, ids, top in rows]
 
     async def _probe(self) -> Message:
         await self._until_whole()

@@ -1,4 +1,4 @@
-"""What runs beside the model in SGLang's scheduler process: loads new weights, tells what the model holds.
+"""What runs beside the model in SGLang's scheduler process: loads new weights, digests what the model holds.
 
 SGLang 0.5.12 calls `load` there for every request whose `load_format` is LOADER, if the server argument
 `custom_weight_loader` names it. It gives nothing back, and an exception ends the process, so each request comes with
@@ -13,9 +13,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from atropos_exp.weights.digest import digests
-from atropos_exp.weights.receiver import Kind
 from atropos_exp.weights.resident import has_plain_layers, views
-from atropos_exp.weights.tensors import ALIGNMENT, Piece, read_piece
+from atropos_exp.weights.tensors import ALIGNMENT, Kind, Piece, read_piece
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,7 +28,8 @@ LENGTH_BYTES = 8  # before the answer; 0: none was written
 
 
 def load(model: Any, named_tensors: Sequence[tuple[str, Tensor]]) -> None:
-    """Do what the tensor's name says in JSON, and write the answer, if one is read, into the tensor."""
+    """Execute the request that is, as JSON, the name of the one tensor, and write the answer, if it is read, into that
+    tensor. Called by SGLang; an exception ends its process where no answer is read."""
     import torch
 
     ((text, memory),) = named_tensors
@@ -63,21 +63,21 @@ def _do(model: Any, request: Mapping[str, Any], memory: Tensor) -> dict[str, Any
 
 
 def resident(model: Any, kinds: Mapping[str, Kind]) -> dict[str, Tensor]:
-    """The tensors that the model computes with, under their Hugging Face names, parts of fused ones as views. Those of
-    `kinds` that it does not keep as they came are left out; all, if any layer repacks or quantises its weights."""
+    """The tensors that the model computes with, under their Hugging Face names; parts of fused ones are views. Those of
+    `kinds` that it does not keep as they came are left out: all, if any layer repacks or quantises its weights."""
     if not has_plain_layers(model):
         return {}
     return views(dict(model.named_parameters()), FUSED, kinds)
 
 
 def answer_bytes(names: Sequence[str]) -> int:
-    """Enough for an error, or for a digest of each."""
+    """The size of an answer that holds an error, or a digest of each name."""
     size = 8192 + sum(len(json.dumps(name)) + 64 for name in names)
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
 def write_answer(memory: Tensor, answer: Mapping[str, Any], *, room: int) -> None:
-    """At the start of `memory`."""
+    """Write an answer of at most `room` bytes at the start of `memory`."""
     import torch
 
     raw = json.dumps(answer).encode()
@@ -87,7 +87,7 @@ def write_answer(memory: Tensor, answer: Mapping[str, Any], *, room: int) -> Non
 
 
 def read_answer(memory: Tensor) -> dict[str, Any] | None:
-    """None: nothing was written."""
+    """The answer in `memory`, or None if none was written."""
     length = int.from_bytes(memory[:LENGTH_BYTES].cpu().numpy().tobytes(), "little")
     if not length:
         return None

@@ -1,4 +1,4 @@
-"""The server process of engine `sglang`: `python -m atropos_exp.parts.engine.sglang.server …` (started by sglang.py).
+"""The server process of engine `sglang`: `python -m atropos_exp.parts.engine.sglang.server …`, started by its settings.
 
 It runs in SGLang's own environment, which has this package on its path and needs msgpack and xxhash besides SGLang.
 """
@@ -26,6 +26,7 @@ ROOM = 7
 
 
 def main() -> None:
+    """Load SGLang and the model, and serve it until the process is killed."""
     options = _options()
     token = prepare(options)
     ready = threading.Event()

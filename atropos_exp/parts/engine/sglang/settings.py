@@ -1,18 +1,17 @@
-"""`engine=sglang`: samples with SGLang in a server process of its own, in an environment of its own."""
+"""`engine=sglang`: samples with SGLang in a server process, in a Python environment of its own."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from atropos_exp.parts.engine.devices import gpu_problems
-from atropos_exp.parts.engine.launch import DTYPES, Launch, ServerSettings, check_settings
+from atropos_exp.parts.engine.launch import DTYPES, ServerProgram, ServerSettings, check_settings
 from atropos_exp.parts.engine.preflight import environment_problems, has_gpu, interpreter
-from atropos_exp.parts.engine.servers import Servers
-from atropos_exp.types import LoraSettings
-from atropos_exp.weights.choose import TRANSPORTS, transport_problems
+from atropos_exp.weights.choose import TRANSPORTS
+
+if TYPE_CHECKING:
+    from atropos_exp.types import LoraSettings
 
 SERVER = "atropos_exp.parts.engine.sglang.server"
 # The version that verl 0.9.1 was built against; it pins transformers 5.6.0, which verl excludes.
@@ -21,7 +20,7 @@ INSTALL = "`pip install sglang==0.5.12 msgpack xxhash` in an environment of its 
 
 @dataclass(frozen=True, kw_only=True)
 class SGLangEngine(ServerSettings):
-    """Settings of `engine=sglang`."""
+    """Settings of `engine=sglang`; conf/engine/sglang.yaml describes each."""
 
     tensor_parallel_size: int
     mem_fraction_static: float
@@ -29,6 +28,11 @@ class SGLangEngine(ServerSettings):
     attention_backend: str | None
     sampling_backend: str | None
     seeded: bool
+
+    colocate: ClassVar[bool] = False
+    gpu_memory_utilization: ClassVar[float | None] = None
+    kv_cache_gb: ClassVar[float | None] = None
+    max_batch_tokens: ClassVar[int | None] = None
 
     def __post_init__(self) -> None:
         check_settings(
@@ -41,58 +45,32 @@ class SGLangEngine(ServerSettings):
     def _python(self) -> str:
         return interpreter(self.python, environment=".venv-sglang")
 
-    colocate: ClassVar[bool] = False
-
     def preflight(self, *, device: str) -> list[str]:
-        """What stands in the way of `start`, one sentence each, found without starting a server."""
+        """Why `start` would fail, one sentence each, found without starting a server."""
         problems = environment_problems(
             option="sglang", title="SGLang", python=self._python, is_own=self.python is None, install=INSTALL
         )
-        problems += gpu_problems(
-            self.gpus,
-            tensor_parallel_size=self.tensor_parallel_size,
-            data_parallel_size=self.data_parallel_size,
-            device=device,
-        )
-        problems += transport_problems(self.transport, device=device)
+        problems += self.placement_problems(device=device, tensor_parallel_size=self.tensor_parallel_size)
         if not problems and not has_gpu():
             problems.append("engine=sglang needs an NVIDIA GPU, and this machine shows none; use another engine")
         return problems
 
-    def start(
-        self,
-        *,
-        model_folder: Path,
-        device: str,
-        log_folder: Path,
-        max_sequence_length: int,
-        lora: LoraSettings | None = None,
-    ) -> Servers:
-        """Start the server on a Hugging Face folder and wait for its first token; raises EngineError.
-
-        `max_sequence_length` is the most tokens that a prompt and its answer have together. The caller stops it.
-        """
-        launch = Launch(
+    def program(self, *, device: str, max_sequence_length: int, lora: LoraSettings | None) -> ServerProgram:
+        return ServerProgram(
             kind="sglang",
             module=SERVER,
-            settings=self,
             python=self._python,
-            model_folder=model_folder,
-            device=device,
-            max_sequence_length=max_sequence_length,
+            arguments=[
+                *("--engine-arguments", json.dumps(self.engine_arguments())),
+                *(["--seeded"] if self.seeded else []),
+            ],
+            # A score draws one token past the longest sequence.
+            environment={"SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1"},
             tensor_parallel_size=self.tensor_parallel_size,
-            log_folder=log_folder,
-        )
-        launch.check_model()
-        environment = {"SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1"}  # a score draws one token past the longest
-        return launch.start(
-            *("--engine-arguments", json.dumps(self.engine_arguments())),
-            *(["--seeded"] if self.seeded else []),
-            environment=environment,
         )
 
     def engine_arguments(self) -> dict[str, Any]:
-        """For sglang.Engine, besides what every run needs."""
+        """Arguments of sglang.Engine, besides those that every run needs."""
         arguments: dict[str, Any] = {
             "tp_size": self.tensor_parallel_size,
             "mem_fraction_static": self.mem_fraction_static,

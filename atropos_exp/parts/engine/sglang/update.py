@@ -1,5 +1,5 @@
-"""One weight update of the SGLang server: the account, the scheduler's process, and the proof that no old key or value
-is left."""
+"""Weight updates of the SGLang server: the account, the scheduler's process, and the proof that no old key or value is
+left."""
 
 from __future__ import annotations
 
@@ -23,7 +23,14 @@ logger = logging.getLogger(__name__)
 
 
 class SchedulerUpdate:
-    """What `account` admits is loaded by SGLang's scheduler. All of it runs on the engine's event loop."""
+    """Loads into SGLang's scheduler what `account` admits.
+
+        await update.begin(7)
+        await update.load(message)  # for every bucket
+        await update.finish()  # version 7 is served
+
+    All of it runs on the engine's event loop. What does not fit raises Refused.
+    """
 
     def __init__(
         self,
@@ -33,7 +40,7 @@ class SchedulerUpdate:
         *,
         num_cached: Callable[[], Awaitable[int]],
     ) -> None:
-        """`num_cached`: tokens of a prompt that the prefix cache knows; afterwards it knows them all."""
+        """`num_cached`: how many tokens of the sentinel prompt the prefix cache has; afterwards it has all of them."""
         self._manager = engine.tokenizer_manager
         self._device = "cpu" if engine.server_args.device == "cpu" else "cuda"
         self._num_ranks: int = engine.server_args.tp_size
@@ -50,6 +57,7 @@ class SchedulerUpdate:
         self.num_cache_proofs = 0
 
     async def begin(self, version: int) -> None:
+        """Start an update, whatever became of the last one."""
         self._account.begin(version)
         if self._account.problem is None:
             with self._account.spent("prefixes"):
@@ -60,6 +68,7 @@ class SchedulerUpdate:
         self._arrived = Digests()
 
     async def load(self, message: Message) -> None:
+        """Load one bucket in the scheduler's process."""
         assert self._resident is not None, "begin comes first"
         for name, kind in self._source.kinds(message):
             self._account.admit(name, kind)
@@ -93,11 +102,13 @@ class SchedulerUpdate:
         self._release()
 
     def abort(self) -> None:
+        """Abandon the update and release its memory."""
         self._account.abort()
         self._release()
 
     async def digests(self, *, on_device: bool) -> Mapping[str, str]:
-        """Of each expected tensor that came, as the model holds it where that can be read back, else as it came."""
+        """The digest of each expected tensor that came: as the model holds it where that can be read back, otherwise as
+        it arrived."""
         wanted = [name for name in self._names if name in self._account.expected]
         found = await self._held([name for name in wanted if name in (self._resident or ())], on_device=on_device)
         self.num_resident = len(found)
@@ -147,7 +158,7 @@ class SchedulerUpdate:
 
         pieces, num_bytes = layout(bucket)
         room = answer_bytes(list(self._account.kinds))
-        memory, self._memory = self._memory, None  # lost if this is given up: the scheduler may still write there
+        memory, self._memory = self._memory, None  # lost if this is cancelled: the scheduler may still write there
         with self._account.spent("copy"):
             if memory is None or len(memory) < room + num_bytes:
                 memory = torch.empty(room + num_bytes, dtype=torch.uint8, device=self._device)

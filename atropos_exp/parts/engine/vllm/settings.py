@@ -1,20 +1,19 @@
-"""`engine=vllm`: samples with vLLM in a server process of its own, in an environment of its own."""
+"""`engine=vllm`: samples with vLLM in a server process, in a Python environment of its own."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from atropos_exp.errors import UserError
-from atropos_exp.parts.engine.devices import gpu_problems
-from atropos_exp.parts.engine.launch import DTYPES, Launch, ServerSettings, check_settings
+from atropos_exp.parts.engine.launch import DTYPES, ServerProgram, ServerSettings, check_settings
 from atropos_exp.parts.engine.preflight import BESIDE_CHECKOUT, environment_problems, interpreter
-from atropos_exp.parts.engine.servers import Servers
-from atropos_exp.weights.choose import TRANSPORTS, transport_problems
+from atropos_exp.weights.choose import TRANSPORTS
+
+if TYPE_CHECKING:
+    from atropos_exp.types import LoraSettings
 
 SERVER = "atropos_exp.parts.engine.vllm.server"
 INSTALL = (
@@ -26,19 +25,9 @@ LORA = ("merged", "adapter")
 MAX_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM reserves room for
 
 
-class LoraChoice(Protocol):
-    """Of `model.lora`."""
-
-    @property
-    def rank(self) -> int: ...
-
-    @property
-    def target_modules(self) -> Sequence[str]: ...
-
-
 @dataclass(frozen=True, kw_only=True)
 class VLLMEngine(ServerSettings):
-    """Settings of `engine=vllm`."""
+    """Settings of `engine=vllm`; conf/engine/vllm.yaml describes each."""
 
     tensor_parallel_size: int
     gpu_memory_utilization: float
@@ -49,6 +38,8 @@ class VLLMEngine(ServerSettings):
     seeded: bool
     lora: str
     step_timeout_seconds: float
+
+    max_batch_tokens: ClassVar[int | None] = None
 
     def __post_init__(self) -> None:
         check_settings(
@@ -66,30 +57,24 @@ class VLLMEngine(ServerSettings):
     def _python(self) -> str:
         return interpreter(self.python, environment=BESIDE_CHECKOUT)
 
-    def preflight(self, *, device: str, lora: LoraChoice | None = None) -> list[str]:
-        """What stands in the way of `start`, one sentence each, found without starting a server."""
+    def preflight(self, *, device: str, lora: LoraSettings | None = None) -> list[str]:
+        """Why `start` would fail, one sentence each, found without starting a server. `lora`: of the model."""
         problems = environment_problems(
             option="vllm", title="vLLM", python=self._python, is_own=self.python is None, install=INSTALL
         )
-        problems += gpu_problems(
-            self.gpus,
-            tensor_parallel_size=self.tensor_parallel_size,
-            data_parallel_size=self.data_parallel_size,
-            device=device,
-        )
-        problems += transport_problems(self.transport, device=device)
+        problems += self.placement_problems(device=device, tensor_parallel_size=self.tensor_parallel_size)
         if self.colocate and (device == "cpu" or self.gpus is not None):
             where = f"engine.gpus={self.gpus}" if device != "cpu" else "a CPU, where vLLM has no sleep mode"
             problems.append(
                 "engine.colocate=true gives the engine's memory to the trainer during an update, so the two must share "
                 f"a GPU; got {where}. Leave engine.colocate=false"
             )
-        if self.lora == "adapter" and lora is not None:
+        if self.serves_adapter and lora is not None:
             reasons = self._against_adapter(lora, on_gpu=device != "cpu")
             problems += [f"engine.lora=adapter {reason}; use engine.lora=merged" for reason in reasons]
         return problems
 
-    def _against_adapter(self, lora: LoraChoice, *, on_gpu: bool) -> list[str]:
+    def _against_adapter(self, lora: LoraSettings, *, on_gpu: bool) -> list[str]:
         """Why these LoRA matrices cannot be served beside the base."""
         if not lora.rank:
             return ["sends LoRA matrices by themselves, but model.lora.rank is 0: there are none"]
@@ -104,44 +89,31 @@ class VLLMEngine(ServerSettings):
             found.append("keeps the base in the engine, but engine.colocate=true throws it away at every update")
         return found
 
-    def start(
-        self,
-        *,
-        model_folder: Path,
-        device: str,
-        log_folder: Path,
-        max_sequence_length: int,
-        lora: LoraChoice | None = None,
-    ) -> Servers:
-        """Start the server on a Hugging Face folder and wait for its first token; raises EngineError.
+    @property
+    def serves_adapter(self) -> bool:
+        return self.lora == "adapter"
 
-        `max_sequence_length` is the most tokens that a prompt and its answer have together. `lora`: of the model, for
-        `engine.lora=adapter`. The caller stops it.
-        """
-        adapter = lora if self.lora == "adapter" else None
-        launch = Launch(
+    def program(self, *, device: str, max_sequence_length: int, lora: LoraSettings | None) -> ServerProgram:
+        adapter = lora if self.serves_adapter else None
+        assert adapter is not None or not self.serves_adapter, "the model's LoRA is an argument"
+        return ServerProgram(
             kind="vllm",
             module=SERVER,
-            settings=self,
             python=self._python,
-            model_folder=model_folder,
-            device=device,
-            max_sequence_length=max_sequence_length,
+            arguments=[
+                *("--engine-arguments", json.dumps(self.engine_arguments(device, adapter))),
+                *("--step-timeout-seconds", str(self.step_timeout_seconds)),
+                *(["--seeded"] if self.seeded else []),
+                *(["--lora-rank", str(adapter.rank), "--lora-targets", *adapter.target_modules] if adapter else []),
+            ],
+            environment=self._environment(),
             tensor_parallel_size=self.tensor_parallel_size,
             receivers_per_server=self.tensor_parallel_size,  # each of vLLM's workers
-            log_folder=log_folder,
-        )
-        launch.check_model()
-        return launch.start(
-            *("--engine-arguments", json.dumps(self.engine_arguments(device, adapter))),
-            *("--step-timeout-seconds", str(self.step_timeout_seconds)),
-            *(["--seeded"] if self.seeded else []),
-            *(["--lora-rank", str(adapter.rank), "--lora-targets", *adapter.target_modules] if adapter else []),
-            environment=self._environment(),
         )
 
-    def engine_arguments(self, device: str, adapter: LoraChoice | None = None) -> dict[str, Any]:
-        """For vLLM's EngineArgs, besides what every run needs. `adapter`: LoRA matrices to be served by themselves."""
+    def engine_arguments(self, device: str, adapter: LoraSettings | None = None) -> dict[str, Any]:
+        """Arguments of vLLM's EngineArgs, besides those that every run needs. `adapter`: the LoRA whose matrices are
+        served by themselves."""
         on_cpu = device == "cpu"
         arguments: dict[str, Any] = {
             "tensor_parallel_size": self.tensor_parallel_size,

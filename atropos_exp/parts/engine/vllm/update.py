@@ -1,4 +1,4 @@
-"""One weight update of the vLLM server: the account, the workers, and the proof that no old key or value is left."""
+"""Weight updates of the vLLM server: the account, the workers, and the proof that no old key or value is left."""
 
 from __future__ import annotations
 
@@ -16,7 +16,14 @@ from atropos_exp.weights.receiver import BucketSource
 
 
 class WorkerUpdate:
-    """What `account` admits is loaded by the workers of `core`. Nothing may be in flight."""
+    """Loads into the workers of `core` what `account` admits.
+
+        update.begin(7)
+        update.load(message)  # for every bucket
+        update.finish()  # version 7 is served
+
+    Nothing may be in flight. What does not fit raises Refused.
+    """
 
     def __init__(
         self, core: Core, account: UpdateAccount, source: BucketSource, *, block_size: int, max_sequence_length: int
@@ -38,10 +45,12 @@ class WorkerUpdate:
 
     @property
     def is_asleep(self) -> bool:
+        """Whether the memory of weights, keys or values is released."""
         return bool(self._asleep)
 
     def sleep(self) -> Message:
-        """Give the memory back until the next update: its `begin` wakes the weights, its `finish` keys and values."""
+        """Release the memory until the next update, whose `begin` wakes the weights, and its `finish` keys and values.
+        Bytes in use on all GPUs before and after."""
         if not self.core.can_sleep:
             raise Refused(400, "this engine was started without engine.colocate=true")
         if self._account.is_open:
@@ -54,6 +63,7 @@ class WorkerUpdate:
         return {"bytes_before": before, "bytes_after": sum(self.core.ask_workers("atropos_memory"))}
 
     def begin(self, version: int) -> None:
+        """Start an update, whatever became of the last one."""
         self._account.begin(version)
         if self._sentinel is not None and self._account.problem is None:
             with self._account.spent("prefixes"):
@@ -65,6 +75,7 @@ class WorkerUpdate:
             self.core.ask_workers("atropos_begin", self._account.kinds)
 
     def load(self, message: Message) -> None:
+        """Load one bucket in every worker."""
         kinds = self._source.kinds(message)
         for name, kind in kinds:
             self._account.admit(name, kind)
@@ -95,12 +106,13 @@ class WorkerUpdate:
         self._account.finish()
 
     def abort(self) -> None:
+        """Abandon the update; layers that were taken apart are put together again."""
         if self._account.is_open:
             self._account.abort()
         self.core.ask_workers("atropos_end")
 
     def digests(self, *, on_device: bool) -> Mapping[str, str]:
-        """Of every expected tensor that has arrived."""
+        """The digest of every expected tensor that has arrived, by name."""
         with self._account.spent("digests"):
             held = agreed(self.core.ask_workers("atropos_digests", on_device))
         self.num_resident = sum(is_resident for name, (_, is_resident) in held.items() if name not in self._tied)

@@ -1,4 +1,4 @@
-"""What runs beside the model inside vLLM: loads new weights, tells what it holds, scores at a temperature.
+"""What runs beside the model inside vLLM: loads new weights, digests what it holds, scores at a temperature.
 
 vLLM mixes this class into its worker (`worker_extension_cls`), so it runs in every worker process of the server. It
 needs three things of vLLM, which 0.24 to 0.30 have in common: the model's `load_weights`, layerwise reloading (CPU
@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 from atropos_exp.parts.engine.vllm.adapter import AdapterWorker
 from atropos_exp.processes.wire import Message
 from atropos_exp.weights.digest import Digests, digests
-from atropos_exp.weights.receiver import BucketSource, Kind
+from atropos_exp.weights.receiver import BucketSource
 from atropos_exp.weights.resident import EMBEDDING, HEAD, has_plain_layers, views
-from atropos_exp.weights.tensors import is_adapter
+from atropos_exp.weights.tensors import Kind, is_adapter
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,7 +39,7 @@ class Arrived:
 
 
 class WeightWorker(AdapterWorker):
-    """Mixed into vLLM's worker; its names all start with `atropos_` so that they meet no others."""
+    """Mixed into vLLM's worker. Its names all start with `atropos_`, so that they collide with none of vLLM's."""
 
     model_runner: Any  # vLLM's
     vllm_config: Any
@@ -47,7 +47,7 @@ class WeightWorker(AdapterWorker):
     rank: int  # among the workers of this server
 
     def atropos_memory(self) -> int:
-        """Bytes in use on this worker's GPU, whoever holds them."""
+        """Bytes in use on this worker's GPU, by all processes."""
         import torch
 
         torch.cuda.synchronize()
@@ -55,12 +55,12 @@ class WeightWorker(AdapterWorker):
         return int(total - free)
 
     def atropos_begin(self, kinds: Mapping[str, Kind]) -> None:
-        """`kinds`: of all tensors that may come."""
+        """Start an update. `kinds`: dtype and shape of all tensors that may come."""
         self.atropos_arrived = Arrived(kinds=kinds)
 
     def atropos_load(self, source: BucketSource, message: Message, tied: tuple[str, ...]) -> bool:
-        """Load one bucket. Those that are `tied` to another are only noted. Returns whether all went straight into what
-        the model computes with.
+        """Load one bucket; tensors that are `tied` to another are only digested. Returns whether all went straight into
+        what the model computes with.
 
         Into plain parameters vLLM copies at once, and they are digested there, at the end. Otherwise it keeps tensors
         until their layer is complete, so each is copied out of the bucket, and its digest taken as it arrives.
@@ -96,7 +96,7 @@ class WeightWorker(AdapterWorker):
         return arrived.is_plain
 
     def atropos_open_base(self) -> None:
-        """Before the first tensor of the base."""
+        """Prepare for the first tensor of the base: decide how it is loaded."""
         arrived = self.atropos_arrived
         self.atropos_unwrap(True)
         resident = self.atropos_resident()
@@ -109,7 +109,7 @@ class WeightWorker(AdapterWorker):
             self.atropos_on_device(lambda: initialize_layerwise_reload(self.atropos_model()))
 
     def atropos_end(self) -> None:
-        """After the last bucket, and also after an update that was given up: layers get their kernels' weights back."""
+        """End an update, complete or abandoned: layers that were reloaded get their kernels' weights back."""
         if getattr(self, "atropos_reloading", False):
             from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 
@@ -119,8 +119,9 @@ class WeightWorker(AdapterWorker):
         self.atropos_unwrap(False)
 
     def atropos_digests(self, on_device: bool) -> dict[str, tuple[str, bool]]:
-        """name -> (digest, whether it is of the tensor that the model uses). Otherwise it is of what arrived here:
-        vLLM's CPU kernels keep repacked weights only, and with tensor parallelism no worker has a whole tensor."""
+        """name -> (digest, whether it is of the tensor that the model uses). Otherwise it is of the tensor as it
+        arrived: vLLM's CPU kernels keep repacked weights only, and with tensor parallelism no worker has a whole
+        tensor."""
         arrived = self.atropos_arrived
         resident = {name: tensor for name, tensor in self.atropos_resident().items() if name in arrived.names}
         tensors = [tensor if on_device else tensor.cpu() for tensor in resident.values()]
@@ -161,14 +162,17 @@ class WeightWorker(AdapterWorker):
         return self.atropos_resident_adapter(kinds) | views(parameters, fused, kinds)
 
     def atropos_head_has_a_copy(self) -> bool:
-        """On a CPU a head that is tied to the embedding computes with a packed copy of it, which must be made anew."""
+        """Whether the head computes with a packed copy of the embedding, which must be packed again: on a CPU, if the
+        two are tied."""
         tied = getattr(self.vllm_config.model_config.hf_text_config, "tie_word_embeddings", False)
         return bool(tied) and self.device.type == "cpu"
 
     def atropos_model(self) -> Any:
+        """The model that this worker runs."""
         return self.model_runner.get_model() if hasattr(self.model_runner, "get_model") else self.model_runner.model
 
     def atropos_on_device(self, work: Callable[[], Any]) -> None:
+        """Do the work as vLLM does its own: on this worker's device, under its configuration."""
         import torch
         from vllm.config import set_current_vllm_config
 
@@ -177,7 +181,7 @@ class WeightWorker(AdapterWorker):
 
 
 def agreed(answers: Iterable[dict[str, tuple[str, bool]]]) -> dict[str, tuple[str, bool]]:
-    """The digests that all workers give; of one on which they differ, a text that equals no digest."""
+    """The digests on which all workers agree; for a tensor on which they differ, a text that equals no digest."""
     first, *others = answers
     return {
         name: found if all(other[name] == found for other in others) else ("workers differ", found[1])

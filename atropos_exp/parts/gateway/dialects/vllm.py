@@ -9,8 +9,7 @@ from atropos_exp.parts.gateway.dialects.fields import Fields, token_ids
 from atropos_exp.parts.gateway.dialects.request import take_sampling
 from atropos_exp.parts.gateway.refusal import Refusal, invalid, unsupported
 from atropos_exp.parts.gateway.sampler import Sampler
-from atropos_exp.parts.gateway.upstream import TokenScores
-from atropos_exp.types import TokenIds
+from atropos_exp.types import TokenIds, TokenScores
 
 MAX_PROMPT_LOGPROBS = 1024
 
