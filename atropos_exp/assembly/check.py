@@ -7,7 +7,7 @@ import importlib.metadata
 import inspect
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +66,7 @@ def check(config: DictConfig) -> tuple[Checked | None, list[Mistake]]:
     if mistakes:
         return None, mistakes
 
-    shared = {field.name for field in fields(RunConfig)}
+    shared = set(RunConfig.model_fields)
     for key in [key for key in values if key not in shared and key not in GROUPS]:
         mistakes.append(_unknown_root_key(key, values, shared))
     run = construct(RunConfig, {key: values[key] for key in values if key in shared}, "", mistakes)

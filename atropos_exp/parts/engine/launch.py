@@ -8,49 +8,42 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
+from pydantic import Field
+
+from atropos_exp.config.settings import Count, Seconds, Settings
 from atropos_exp.errors import UserError
 from atropos_exp.parts.engine.client import EngineClient
 from atropos_exp.parts.engine.devices import visible_devices
 from atropos_exp.parts.engine.process import DEVICES_VARIABLE, ServerProcess
 from atropos_exp.parts.engine.servers import Servers
 from atropos_exp.parts.engine.update import together
-from atropos_exp.weights.choose import choose_transport, make_transport, near_servers
+from atropos_exp.weights.choose import TRANSPORTS, choose_transport, make_transport, near_servers
 from atropos_exp.weights.transport import Transport
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-POSITIVE = ("data_parallel_size", "start_timeout_seconds", "request_timeout_seconds", "health_timeout_seconds")
+
+def built_in(transport: str) -> str:
+    """The name of one of this project's transports, or `auto`. Raises UserError for another."""
+    if transport not in (allowed := ("auto", *TRANSPORTS)):
+        raise UserError(f"got {transport!r}, expected one of {', '.join(allowed)}")
+    return transport
 
 
-@dataclass(frozen=True, kw_only=True)
-class ServerSettings:
+class ServerSettings(Settings):
     """The settings that all engines have."""
 
-    dtype: str  # of the served weights; auto: float32 on a CPU, bfloat16 on a GPU
+    # of the served weights; auto: float32 on a CPU, bfloat16 on a GPU
+    dtype: Literal["auto", "float32", "bfloat16", "float16"]
     python: str | None
     gpus: list[int] | None  # of all servers; None: the trainer's own
-    data_parallel_size: int  # servers
-    num_threads: int | None  # of each server; None: its share of the cores that this process may use
+    data_parallel_size: Count  # servers
+    num_threads: Annotated[int | None, Field(ge=1, description="null: its share of the cores")]  # of each server
     transport: str  # auto, one of TRANSPORTS, or a class of this folder
-    start_timeout_seconds: float
-    request_timeout_seconds: float
-    health_timeout_seconds: float
-    max_restarts: int
-
-
-def check_settings(settings: ServerSettings, *, choices: Mapping[str, Sequence[str]], positive: Sequence[str]) -> None:
-    """Raises UserError. `positive`: keys of this engine that must be above 0, unless they are None."""
-    for name, allowed in choices.items():
-        got = getattr(settings, name)
-        if got not in allowed:
-            raise UserError(f"engine.{name} must be one of {', '.join(allowed)}; got {got!r}")
-    for name in (*POSITIVE, *positive):
-        got = getattr(settings, name)
-        unit = " seconds" if name.endswith("_seconds") else ""
-        if got is not None and not got > 0:
-            raise UserError(f"engine.{name} must be above 0{unit}; got {got}")
-    if settings.max_restarts < 0:
-        raise UserError(f"engine.max_restarts must be 0 (never) or more; got {settings.max_restarts}")
+    start_timeout_seconds: Seconds
+    request_timeout_seconds: Seconds
+    health_timeout_seconds: Seconds
+    max_restarts: Annotated[int, Field(ge=0, description="0: never")]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,39 +3,36 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
+from pydantic import AfterValidator
+
+from atropos_exp.config.lora import LoraSettings
+from atropos_exp.config.settings import Count, NotNegative
 from atropos_exp.errors import UserError
 from atropos_exp.parts.engine.devices import gpu_problems
-from atropos_exp.parts.engine.launch import DTYPES, Launch, ServerSettings, check_settings
+from atropos_exp.parts.engine.launch import Launch, ServerSettings
 from atropos_exp.parts.engine.preflight import missing_modules
 from atropos_exp.parts.engine.servers import Servers
-from atropos_exp.types import LoraSettings
 from atropos_exp.weights.choose import TRANSPORTS, is_transport, transport_problems
 
 SERVER = "atropos_exp.parts.engine.hf.server"
 NEEDS = ("torch", "transformers", "safetensors", "starlette", "uvicorn", "msgpack", "xxhash", "numpy")
 
 
-@dataclass(frozen=True, kw_only=True)
+def _known(transport: str) -> str:
+    if not is_transport(transport):
+        raise UserError(f"got {transport!r}, expected one of {', '.join(TRANSPORTS)}, or a class")
+    return transport
+
+
 class HFEngine(ServerSettings):
     """Settings of `engine=hf`."""
 
-    max_batch_tokens: int
-    batching_wait_seconds: float
-
-    def __post_init__(self) -> None:
-        check_settings(self, choices={"dtype": DTYPES}, positive=())
-        if not is_transport(self.transport):
-            raise UserError(f"engine.transport must be one of {', '.join(TRANSPORTS)}; got {self.transport!r}")
-        if self.batching_wait_seconds < 0:
-            raise UserError(f"engine.batching_wait_seconds must be 0 or more; got {self.batching_wait_seconds}")
-        if self.max_batch_tokens < 1:
-            raise UserError(f"engine.max_batch_tokens must be 1 or more; got {self.max_batch_tokens}")
-        if self.num_threads is not None and self.num_threads < 1:
-            raise UserError(f"engine.num_threads must be 1 or more, or null for all cores; got {self.num_threads}")
+    transport: Annotated[str, AfterValidator(_known)]
+    max_batch_tokens: Count
+    batching_wait_seconds: NotNegative
 
     colocate: ClassVar[bool] = False
 

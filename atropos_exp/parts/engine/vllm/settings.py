@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
-from atropos_exp.errors import UserError
+from pydantic import AfterValidator, Field
+
+from atropos_exp.config.settings import Count, Seconds
 from atropos_exp.parts.engine.devices import gpu_problems
-from atropos_exp.parts.engine.launch import DTYPES, Launch, ServerSettings, check_settings
+from atropos_exp.parts.engine.launch import Launch, ServerSettings, built_in
 from atropos_exp.parts.engine.preflight import BESIDE_CHECKOUT, environment_problems, interpreter
 from atropos_exp.parts.engine.servers import Servers
-from atropos_exp.weights.choose import TRANSPORTS, transport_problems
+from atropos_exp.weights.choose import transport_problems
 
 SERVER = "atropos_exp.parts.engine.vllm.server"
 INSTALL = (
@@ -22,7 +23,6 @@ INSTALL = (
     "on a GPU `pip install vllm==0.24.0 msgpack xxhash` in an environment of its own"
 )
 DEFAULT_CPU_CACHE_GB = 1.0
-LORA = ("merged", "adapter")
 MAX_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM reserves room for
 
 
@@ -36,31 +36,19 @@ class LoraChoice(Protocol):
     def target_modules(self) -> Sequence[str]: ...
 
 
-@dataclass(frozen=True, kw_only=True)
 class VLLMEngine(ServerSettings):
     """Settings of `engine=vllm`."""
 
-    tensor_parallel_size: int
-    gpu_memory_utilization: float
+    transport: Annotated[str, AfterValidator(built_in)]
+    tensor_parallel_size: Count
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)]
     colocate: bool
-    kv_cache_gb: float | None
-    max_num_seqs: int
+    kv_cache_gb: Annotated[float | None, Field(gt=0)]
+    max_num_seqs: Count
     enforce_eager: bool | None
     seeded: bool
-    lora: str
-    step_timeout_seconds: float
-
-    def __post_init__(self) -> None:
-        check_settings(
-            self,
-            choices={"dtype": DTYPES, "transport": ("auto", *TRANSPORTS), "lora": LORA},
-            positive=(
-                *("tensor_parallel_size", "gpu_memory_utilization", "kv_cache_gb", "max_num_seqs", "num_threads"),
-                "step_timeout_seconds",
-            ),
-        )
-        if self.gpu_memory_utilization > 1:
-            raise UserError(f"engine.gpu_memory_utilization must be at most 1; got {self.gpu_memory_utilization}")
+    lora: Literal["merged", "adapter"]
+    step_timeout_seconds: Seconds
 
     @property
     def _python(self) -> str:
