@@ -136,7 +136,7 @@ def test_time_left_follows_recent_steps() -> None:
 
 
 def test_settings_are_checked() -> None:
-    with pytest.raises(UserError, match="^every: got 0, expected at least 1"):
+    with pytest.raises(UserError, match=r"^every: got 0, expected at least 1"):
         Console(live=None, every=0)
 
 
