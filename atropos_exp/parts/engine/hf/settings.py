@@ -23,7 +23,7 @@ NEEDS = ("torch", "transformers", "safetensors", "starlette", "uvicorn", "msgpac
 
 def _known(transport: str) -> str:
     if not is_transport(transport):
-        raise UserError(f"got {transport!r}, expected one of {', '.join(TRANSPORTS)}, or a class")
+        raise UserError(f"got {transport!r}, expected one of {', '.join(TRANSPORTS)}, or a class of this folder")
     return transport
 
 
