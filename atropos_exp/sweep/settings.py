@@ -18,7 +18,7 @@ def _lists(values: dict[str, Any]) -> dict[str, Any]:
 
 def _equally_long(values: dict[str, Any]) -> dict[str, Any]:
     if len({len(items) for items in values.values()}) > 1:
-        raise UserError(f"got {values}, expected lists of one length")
+        raise UserError(f"got {values}, expected a list of values for each key, all of one length")
     return values
 
 

@@ -21,8 +21,8 @@ from tests.helpers.engines import engine_settings
         ({"dtype": "int8"}, "dtype: got 'int8', expected one of auto, float32, bfloat16, float16"),
         (
             {"transport": "tcp"},
-            "transport: got 'tcp', expected one of shm, disk, cuda_ipc, nccl, gloo, cuda_ipc+nccl, shm+gloo, or a class "
-            "of this folder",
+            "transport: got 'tcp', expected one of shm, disk, cuda_ipc, nccl, gloo, cuda_ipc+nccl, shm+gloo, "
+            "or a class of atropos_exp.weights",
         ),
         ({"max_batch_tokens": 0}, "max_batch_tokens: got 0, expected at least 1"),
         ({"num_threads": 0}, "num_threads: got 0, expected at least 1 (null: its share of the cores)"),

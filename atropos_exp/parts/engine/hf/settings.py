@@ -23,7 +23,8 @@ NEEDS = ("torch", "transformers", "safetensors", "starlette", "uvicorn", "msgpac
 
 def _known(transport: str) -> str:
     if not is_transport(transport):
-        raise UserError(f"got {transport!r}, expected one of {', '.join(TRANSPORTS)}, or a class of this folder")
+        names = ", ".join(TRANSPORTS)
+        raise UserError(f"got {transport!r}, expected one of {names}, or a class of atropos_exp.weights")
     return transport
 
 
