@@ -1,17 +1,6 @@
-"""TODO."""
+"""Every error of our own that crosses a room: whom it is for, and whether something else may take over."""
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
-
-
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
 
 
 class Refused(Exception):

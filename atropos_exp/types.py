@@ -24,8 +24,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from atropos_exp.errors import UserError
-
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -264,20 +262,3 @@ class SampleRecord:
     advantage: float  # mean over its trained tokens
     lag: int  # policy versions between sampling and training
     finish: str = ""  # stop | length
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoraSettings:
-    """Low-rank adapters (Hu et al. 2021) instead of training every weight."""
-
-    rank: int
-    alpha: int
-    target_modules: list[str]
-
-    def __post_init__(self) -> None:
-        if self.rank < 0:
-            raise UserError(f"rank: got {self.rank}, expected 0 (off) or more")
-        if self.rank and self.alpha <= 0:
-            raise UserError(f"alpha: got {self.alpha}, expected more than 0 (adapters are scaled by alpha / rank)")
-        if self.rank and not self.target_modules:
-            raise UserError("target_modules: got none, expected the layers to adapt, such as [q_proj, v_proj]")

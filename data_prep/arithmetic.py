@@ -8,16 +8,16 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Self
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import model_validator
 
 from atropos_exp.errors import UserError
 from atropos_exp.parts.data.mix import permutation, random_words
 from atropos_exp.parts.data.raw import VerlRow, make_row
-from data_prep.builder import AS_RUN, Draft, argument, at_least, prompt_text
+from data_prep.builder import AS_RUN, Builder, Draft, argument, prompt_text
 
 if TYPE_CHECKING:
     from atropos_exp.interfaces import Reward
@@ -42,8 +42,7 @@ def _question(operation: str, left: int, right: int) -> str:
     return f"{left}{operation}{right}="
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Arithmetic:
+class Arithmetic(Builder):
     """Different problems of two operands with exactly `digits` digits each (one digit: 0 to 9)."""
 
     NAME: ClassVar[str] = "arithmetic"
@@ -52,26 +51,24 @@ class Arithmetic:
     MAY_HANG: ClassVar[bool] = False
 
     operations: str = argument("+", "any of + - *, without separators")
-    digits: int = argument(2, "of each operand, 1 to 9")
-    num_train: int = argument(6000, "training problems")
-    num_test: int = argument(256, "held-out problems: one in sixteen of all is never trained on")
-    seed: int = argument(0, "of the choice of problems")
+    digits: int = argument(2, "of each operand, 1 to 9", ge=1, le=9)
+    num_train: int = argument(6000, "training problems", ge=1)
+    num_test: int = argument(256, "held-out problems: one in sixteen of all is never trained on", ge=1)
+    seed: int = argument(0, "of the choice of problems", ge=0)
 
-    def __post_init__(self) -> None:
+    @model_validator(mode="after")
+    def _check(self) -> Self:
         unknown = sorted(set(self.operations) - set(OPERATIONS))
         if not self.operations or unknown or len(set(self.operations)) != len(self.operations):
             raise UserError(
                 f"operations: got {self.operations!r}, expected each of {' '.join(OPERATIONS)} at most once"
             )
-        if not 1 <= self.digits <= 9:
-            raise UserError(f"digits: got {self.digits}, expected 1 to 9")
-        at_least(1, num_train=self.num_train, num_test=self.num_test)
-        at_least(0, seed=self.seed)
         if self.num_train + self.num_test > self._num_problems:
             raise UserError(
                 f"num_train: got {self.num_train} (+ {self.num_test} held out), but there are only "
                 f"{self._num_problems} different problems with operations={self.operations!r}, digits={self.digits}"
             )
+        return self
 
     def draft(self) -> Draft:
         train, test = self._problems()

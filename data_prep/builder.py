@@ -1,12 +1,15 @@
-"""The protocol of a builder: a frozen dataclass whose fields are its arguments, which drafts rows."""
+"""The protocol of a builder: a frozen object whose fields are its arguments, which drafts rows."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from atropos_exp.errors import UserError
+from pydantic import Field
+
+from atropos_exp.config.settings import Settings
 from atropos_exp.parts.data.raw import VerlRow
 
 if TYPE_CHECKING:
@@ -25,60 +28,44 @@ class Draft:
     counts: Mapping[str, int] = field(default_factory=dict)  # what was left out on the way here
 
 
-class Builder(Protocol):
+class Builder(Settings):
     """Builds one data set. Equal arguments draft equal rows."""
 
     NAME: ClassVar[str]
     VERSION: ClassVar[int]  # raised whenever equal arguments would give other rows
     MAX_UNSCORABLE: ClassVar[float]  # fraction of rows that may fail the reward self-test: they are dropped
     MAY_HANG: ClassVar[bool]  # the reward may hang on these rows, so the self-test scores them with a time limit
-    __dataclass_fields__: ClassVar[dict[str, Any]]
 
+    @abstractmethod
     def draft(self) -> Draft:
         """All rows, before they are checked. Raises UserError if the source cannot be read."""
-        ...
 
+    @abstractmethod
     def reward(self) -> Reward:
         """The reward that these rows are made for."""
-        ...
 
+    @abstractmethod
     def gold(self, row: VerlRow) -> str:
         """A right answer, found without looking at the row's ground_truth where that is possible."""
-        ...
 
+    @abstractmethod
     def wrong(self, row: VerlRow) -> str:
         """A plausible wrong answer in the right form."""
-        ...
 
 
-def argument(default: Any, explanation: str) -> Any:
-    """A field of a builder, which becomes an option of its command line."""
-    return field(default=default, metadata={"help": explanation})
+def argument(default: Any, explanation: str, *, ge: int | None = None, le: int | None = None) -> Any:
+    """A field of a builder, which becomes an option of its command line: at least `ge` and at most `le`."""
+    return Field(default, description=explanation, ge=ge, le=le)
 
 
 def arguments_of(builder: Builder) -> dict[str, Any]:
     """All arguments by name; together with NAME and VERSION they determine the rows."""
-    return {one.name: getattr(builder, one.name) for one in fields(builder)}
+    return dict(builder)
 
 
 def defaults_of(builder: type[Builder]) -> dict[str, Any]:
     """The default of each argument of a builder."""
-    defaults = {}
-    for one in fields(builder):
-        assert one.default is not MISSING or one.default_factory is not MISSING, f"{one.name} needs a default"
-        defaults[one.name] = one.default if one.default_factory is MISSING else one.default_factory()
-    return defaults
-
-
-def at_least(low: int, **values: int | None) -> None:
-    """Raise UserError for each value below `low`."""
-    wrong = [
-        f"{name}: got {value}, expected at least {low}"
-        for name, value in values.items()
-        if value is not None and value < low
-    ]
-    if wrong:
-        raise UserError("\n".join(wrong))
+    return {name: field.get_default(call_default_factory=True) for name, field in builder.model_fields.items()}
 
 
 def prompt_text(row: VerlRow) -> str:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 import yaml
 
@@ -21,7 +20,7 @@ _DEADLINE_S = 1800.0
 
 def main(builder: type[Builder], argv: Sequence[str] | None = None) -> int:
     """Build what the options describe and print the manifest's numbers. A user's mistake ends with exit code 2."""
-    helps = {one.name: one.metadata["help"] for one in fields(builder)}
+    helps = {name: field.description for name, field in builder.model_fields.items()}
     parser = argparse.ArgumentParser(
         prog=f"python -m data_prep.{builder.NAME}",
         description=builder.__doc__,
@@ -54,7 +53,7 @@ def _option(name: str) -> str:
 
 def _listed(value: Any, builder: type[Builder], name: str) -> Any:
     """The value of an option: 'a,b,c' for a list, YAML such as '{a: 1}' for a table."""
-    annotation = {one.name: str(one.type) for one in fields(builder)}[name]
-    if isinstance(value, str) and annotation.startswith("dict"):
+    kind = get_origin(builder.model_fields[name].annotation)
+    if isinstance(value, str) and kind is dict:
         return yaml.safe_load(value)
-    return value.split(",") if isinstance(value, str) and annotation.startswith("list") else value
+    return value.split(",") if isinstance(value, str) and kind is list else value

@@ -5,19 +5,17 @@ python -m data_prep.gsm8k --out outputs/data/gsm8k [--from FOLDER]
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from atropos_exp.parts.data.raw import GSM8K, VerlRow
-from data_prep.builder import AS_RUN, Draft, argument, at_least, ground_truth
+from data_prep.builder import AS_RUN, Builder, Draft, argument, ground_truth
 from data_prep.hub_builder import draft_from_hub
 
 if TYPE_CHECKING:
     from atropos_exp.interfaces import Reward
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Gsm8k:
+class Gsm8k(Builder):
     """Word problems whose answer is a number after '####'. Train: 7473, test: 1319."""
 
     NAME: ClassVar[str] = "gsm8k"
@@ -29,11 +27,8 @@ class Gsm8k:
     config: str = argument("main", "its configuration")
     revision: str | None = argument(None, "commit or tag of the data set; none: the newest")
     from_folder: str | None = argument(None, "local copy in place of the hub: save_to_disk output, or its files")
-    max_train: int | None = argument(None, "first rows only")
-    max_test: int | None = argument(None, "first rows only")
-
-    def __post_init__(self) -> None:
-        at_least(1, max_train=self.max_train, max_test=self.max_test)
+    max_train: int | None = argument(None, "first rows only", ge=1)
+    max_test: int | None = argument(None, "first rows only", ge=1)
 
     def draft(self) -> Draft:
         return draft_from_hub(

@@ -5,19 +5,17 @@ python -m data_prep.hellaswag --out outputs/data/hellaswag [--from FOLDER]
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from atropos_exp.parts.data.raw import HELLASWAG, LETTERS, VerlRow
-from data_prep.builder import AS_RUN, Draft, argument, at_least, prompt_text
+from data_prep.builder import AS_RUN, Builder, Draft, argument, prompt_text
 from data_prep.hub_builder import draft_from_hub
 
 if TYPE_CHECKING:
     from atropos_exp.interfaces import Reward
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Hellaswag:
+class Hellaswag(Builder):
     """Four endings, one letter. Train: 39905; test: the 10042 validation rows, as the test split has no labels."""
 
     NAME: ClassVar[str] = "hellaswag"
@@ -29,11 +27,8 @@ class Hellaswag:
     config: str | None = argument(None, "its configuration")
     revision: str | None = argument(None, "commit or tag of the data set; none: the newest")
     from_folder: str | None = argument(None, "local copy in place of the hub: save_to_disk output, or its files")
-    max_train: int | None = argument(None, "first rows only")
-    max_test: int | None = argument(None, "first rows only")
-
-    def __post_init__(self) -> None:
-        at_least(1, max_train=self.max_train, max_test=self.max_test)
+    max_train: int | None = argument(None, "first rows only", ge=1)
+    max_test: int | None = argument(None, "first rows only", ge=1)
 
     def draft(self) -> Draft:
         return draft_from_hub(

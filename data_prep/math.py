@@ -5,19 +5,17 @@ python -m data_prep.math --out outputs/data/math [--from FOLDER]
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from atropos_exp.parts.data.raw import MATH, VerlRow, boxed_answer
-from data_prep.builder import AS_RUN, Draft, argument, at_least, ground_truth
+from data_prep.builder import AS_RUN, Builder, Draft, argument, ground_truth
 from data_prep.hub_builder import draft_from_hub
 
 if TYPE_CHECKING:
     from atropos_exp.interfaces import Reward
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Math:
+class Math(Builder):
     """Competition problems whose answer stands in \\boxed{}. Train: 7500, test: 5000, less duplicates."""
 
     NAME: ClassVar[str] = "math"
@@ -29,11 +27,8 @@ class Math:
     config: str | None = argument("default", "its configuration")
     revision: str | None = argument(None, "commit or tag of the data set; none: the newest")
     from_folder: str | None = argument(None, "local copy in place of the hub: save_to_disk output, or its files")
-    max_train: int | None = argument(None, "first rows only")
-    max_test: int | None = argument(None, "first rows only")
-
-    def __post_init__(self) -> None:
-        at_least(1, max_train=self.max_train, max_test=self.max_test)
+    max_train: int | None = argument(None, "first rows only", ge=1)
+    max_test: int | None = argument(None, "first rows only", ge=1)
 
     def draft(self) -> Draft:
         return draft_from_hub(

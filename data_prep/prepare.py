@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from atropos_exp.config.typed import Mistake, construct, did_you_mean
 from atropos_exp.errors import UserError
-from data_prep.builder import Builder, arguments_of, defaults_of
+from data_prep.builder import Builder, arguments_of
 from data_prep.folder import build_into
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def configure(name: str, arguments: Mapping[str, Any]) -> Builder:
     """The builder with its arguments, where missing ones keep their defaults. Raises UserError with every mistake."""
     cls = find(name)
     mistakes: list[Mistake] = []
-    builder: Builder | None = construct(cls, {**defaults_of(cls), **arguments}, "arguments", mistakes)
+    builder: Builder | None = construct(cls, arguments, "arguments", mistakes)
     if builder is None:
         raise UserError("\n".join(f"{mistake.path}: {mistake.message}" for mistake in mistakes))
     return builder

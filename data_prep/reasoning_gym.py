@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, ClassVar
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from pydantic import Field, model_validator
 
 from atropos_exp.errors import UserError
 from atropos_exp.parts.data.raw import VerlRow, make_row
-from data_prep.builder import AS_RUN, Draft, argument, at_least, ground_truth
+from data_prep.builder import AS_RUN, Builder, Draft, argument, ground_truth
 
 if TYPE_CHECKING:
     from atropos_exp.interfaces import Reward
@@ -25,8 +27,7 @@ TASKS = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ReasoningGymTasks:
+class ReasoningGymTasks(Builder):
     """Tasks of different kinds, in equal shares and in turn; each entry is scored by its own task's scorer."""
 
     NAME: ClassVar[str] = "reasoning_gym"
@@ -34,21 +35,24 @@ class ReasoningGymTasks:
     MAX_UNSCORABLE: ClassVar[float] = 0.0
     MAY_HANG: ClassVar[bool] = False
 
-    tasks: list[str] = field(default_factory=lambda: list(TASKS), metadata={"help": "names of the library's tasks"})
-    options: dict[str, dict[str, Any]] = field(
-        default_factory=dict, metadata={"help": "by task, options of the library's generator: how hard it is"}
+    tasks: list[str] = Field(default_factory=lambda: list(TASKS), description="names of the library's tasks")
+    options: dict[str, dict[str, Any]] = Field(
+        default_factory=dict, description="by task, options of the library's generator: how hard it is"
     )
     num_train: int = argument(2100, "training entries over all tasks, before duplicates are dropped")
     num_test: int = argument(210, "held-out entries over all tasks, before duplicates are dropped")
-    seed: int = argument(0, "of the entries")
+    seed: int = argument(0, "of the entries", ge=0)
 
-    def __post_init__(self) -> None:
+    @model_validator(mode="after")
+    def _check(self) -> Self:
         if not self.tasks or len(set(self.tasks)) != len(self.tasks):
             raise UserError(f"tasks: got {self.tasks}, expected different names of reasoning_gym's tasks")
         if unused := sorted(set(self.options) - set(self.tasks)):
             raise UserError(f"options: {', '.join(unused)}: not among the tasks {', '.join(self.tasks)}")
-        at_least(len(self.tasks), num_train=self.num_train, num_test=self.num_test)
-        at_least(0, seed=self.seed)
+        for name, count in (("num_train", self.num_train), ("num_test", self.num_test)):
+            if count < len(self.tasks):
+                raise UserError(f"{name}: got {count}, expected at least {len(self.tasks)}, one of each task")
+        return self
 
     def draft(self) -> Draft:
         """Test entries come first of each task's stream, train entries after them."""

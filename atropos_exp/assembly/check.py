@@ -7,7 +7,7 @@ import importlib.metadata
 import inspect
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from atropos_exp.assembly.sizes import Sizes, check_sizes
 from atropos_exp.config.build import build_into
 from atropos_exp.config.origin import Origin, report
 from atropos_exp.config.root import GROUPS, OLD_KEYS, RunConfig
+from atropos_exp.config.settings import Settings
 from atropos_exp.config.typed import Mistake, construct, located, unknown_key
 from atropos_exp.errors import UserError
 
@@ -66,7 +67,7 @@ def check(config: DictConfig) -> tuple[Checked | None, list[Mistake]]:
     if mistakes:
         return None, mistakes
 
-    shared = {field.name for field in fields(RunConfig)}
+    shared = set(RunConfig.model_fields)
     for key in [key for key in values if key not in shared and key not in GROUPS]:
         mistakes.append(_unknown_root_key(key, values, shared))
     run = construct(RunConfig, {key: values[key] for key in values if key in shared}, "", mistakes)
@@ -140,7 +141,7 @@ def _wanted(wanted: str, elsewhere: str) -> str:
     return wanted if wanted != "auto" else "cpu" if for_cpu else elsewhere
 
 
-def _preflight(group: str, part: object, facts: Mapping[str, Any]) -> list[Mistake]:
+def _preflight(group: str, part: Settings, facts: Mapping[str, Any]) -> list[Mistake]:
     """The problems that the part itself finds: `preflight(...)`, if it has one, names the facts that it wants."""
     if not hasattr(part, "preflight"):
         return []

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from atropos_exp.config.lora import LoraSettings
 from atropos_exp.interfaces import (
     Engine,
     Logger,
@@ -19,7 +20,7 @@ from atropos_exp.interfaces import (
     RolloutSource,
 )
 from atropos_exp.parts.data.settings import PrepareSettings
-from atropos_exp.types import LoraSettings, Prompt
+from atropos_exp.types import Prompt
 
 if TYPE_CHECKING:
     from atropos_exp.runs.sweep_backend import Backend

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import re
 from collections.abc import Mapping
@@ -11,6 +10,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from atropos_exp.config.settings import Settings
 from atropos_exp.config.typed import Mistake, construct
 from atropos_exp.errors import UserError
 
@@ -63,7 +63,7 @@ def _moved(target: object) -> str:
     )
 
 
-def find_class(target: object, group: str = "") -> type:
+def find_class(target: object, group: str = "") -> type[Settings]:
     """The settings class of this package that a `_target_` names. Raises UserError for anything else."""
     inside = f"{PACKAGE}.{FOLDERS.get(group, f'parts.{group}')}." if group else f"{PACKAGE}."
     if not isinstance(target, str) or not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", target):
@@ -79,8 +79,8 @@ def find_class(target: object, group: str = "") -> type:
         if error.name and module_name.startswith(error.name):
             raise UserError(f"got {target!r}, but there is no module {error.name}") from error
         raise
-    if not isinstance(found, type) or not dataclasses.is_dataclass(found):
-        raise UserError(f"got {target!r}, which is not a dataclass")
+    if not isinstance(found, type) or not issubclass(found, Settings):
+        raise UserError(f"got {target!r}, which is not a class of settings")
     if f"{found.__module__}.{found.__qualname__}" != target:
         raise UserError(f"got {target!r}, which is another name of {found.__module__}.{found.__qualname__}")
     return found

@@ -1,19 +1,19 @@
-"""The configuration: facts that parts share, and `build`, which turns one YAML node into a checked frozen object."""
+"""The configuration: the facts that parts share."""
 
 from __future__ import annotations
 
-import math
-import re
-from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, Literal
 
-from atropos_exp.config.typed import Ranges, check_ranges
+from pydantic import Field
+
+from atropos_exp.config.settings import Count, Seed, Settings
 
 # Every group that becomes a part. `experiment` and `sweeps` only choose among these.
 GROUPS = (
     *("model", "data", "reward", "rollout", "atropos", "env", "gateway", "engine"),
     *("advantage", "loss", "trainer", "cluster", "logger", "eval"),
 )
+Folder = Annotated[str, Field(min_length=1, description="a folder")]
 
 
 # Keys of earlier versions and of the papers' scripts -> what to type instead.
@@ -31,75 +31,38 @@ OLD_KEYS = {
 }
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class CheckpointConfig:
-    every: int  # steps; 0: only the last
-    keep: int  # newest ones kept
-
-    RANGES: ClassVar[Ranges] = {
-        "every": (lambda steps: steps >= 0, "0 (only the last) or more"),
-        "keep": (lambda count: count >= 1, "at least 1"),
-    }
-
-    def __post_init__(self) -> None:
-        check_ranges(self)
+class CheckpointConfig(Settings):
+    every: Annotated[int, Field(ge=0, description="steps; 0: only the last")]
+    keep: Count  # newest ones kept
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SyncConfig:
-    bucket_mb: int  # MiB
-    canary_prompts: int
-    tolerance: float | None  # nats; None: by the engine's dtype
-
-    RANGES: ClassVar[Ranges] = {
-        "bucket_mb": (lambda size: 1 <= size <= 65536, "1 to 65536 MiB"),
-        "canary_prompts": (lambda count: count >= 1, "at least 1: every sync is proven"),
-        "tolerance": (lambda gap: gap is None or 0 <= gap < math.inf, "nats of 0 or more, or null (by dtype)"),
-    }
-
-    def __post_init__(self) -> None:
-        check_ranges(self)
+class SyncConfig(Settings):
+    bucket_mb: Annotated[int, Field(ge=1, le=65536, description="MiB")]
+    canary_prompts: Annotated[int, Field(ge=1, description="every sync is proven")]
+    tolerance: Annotated[float | None, Field(ge=0, description="nats; null: by the engine's dtype")]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RunConfig:
+class RunConfig(Settings):
     """The root of the configuration less its groups; `conf/config.yaml` explains each key."""
 
-    name: str
-    seed: int
-    device: str  # auto | cpu | cuda
-    batch_size: int  # prompts per step
-    group_size: int  # rollouts per prompt
-    max_prompt_length: int  # tokens
-    max_response_length: int  # tokens
-    temperature: float
-    top_p: float
-    top_k: int
-    output_dir: str
-    run_dir: str | None
-    resume: str  # auto | never | path
+    name: Annotated[
+        str,
+        Field(
+            pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+            description="letters, digits, '.', '_' or '-' (it names a folder)",
+        ),
+    ]
+    seed: Seed
+    device: Literal["auto", "cpu", "cuda"]
+    batch_size: Count  # prompts per step
+    group_size: Count  # rollouts per prompt
+    max_prompt_length: Count  # tokens
+    max_response_length: Count  # tokens
+    temperature: Annotated[float, Field(gt=0, le=10)]  # greedy rollouts of one prompt would all be equal
+    top_p: Annotated[float, Field(gt=0, le=1, description="1: off")]
+    top_k: Annotated[int, Field(ge=0, description="0: off")]
+    output_dir: Folder
+    run_dir: Folder | None
+    resume: Annotated[str, Field(min_length=1, description="auto, never or a path")]
     checkpoint: CheckpointConfig
     sync: SyncConfig
-
-    RANGES: ClassVar[Ranges] = {
-        "name": (
-            lambda name: re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name) is not None,
-            "letters, digits, '.', '_' or '-' (it names a folder)",
-        ),
-        "seed": (lambda seed: 0 <= seed < 2**31, "0 to 2147483647"),
-        "device": (lambda device: device in ("auto", "cpu", "cuda"), "auto, cpu or cuda"),
-        "batch_size": (lambda count: count >= 1, "at least 1"),
-        "group_size": (lambda count: count >= 1, "at least 1"),
-        "max_prompt_length": (lambda length: length >= 1, "at least 1"),
-        "max_response_length": (lambda length: length >= 1, "at least 1"),
-        # greedy rollouts of one prompt would all be equal; comparisons are false for NaN
-        "temperature": (lambda value: 0 < value <= 10, "above 0 and at most 10"),
-        "top_p": (lambda share: 0 < share <= 1, "above 0 and at most 1 (1 = off)"),
-        "top_k": (lambda count: count >= 0, "0 (off) or more"),
-        "output_dir": (lambda folder: folder != "", "a folder"),
-        "run_dir": (lambda folder: folder != "", "a folder, or null"),
-        "resume": (lambda how: how != "", "auto, never or a path"),
-    }
-
-    def __post_init__(self) -> None:
-        check_ranges(self)

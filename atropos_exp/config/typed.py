@@ -1,79 +1,90 @@
-"""From plain values to a frozen settings object: every value checked against its field, all mistakes collected."""
+"""What is wrong with a settings object: pydantic finds the mistakes, this module puts them into words."""
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
-import functools
 import types
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from enum import Enum
-from typing import Any, TypeGuard, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
 
 from atropos_exp.errors import UserError
 
-# key -> (whether a value is accepted, the words for what is)
-Ranges = Mapping[str, tuple[Callable[[Any], bool], str]]
+_UNKNOWN = "unknown key."
+_HINT = " Did you mean '"
+_TYPES = {int: "a whole number", float: "a number", bool: "true or false", str: "text", Any: "any value"}
+_LIMITS = {"ge": "at least {}", "gt": "above {}", "le": "at most {}", "lt": "below {}"}
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Mistake:
     """One thing wrong in a configuration. `path` is the dotted key, "" for none in particular."""
 
     path: str
     message: str
 
+    def below(self, path: str) -> Mistake:
+        """The same mistake where `path` holds the object that it was found in."""
+        message = self.message
+        if path and message.startswith(_UNKNOWN):
+            message = message.replace(_HINT, f"{_HINT}{path}.", 1)
+        return Mistake(path=join(path, self.path), message=message)
 
-def construct(cls: type, values: Mapping[str, Any], path: str, mistakes: list[Mistake]) -> Any:
-    """`cls(**values)` with values converted to the field types, or None after appending to `mistakes`."""
-    before = len(mistakes)
-    hints = get_type_hints(cls)
-    names = [field.name for field in dataclasses.fields(cls)]
-    for key in values:
-        if key not in names:
-            mistakes.append(unknown_key(join(path, key), [join(path, name) for name in names]))
-    arguments = {}
-    for name in names:
-        if name not in values:
-            mistakes.append(Mistake(path=join(path, name), message="missing: it needs a value"))
-        else:
-            arguments[name] = _convert(hints[name], values[name], join(path, name), mistakes)
-    if len(mistakes) > before:
-        good = {name: value for name, value in arguments.items() if not _concerned(join(path, name), mistakes[before:])}
-        for message in out_of_range(getattr(cls, "RANGES", {}), good):
-            mistakes.extend(located(UserError(message), cls, path))
-        return None
+
+class SettingsError(UserError):
+    """A settings object that cannot be made, with every mistake in it. Their paths start at that object."""
+
+    def __init__(self, mistakes: list[Mistake]) -> None:
+        super().__init__(mistakes)
+        self.mistakes = mistakes
+
+    def __str__(self) -> str:
+        return "\n".join(f"{one.path}: {one.message}" if one.path else one.message for one in self.mistakes)
+
+
+def construct(cls: type[BaseModel], values: Mapping[str, Any], path: str, mistakes: list[Mistake]) -> Any:
+    """`cls(**values)` for a class of `Settings`, or None after appending to `mistakes`."""
     try:
-        return cls(**arguments)
-    except UserError as error:
-        mistakes.extend(located(error, cls, path))
+        return cls(**{str(key): value for key, value in values.items()})
+    except SettingsError as error:
+        mistakes.extend(mistake.below(path) for mistake in error.mistakes)
         return None
 
 
-def out_of_range(ranges: Ranges, values: Mapping[str, Any]) -> Iterator[str]:
-    """A line for every value that its field does not accept."""
-    for key, (accepts, expected) in ranges.items():
-        if key in values and not accepts(values[key]):
-            yield f"{key}: got {_shown(values[key])}, expected {expected}"
+def translated(error: ValidationError, cls: type[BaseModel], values: Mapping[str, Any]) -> list[Mistake]:
+    """What pydantic found wrong with `values` for a `cls`, unknown keys first."""
+    found = sorted(error.errors(include_url=False), key=lambda one: one["type"] != "extra_forbidden")
+    return list(dict.fromkeys(mistake for one in found for mistake in _translated(one, cls, values)))
 
 
-def check_ranges(settings: Any) -> None:
-    """For `__post_init__` of settings with `RANGES`. Raises UserError with a line for each value out of range."""
-    wrong = list(out_of_range(settings.RANGES, {name: getattr(settings, name) for name in settings.RANGES}))
-    if wrong:
-        raise UserError("\n".join(wrong))
-
-
-def _concerned(path: str, mistakes: list[Mistake]) -> bool:
-    return any(mistake.path == path or mistake.path.startswith(path + ".") for mistake in mistakes)
+def _translated(one: ErrorDetails, cls: type[BaseModel], values: Mapping[str, Any]) -> Iterable[Mistake]:
+    path = ".".join(map(str, one["loc"]))
+    cause = one.get("ctx", {}).get("error")
+    if isinstance(cause, SettingsError):  # of settings inside these
+        return [mistake.below(path) for mistake in cause.mistakes]
+    if isinstance(cause, Exception):  # of a validator of the class
+        return [Mistake(path=path, message=str(cause))] if path else located(UserError(str(cause)), cls, "")
+    if one["type"] == "extra_forbidden":
+        return [unknown_key(path, cls.model_fields)]
+    if one["type"] == "missing":
+        return [Mistake(path=path, message="missing: it needs a value")]
+    name = str(one["loc"][0])
+    field = cls.model_fields[name]
+    about_type = len(one["loc"]) > 1 or one["type"].endswith(("_type", "_error", "enum")) or values[name] is None
+    wanted = type_name(field.annotation) if about_type else _accepted(field, number=one["type"] == "finite_number")
+    if len(one["loc"]) > 1 and field.description:
+        wanted += f" ({field.description})"
+    return [Mistake(path=name, message=f"got {_shown(values[name])}, expected {wanted}")]
 
 
 def unknown_key(path: str, known: Iterable[str]) -> Mistake:
     hint = "" if path.rsplit(".", 1)[-1].startswith("_") else did_you_mean(path, known)
-    return Mistake(path=path, message="unknown key." + hint)
+    return Mistake(path=path, message=_UNKNOWN + hint)
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -84,20 +95,19 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
         last = {option: option.rsplit(".", 1)[-1] for option in options}
         names = difflib.get_close_matches(word.rsplit(".", 1)[-1], set(last.values()), n=1, cutoff=0.75)
         near = [option for option in options if names and last[option] == names[0]][:1]
-    return f" Did you mean '{near[0]}'?" if near else ""
+    return f"{_HINT}{near[0]}'?" if near else ""
 
 
 def join(path: str, key: object) -> str:
-    return f"{path}.{key}" if path else str(key)
+    return f"{path}.{key}".strip(".")
 
 
-def located(error: UserError, cls: type, path: str) -> Iterator[Mistake]:
+def located(error: UserError, cls: type[BaseModel], path: str) -> Iterator[Mistake]:
     """One mistake per line of a part's error. A line that starts with one of the part's keys belongs to that key."""
-    names = [field.name for field in dataclasses.fields(cls)]
     for line in str(error).removeprefix(f"{path}: ").splitlines():
         word = line.split(maxsplit=1)[0].rstrip(":,") if line.strip() else ""
         key = word.removeprefix(path + ".") if path else word
-        if key.split(".")[0] in names:
+        if key.split(".")[0] in cls.model_fields:
             rest = line.strip()[len(word) :].lstrip(":, ")
             rest = f"got {rest.removeprefix('is ')}" if rest.startswith("is ") else rest
             yield Mistake(path=join(path, key), message=rest or line.strip())
@@ -105,72 +115,58 @@ def located(error: UserError, cls: type, path: str) -> Iterator[Mistake]:
             yield Mistake(path=path, message=line.strip())
 
 
-def _convert(annotation: Any, value: Any, path: str, mistakes: list[Mistake]) -> Any:
-    optional, inner = _strip_optional(annotation)
-    if value is None and optional:
-        return None
-    if _is_settings(inner):
-        if isinstance(value, Mapping):
-            return construct(inner, value, path, mistakes)
-        mistakes.append(Mistake(path=path, message=f"got {value!r}, expected a mapping with its own keys"))
-        return None
-    if get_origin(inner) is list and _is_settings(get_args(inner)[0]) and isinstance(value, list):
-        return [_convert(get_args(inner)[0], item, f"{path}.{i}", mistakes) for i, item in enumerate(value)]
-    for key in _hydra_keys(value, path):
-        mistakes.append(Mistake(path=key, message="refused: only the file of a group's option names a class"))
-        return None
-    if type(value) is inner and inner in (bool, int, float, str) and "${" not in str(value) and value != "???":
-        return value  # as OmegaConf would, in a hundredth of the time
-    try:
-        return OmegaConf.to_object(OmegaConf.merge(_schema(annotation), {"value": value})).value  # type: ignore[union-attr]
-    except OmegaConfBaseException:
-        mistakes.append(Mistake(path=path, message=f"got {_shown(value)}, expected {type_name(annotation)}"))
-        return None
-
-
-@functools.cache
-def _schema(annotation: Any) -> Any:
-    return OmegaConf.structured(dataclasses.make_dataclass("Value", [("value", annotation)]))
-
-
-def _hydra_keys(value: Any, path: str) -> Iterator[str]:
-    """Paths of keys that hydra.utils.instantiate would act upon."""
-    if isinstance(value, Mapping):
-        for key, item in value.items():
-            if key in ("_target_", "_partial_", "_args_", "_recursive_", "_convert_"):
-                yield join(path, key)
-            yield from _hydra_keys(item, join(path, key))
-    elif isinstance(value, list):
-        for i, item in enumerate(value):
-            yield from _hydra_keys(item, join(path, i))
-
-
-def _is_settings(annotation: Any) -> TypeGuard[type]:
-    return isinstance(annotation, type) and dataclasses.is_dataclass(annotation)
-
-
-def _strip_optional(annotation: Any) -> tuple[bool, Any]:
+def strip_optional(annotation: Any) -> tuple[bool, Any]:
+    """Whether null is accepted, and the type of everything else."""
+    if get_origin(annotation) is Annotated:
+        annotation = get_args(annotation)[0]
     if get_origin(annotation) in (Union, types.UnionType) and type(None) in get_args(annotation):
-        rest = [argument for argument in get_args(annotation) if argument is not type(None)]
-        return True, rest[0] if len(rest) == 1 else Union[tuple(rest)]  # noqa: UP007 (built at run time)
+        (inner,) = (argument for argument in get_args(annotation) if argument is not type(None))
+        return True, strip_optional(inner)[1]
     return annotation is Any, annotation
 
 
 def type_name(annotation: Any) -> str:
-    """For people: "int", "list of float, or null", "one of grpo, rloo"."""
-    optional, inner = _strip_optional(annotation)
-    if inner is Any:
-        return "any value"
-    if isinstance(inner, type) and issubclass(inner, Enum):
-        name = "one of " + ", ".join(member.name for member in inner)
+    """For people: "a whole number", "a list (each item a number), or null", "one of auto, cpu, cuda"."""
+    optional, inner = strip_optional(annotation)
+    if get_origin(inner) is Literal:
+        name = "one of " + ", ".join(map(str, get_args(inner)))
     elif get_origin(inner) is list:
-        name = f"a list (each item {type_name(get_args(inner)[0])})"
+        name = f"a list (each item {_item(get_args(inner)[0])})"
     elif get_origin(inner) is dict:
-        name = f"a mapping (each value {type_name(get_args(inner)[1])})"
+        name = f"a mapping (each value {_item(get_args(inner)[1])})"
+    elif isinstance(inner, type) and issubclass(inner, Enum):
+        name = "one of " + ", ".join(member.name for member in inner)
+    elif isinstance(inner, type) and issubclass(inner, BaseModel):
+        name = "a mapping with its own keys"
     else:
-        words = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
-        name = words.get(getattr(inner, "__name__", ""), getattr(inner, "__name__", str(inner)))
-    return f"{name}, or null" if optional else name
+        name = _TYPES.get(inner, getattr(inner, "__name__", str(inner)))
+    return f"{name}, or null" if optional and inner is not Any else name
+
+
+def _item(annotation: Any) -> str:
+    limits = _limits(get_args(annotation)[1:]) if get_origin(annotation) is Annotated else ""
+    return f"{type_name(annotation)}, {limits}" if limits else type_name(annotation)
+
+
+def _accepted(field: FieldInfo, *, number: bool) -> str:
+    """The range of a field, and what its description says of it."""
+    annotated = [item for item in (field.annotation, *get_args(field.annotation)) if get_origin(item) is Annotated]
+    metadata = [*field.metadata, *(extra for item in annotated for extra in get_args(item)[1:])]
+    described = [one.description for one in (field, *metadata) if isinstance(one, FieldInfo) and one.description]
+    words = _limits(metadata)
+    if number:
+        words = f"a finite number, {words}" if words else "a finite number"
+    words = f"{words} ({described[0]})" if words and described else words or "".join(described[:1])
+    optional, _ = strip_optional(field.annotation)
+    return f"{words or type_name(field.annotation)}{', or null' if optional and 'null' not in words else ''}"
+
+
+def _limits(metadata: Iterable[Any]) -> str:
+    flat = [extra for one in metadata for extra in (one.metadata if isinstance(one, FieldInfo) else [one])]
+    limits = {key: getattr(one, key) for key in _LIMITS for one in flat if getattr(one, key, None) is not None}
+    if {"ge", "le"} <= limits.keys():
+        return f"{limits['ge']} to {limits['le']}"
+    return " and ".join(_LIMITS[key].format(limit) for key, limit in limits.items())
 
 
 def _shown(value: Any) -> str:

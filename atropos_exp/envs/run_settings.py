@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,8 +39,8 @@ class RunSettings:
         """Read a resolved configuration. Raises UserError that lists every mistake in the part that is used."""
         values = _read_yaml(path)
         mistakes: list[Mistake] = []
-        shared = {field.name for field in fields(RunConfig)}
-        run = construct(RunConfig, {key: item for key, item in values.items() if key in shared}, "", mistakes)
+        shared = {key: item for key, item in values.items() if key in RunConfig.model_fields}
+        run = construct(RunConfig, shared, "", mistakes)
         parts = {}
         for group in GROUPS:
             if isinstance(values.get(group), Mapping):

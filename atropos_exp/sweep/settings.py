@@ -2,85 +2,61 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any
 
-from atropos_exp.config.typed import Ranges, check_ranges
+from pydantic import AfterValidator, Field
 
-_SHARED: Ranges = {
-    "dir": (lambda folder: folder != "", "a folder, or null"),
-    "parallel": (lambda count: 1 <= count <= 256, "1 to 256"),
-    "timeout_minutes": (lambda minutes: minutes is None or 0 < minutes < math.inf, "minutes above 0, or null"),
-    "stop_grace_s": (lambda seconds: 0 <= seconds < math.inf, "seconds of 0 or more"),
-}
+from atropos_exp.config.settings import Count, Index, Seed, Settings
+from atropos_exp.errors import UserError
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class GridSweep:
-    """Settings of `sweep=grid`: every combination of values, each once per seed."""
+def _lists(values: dict[str, Any]) -> dict[str, Any]:
+    if not all(isinstance(items, list) and items for items in values.values()):
+        raise UserError(f"got {values}, expected a list of values for each key")
+    return values
 
-    grid: dict[str, Any]  # key -> list of values
-    zip: dict[str, Any]  # key -> list of values, all of one length
-    seeds: list[int]
-    baseline: dict[str, Any] | None
-    dir: str | None
-    parallel: int
+
+def _equally_long(values: dict[str, Any]) -> dict[str, Any]:
+    if len({len(items) for items in values.values()}) > 1:
+        raise UserError(f"got {values}, expected a list of values for each key, all of one length")
+    return values
+
+
+def _distinct(seeds: list[int]) -> list[int]:
+    if len(set(seeds)) != len(seeds):
+        raise UserError(f"got {seeds}, expected seeds that differ")
+    return seeds
+
+
+class SweepSettings(Settings):
+    """What every sweep has: where it is stored, and how its runs are executed."""
+
+    dir: Annotated[str | None, Field(min_length=1, description="a folder, or null")]
+    parallel: Annotated[int, Field(ge=1, le=256)]
     devices: list[str]
-    timeout_minutes: float | None
-    stop_grace_s: float
+    timeout_minutes: Annotated[float | None, Field(gt=0, description="minutes")]
+    stop_grace_s: Annotated[float, Field(ge=0, description="seconds")]
     wait: bool
 
-    RANGES: ClassVar[Ranges] = {
-        **_SHARED,
-        "grid": (lambda grid: all(_is_list(values) for values in grid.values()), "a list of values for each key"),
-        "zip": (
-            lambda zipped: (
-                all(_is_list(values) for values in zipped.values())
-                and len({len(values) for values in zipped.values()}) <= 1
-            ),
-            "a list of values for each key, all of one length",
-        ),
-        "seeds": (lambda seeds: len(set(seeds)) == len(seeds), "seeds that differ"),
-    }
 
-    def __post_init__(self) -> None:
-        check_ranges(self)
+class GridSweep(SweepSettings):
+    """Settings of `sweep=grid`: every combination of values, each once per seed."""
+
+    grid: Annotated[dict[str, Any], AfterValidator(_lists)]
+    zip: Annotated[dict[str, Any], AfterValidator(_lists), AfterValidator(_equally_long)]
+    seeds: Annotated[list[int], AfterValidator(_distinct)]
+    baseline: dict[str, Any] | None
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class OptunaSweep:
+class OptunaSweep(SweepSettings):
     """Settings of `sweep=optuna`: a search by TPE with successive halving."""
 
     space: dict[str, Any]  # key -> list of choices, or Hydra's words for an interval
-    trials: int
+    trials: Count
     metric: str | None
-    startup_trials: int
+    startup_trials: Count
     prune: bool
-    min_steps: int
-    reduction_factor: int
-    max_failed_trials: int
-    sampler_seed: int
-    dir: str | None
-    parallel: int
-    devices: list[str]
-    timeout_minutes: float | None
-    stop_grace_s: float
-    wait: bool
-
-    RANGES: ClassVar[Ranges] = {
-        **_SHARED,
-        "trials": (lambda count: count >= 1, "at least 1"),
-        "startup_trials": (lambda count: count >= 1, "at least 1"),
-        "min_steps": (lambda steps: steps >= 1, "at least 1"),
-        "reduction_factor": (lambda factor: factor >= 2, "at least 2"),
-        "max_failed_trials": (lambda count: count >= 0, "0 or more"),
-        "sampler_seed": (lambda seed: 0 <= seed < 2**31, "0 to 2147483647"),
-    }
-
-    def __post_init__(self) -> None:
-        check_ranges(self)
-
-
-def _is_list(values: Any) -> bool:
-    return isinstance(values, list) and len(values) >= 1
+    min_steps: Count
+    reduction_factor: Annotated[int, Field(ge=2)]
+    max_failed_trials: Index
+    sampler_seed: Seed

@@ -52,14 +52,14 @@ MISTAKES = [
             "loss.clip_low: got [1], expected a number",
             "loss.clip_high: got 'x', expected a number",
             "group_size: got null, expected a whole number",
-            "temperature: got -1.0, expected above 0 and at most 10",
+            "temperature: got -1, expected above 0 and at most 10",
         ],
     ),
     (
         ["checkpoint.keep=0", "device=tpu", "name=a/b", "cluster.num_processes=0"],
         [
             "checkpoint.keep: got 0, expected at least 1",
-            "device: got 'tpu', expected auto, cpu or cuda",
+            "device: got 'tpu', expected one of auto, cpu, cuda",
             "name: got 'a/b', expected letters",
             "cluster.num_processes: got 0, expected at least 1",
         ],
@@ -183,7 +183,7 @@ def test_all_mistakes_are_in_one_message(tmp_path: Path) -> None:
         "'gspoo'",
         "seed: got 'x'",
         "foo: unknown key",
-        "temperature: got -1.0",
+        "temperature: got -1",
         "advantage=grpo",
     ):
         assert word in message, message

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import subprocess
 import sys
 from dataclasses import fields
@@ -11,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 from hydra import compose, initialize_config_dir
+from pydantic import ValidationError
 
 from atropos_exp.assembly.check import check, validate
 from atropos_exp.config.build import build, find_class
@@ -37,14 +37,14 @@ def test_every_group_has_options() -> None:
 def test_option_builds_and_sets_every_field(group: str, option: str) -> None:
     node = composed(f"{group}={option}")[group]
     settings = find_class(node["_target_"], group)
-    fields = dataclasses.fields(settings)
-    assert set(node) - {"_target_"} == {field.name for field in fields}
-    for field in fields:
-        assert field.default is dataclasses.MISSING, f"{field.name}: defaults live in {group}/{option}.yaml alone"
-        assert field.default_factory is dataclasses.MISSING, field.name
-        assert field.kw_only, f"{settings.__name__} must be kw_only"
-    assert isinstance(build(node, group), settings)
-    assert settings.__dataclass_params__.frozen, f"{settings.__name__} must be frozen"  # type: ignore[attr-defined]
+    assert set(node) - {"_target_"} == set(settings.model_fields)
+    for name, field in settings.model_fields.items():
+        assert field.is_required(), f"{name}: defaults live in {group}/{option}.yaml alone"
+    built = build(node, group)
+    assert type(built) is settings
+    for name in settings.model_fields:
+        with pytest.raises(ValidationError, match="frozen"):
+            setattr(built, name, getattr(built, name))
 
 
 @pytest.mark.parametrize(("group", "option"), [*OPTIONS, *SWEEPS])
@@ -57,7 +57,7 @@ def test_root_explains_every_key() -> None:
     text = (CONF_DIR / "config.yaml").read_text()
     root = text[text.index("name: demo") : text.index("hydra: #")]
     assert_explained(root, "config.yaml")
-    assert set(yaml.safe_load(root)) == {field.name for field in dataclasses.fields(RunConfig)}
+    assert set(yaml.safe_load(root)) == set(RunConfig.model_fields)
 
 
 def assert_explained(text: str, file: str) -> None:
@@ -97,6 +97,8 @@ def test_composing_and_validating_imports_no_framework() -> None:
     script = """
 import sys
 from hydra import compose, initialize_config_dir
+from pydantic import ValidationError
+
 from atropos_exp.assembly.check import validate
 from atropos_exp.config.origin import CONF_DIR
 with initialize_config_dir(version_base="1.3", config_dir=str(CONF_DIR)):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import pytest
+from pydantic import model_validator
 
+from atropos_exp.config.settings import Settings
 from atropos_exp.config.typed import Mistake, construct
 from atropos_exp.errors import UserError
 
@@ -17,14 +18,12 @@ class Shape(enum.Enum):
     FLAT = "flat"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Inner:
+class Inner(Settings):
     rank: int
     names: list[str]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Outer:
+class Outer(Settings):
     count: int
     rate: float
     on: bool
@@ -35,9 +34,11 @@ class Outer:
     bounds: list[float] | None
     weights: dict[str, float]
 
-    def __post_init__(self) -> None:
+    @model_validator(mode="after")
+    def _check(self) -> Self:
         if self.rate < 0:
             raise UserError(f"rate: got {self.rate}, expected 0 or more")
+        return self
 
 
 GOOD: dict[str, Any] = {

@@ -92,7 +92,7 @@ def test_globs_and_ranges() -> None:
     [
         (["advantage=grpo,rlo"], ["advantage: unknown option 'rlo'. Did you mean 'rloo'?"]),
         (["seed=0,x"], ["seed: got 'x', expected a whole number [override 'seed=x']"]),
-        (["loss.clip_low=0.1,-1,abc"], ["got -1.0", "[override 'loss.clip_low=-1']", "got 'abc'"]),
+        (["loss.clip_low=0.1,-1,abc"], ["got -1", "[override 'loss.clip_low=-1']", "got 'abc'"]),
         (["batch_sise=1,2"], ["batch_sise: unknown key. Did you mean 'batch_size'?"]),
         (["trainer.learning_rate=interval(0,1)"], ["an interval, which a grid cannot list"]),
         (["seed=0,1", "sweep.parallel=0"], ["sweep.parallel: got 0, expected 1 to 256"]),
@@ -106,7 +106,7 @@ def test_globs_and_ranges() -> None:
         (["seed=range(20000)"], ["more than 10000 runs"]),
         (["sweep=optuna"], ["sweep.space: nothing to search"]),
         (["sweep=optuna", "seed=0,1"], ["the luckiest seed would win"]),
-        (["sweep=optuna", "loss.clip_low=interval(-1,0.2)"], ["loss.clip_low: got -1.0"]),
+        (["sweep=optuna", "loss.clip_low=interval(-1,0.2)"], ["loss.clip_low: got -1"]),
         (["sweep=optuna", "loss=gspo,dr_grpo", "loss.clp=interval(0,1)"], ["loss.clp", "with gspo", "with dr_grpo"]),
         (["sweep=optuna", "trainer.learning_rate=tag(log,interval(0,1))"], ["both above 0 for a log scale"]),
         (["+sweeps=advantage_by_se"], ["sweeps: unknown option 'advantage_by_se'. Did you mean 'advantage_by_seed'?"]),
@@ -126,7 +126,7 @@ def test_a_mistake_anywhere_is_found_before_anything_starts(overrides: list[str]
 
 def test_mistakes_of_all_points_are_in_one_message() -> None:
     message = refused("loss.clip_low=-1,0.1,-2", "temperature=0.5,-3")
-    for word in ("clip_low: got -1.0", "clip_low: got -2.0", "temperature: got -3.0"):
+    for word in ("clip_low: got -1", "clip_low: got -2", "temperature: got -3"):
         assert word in message
     assert "got 0.1" not in message
 

@@ -5,14 +5,15 @@ N counts the compared rollouts of all groups of a batch. The files beside this o
 
 from __future__ import annotations
 
-from abc import ABC
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import AfterValidator, Field
 
+from atropos_exp.config.settings import Settings
 from atropos_exp.errors import UserError
 from atropos_exp.types import Floats, RolloutGroup
 
@@ -23,6 +24,7 @@ LARGEST_REWARD = 1e18  # its square still fits into float32
 # Rewards of a group that differ by less than this fraction of the largest are equal: a few float32 roundings.
 # Dividing such a residue by its own standard deviation would blow it up to a full-sized advantage.
 EQUAL_WITHIN = 1e-6
+Epsilon = Annotated[float, Field(ge=0, description="a small number, such as 1e-6")]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -35,8 +37,16 @@ class ComparedRollouts:
     counts_N: NDArray[np.bool_]  # False: only part of the baseline (`zero_advantage`)
 
 
-@dataclass(frozen=True, kw_only=True)
-class VerlAdvantage(ABC):
+def _around_zero(clip: list[float] | None) -> list[float] | None:
+    if clip is not None and not (len(clip) == 2 and clip[0] <= 0 <= clip[1] != clip[0]):
+        raise UserError(
+            f"got {clip}, expected null or [low, high] with low <= 0 <= high and low < high, so that a rollout without "
+            "advantage keeps none"
+        )
+    return clip
+
+
+class VerlAdvantage(Settings):
     """An estimator of verl's registry (`get_adv_estimator_fn`) as an `AdvantageEstimator`.
 
     The advantage is exactly zero for groups of one, groups whose rewards are all equal, groups that bring their own
@@ -47,20 +57,11 @@ class VerlAdvantage(ABC):
     each group.
     """
 
-    normalization: str
-    clip: list[float] | None
+    normalization: Literal["none", "batch"]
+    clip: Annotated[list[float] | None, AfterValidator(_around_zero)]
 
     verl_name: ClassVar[str]
     min_group_size: ClassVar[int] = 2
-
-    def __post_init__(self) -> None:
-        if self.normalization not in ("none", "batch"):
-            raise UserError(f"advantage.normalization is {self.normalization!r}; expected none or batch")
-        if self.clip is not None and not (len(self.clip) == 2 and self.clip[0] <= 0 <= self.clip[1] != self.clip[0]):
-            raise UserError(
-                f"advantage.clip is {self.clip}; expected null or [low, high] with low <= 0 <= high and low < high, "
-                "so that a rollout without advantage keeps none"
-            )
 
     def __call__(self, groups: Sequence[RolloutGroup]) -> list[Floats]:
         """One float32 [G] per group. Raises UserError for a reward beyond float32."""

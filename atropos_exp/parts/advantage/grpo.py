@@ -12,31 +12,18 @@ Example: rewards 1, 0, 0, 0 have mean 0.25 and std 0.5, so A = 1.5, -0.5, -0.5, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from atropos_exp.errors import UserError
-from atropos_exp.parts.advantage.base import VerlAdvantage
+from atropos_exp.parts.advantage.base import Epsilon, VerlAdvantage
 
 
-@dataclass(frozen=True, kw_only=True)
 class GRPO(VerlAdvantage):
     """The advantages of verl's `compute_grpo_outcome_advantage`."""
 
     norm_by_std: bool
-    epsilon: float
+    epsilon: Epsilon
 
     verl_name: ClassVar[str] = "grpo"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_epsilon(self.epsilon)
-
     def verl_settings(self) -> dict[str, Any]:
         return {"epsilon": self.epsilon, "norm_adv_by_std_in_grpo": self.norm_by_std}
-
-
-def check_epsilon(epsilon: float) -> None:
-    """Raise UserError unless `epsilon` is a number of at least 0."""
-    if not epsilon >= 0:
-        raise UserError(f"advantage.epsilon is {epsilon}; expected a small number >= 0, such as 1e-6")

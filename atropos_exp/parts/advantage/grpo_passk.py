@@ -9,25 +9,18 @@ With `norm_by_std=false` the lead is not divided. If two rollouts share the high
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from atropos_exp.parts.advantage.base import VerlAdvantage
-from atropos_exp.parts.advantage.grpo import check_epsilon
+from atropos_exp.parts.advantage.base import Epsilon, VerlAdvantage
 
 
-@dataclass(frozen=True, kw_only=True)
 class GRPOPassK(VerlAdvantage):
     """The advantages of verl's `compute_grpo_passk_outcome_advantage`."""
 
     norm_by_std: bool
-    epsilon: float
+    epsilon: Epsilon
 
     verl_name: ClassVar[str] = "grpo_passk"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_epsilon(self.epsilon)
 
     def verl_settings(self) -> dict[str, Any]:
         config = {"norm_adv_by_std_in_grpo": self.norm_by_std}  # where verl looks for it here

@@ -9,14 +9,12 @@ Example: rewards 1, 0 of rollouts with 3 and 1 trained tokens have the baseline 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 from atropos_exp.parts.advantage.base import ComparedRollouts, VerlAdvantage
 from atropos_exp.types import Floats
 
 
-@dataclass(frozen=True, kw_only=True)
 class OPO(VerlAdvantage):
     """The advantages of verl's `compute_opo_outcome_advantage`."""
 

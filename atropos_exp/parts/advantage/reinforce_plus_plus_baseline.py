@@ -9,7 +9,6 @@ mean_t and var_t (unbiased) run over tokens, so a rollout counts once per traine
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
@@ -18,7 +17,6 @@ from atropos_exp.parts.advantage.base import ComparedRollouts, VerlAdvantage, is
 from atropos_exp.types import Floats
 
 
-@dataclass(frozen=True, kw_only=True)
 class ReinforcePlusPlusBaseline(VerlAdvantage):
     """The advantages of verl's `compute_reinforce_plus_plus_baseline_outcome_advantage`.
 

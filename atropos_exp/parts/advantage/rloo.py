@@ -9,13 +9,11 @@ Example: rewards 1, 0, 0, 0 give A = 1, -1/3, -1/3, -1/3.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 from atropos_exp.parts.advantage.base import VerlAdvantage
 
 
-@dataclass(frozen=True, kw_only=True)
 class RLOO(VerlAdvantage):
     """The advantages of verl's `compute_rloo_vectorized_outcome_advantage`."""
 

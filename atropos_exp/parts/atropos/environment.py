@@ -8,11 +8,12 @@ import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
+from pydantic import Field
+
+from atropos_exp.config.settings import Count, Settings
 from atropos_exp.errors import UserError
-
-SERVER_TYPES = ("vllm", "sglang", "openai")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,29 +32,18 @@ class Facts:
     uses_wandb: bool
 
 
-@dataclass(frozen=True, kw_only=True)
-class Environment:
+class Environment(Settings):
     """The settings of `conf/env`. The command line is `python command… serve`, then a flag for each of the `Facts`,
     which `arguments` and `server_arguments` may override."""
 
     name: str
     python: str | None
     command: list[str]
-    num_processes: int
-    server_type: str
-    max_batches_offpolicy: int
+    num_processes: Count
+    server_type: Literal["vllm", "sglang", "openai"]
+    max_batches_offpolicy: Annotated[int, Field(ge=1, description="0 samples nothing")]
     arguments: dict[str, Any]
     server_arguments: dict[str, Any]
-
-    def __post_init__(self) -> None:
-        if self.num_processes < 1:
-            raise UserError(f"num_processes: got {self.num_processes}, expected at least 1")
-        if self.server_type not in SERVER_TYPES:
-            raise UserError(f"server_type: got {self.server_type!r}, expected one of {', '.join(SERVER_TYPES)}")
-        if self.max_batches_offpolicy < 1:
-            raise UserError(
-                f"max_batches_offpolicy: got {self.max_batches_offpolicy}, expected at least 1 (0 samples nothing)"
-            )
 
     def preflight(self, *, launches_atropos: bool) -> Iterator[str]:
         """Messages about what is wrong, as far as it can be known before the process is started."""

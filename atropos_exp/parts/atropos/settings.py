@@ -2,52 +2,29 @@
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated
 
-from atropos_exp.config.typed import Ranges, check_ranges
+from pydantic import Field
 
-SECONDS = "seconds above 0"
+from atropos_exp.config.settings import Index, Seconds, Settings
 
-
-def _positive(value: float) -> bool:
-    return 0 < value < math.inf
+Port = Annotated[int, Field(ge=1, le=65535)]
 
 
-@dataclass(frozen=True, kw_only=True)
-class AtroposSettings:
+class AtroposSettings(Settings):
     """The settings of `conf/atropos`, in seconds where they are times. `launch.start_programs` acts on them."""
 
-    api_url: str | None
+    api_url: Annotated[str | None, Field(pattern=r"^https?://[^/\s]+(/\S*)?$", description="http://HOST:PORT, or null")]
     launch: bool
-    timeout: float
-    start_timeout: float
-    data_timeout: float
-    batch_timeout: float
+    timeout: Seconds
+    start_timeout: Seconds
+    data_timeout: Seconds
+    batch_timeout: Annotated[float, Field(ge=120, description="seconds; hanging up earlier loses the batch")]
     take_over: bool
-    max_version_lag: int | None
-    max_restarts: int
-    extra_ports: list[int]
-
-    RANGES: ClassVar[Ranges] = {
-        "api_url": (
-            lambda url: url is None or re.fullmatch(r"https?://[^/\s]+(/\S*)?", url) is not None,
-            "http://HOST:PORT, or null",
-        ),
-        "timeout": (_positive, SECONDS),
-        "start_timeout": (_positive, SECONDS),
-        "data_timeout": (_positive, SECONDS),
-        "batch_timeout": (lambda value: 120 <= value < math.inf, "at least 120 seconds: hanging up loses the batch"),
-        "max_version_lag": (lambda lag: lag is None or lag >= 0, "0 or more, or null (no limit)"),
-        "max_restarts": (lambda count: count >= 0, "0 or more"),
-        "extra_ports": (lambda ports: all(1 <= port <= 65535 for port in ports), "ports, 1 to 65535 each"),
-    }
-
-    def __post_init__(self) -> None:
-        check_ranges(self)
+    max_version_lag: Annotated[int | None, Field(ge=0, description="null: no limit")]
+    max_restarts: Index
+    extra_ports: list[Port]
 
     def preflight(self, *, uses_atropos: bool) -> Iterator[str]:
         """What stands in the way of using Atropos at all."""

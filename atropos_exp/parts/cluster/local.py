@@ -8,33 +8,27 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from types import FrameType
 from typing import ClassVar
 
-from atropos_exp.errors import UserError
+from atropos_exp.config.settings import Count, Settings
 from atropos_exp.processes.lifeline import dying_with_parent
 from atropos_exp.processes.ports import HeldPort
 
 GRACE_SECONDS = 30.0  # for the other ranks to end after one has failed; they may hang in a collective with it
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Local:
+class Local(Settings):
     """Settings of `cluster=local`: the trainer's ranks are processes of this machine.
 
     Not torchrun, which kills ranks 30 s after a SIGTERM, however long the step and the checkpoint take that they are
     to finish; a run started by torchrun works as well.
     """
 
-    num_processes: int
+    num_processes: Count
 
     target_device: ClassVar[None] = None  # it runs on this machine
     queue: ClassVar[None] = None  # at once
-
-    def __post_init__(self) -> None:
-        if self.num_processes < 1:
-            raise UserError(f"num_processes: got {self.num_processes}, expected at least 1")
 
     def preflight(self) -> list[str]:
         """Return a problem if torchrun has started another number of ranks than `num_processes`."""

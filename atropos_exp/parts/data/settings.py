@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, Self
 
+from pydantic import Field, model_validator
+
+from atropos_exp.config.settings import Positive, Settings
 from atropos_exp.errors import UserError
 from atropos_exp.parts.data.paths import as_strings, files_of
 
-FORMATS = ("chat", "plain")
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PrepareSettings:
+class PrepareSettings(Settings):
     """A data set that is built when first needed. Its train.parquet is the first source, its test.parquet held out."""
 
     builder: str  # a module of data_prep
@@ -33,23 +32,23 @@ class Entry:
     split: str  # used if the name has none
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DataSettings:
+class DataSettings(Settings):
     """The settings of `conf/data`, whose YAML explains each. Paths may be a string or a list of strings."""
 
     prepare: PrepareSettings | None
     parquet_paths: Any
     hf_datasets: Any
-    weights: list[float] | None
+    weights: Annotated[list[Positive] | None, Field(description="leave a source out rather than give it 0")]
     eval_paths: Any
-    format: str
+    format: Literal["chat", "plain"]
     system_prompt: str | None
     chat_template_arguments: dict[str, Any]
     ability: Any
     max_prompts: int | None
-    max_bad_fraction: float
+    max_bad_fraction: Annotated[float, Field(ge=0, lt=1, description="0: none")]
 
-    def __post_init__(self) -> None:
+    @model_validator(mode="after")
+    def _check(self) -> Self:
         wrong = []
         for key in ("parquet_paths", "hf_datasets", "eval_paths", "ability"):
             try:
@@ -63,26 +62,20 @@ class DataSettings:
         )
         if num_sources == 0:
             wrong.append("parquet_paths: it is empty, and so are hf_datasets and prepare; expected at least one source")
-        if self.weights is not None:
-            if len(self.weights) != num_sources:
-                wrong.append(
-                    f"weights: got {len(self.weights)} for {num_sources} sources; expected one each, in the order "
-                    "prepare, parquet_paths, hf_datasets (or null: in proportion to their sizes)"
-                )
-            if not all(math.isfinite(weight) and weight > 0 for weight in self.weights):
-                wrong.append(f"weights: got {list(self.weights)}, expected numbers above 0; leave a source out instead")
-        if self.format not in FORMATS:
-            wrong.append(f"format: got {self.format!r}, expected {' or '.join(FORMATS)}")
+        if self.weights is not None and len(self.weights) != num_sources:
+            wrong.append(
+                f"weights: got {len(self.weights)} for {num_sources} sources; expected one each, in the order "
+                "prepare, parquet_paths, hf_datasets (or null: in proportion to their sizes)"
+            )
         if self.format == "plain" and self.chat_template_arguments:
             wrong.append("chat_template_arguments: format=plain uses no template; expected {} or format=chat")
         if self.max_prompts is not None and self.max_prompts < num_sources:
             wrong.append(
                 f"max_prompts: got {self.max_prompts}, expected at least one per source, {num_sources}, or null"
             )
-        if not 0 <= self.max_bad_fraction < 1:
-            wrong.append(f"max_bad_fraction: got {self.max_bad_fraction}, expected 0 (none) up to, not including, 1")
         if wrong:
             raise UserError("\n".join(wrong))
+        return self
 
     @property
     def abilities(self) -> tuple[str, ...]:

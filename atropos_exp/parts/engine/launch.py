@@ -8,8 +8,12 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Annotated, Literal
 
+from pydantic import Field
+
+from atropos_exp.config.lora import LoraSettings
+from atropos_exp.config.settings import Count, Seconds, Settings
 from atropos_exp.errors import UserError
 from atropos_exp.parts.engine.client import EngineClient
 from atropos_exp.parts.engine.devices import gpu_problems, visible_devices
@@ -17,18 +21,18 @@ from atropos_exp.parts.engine.process import ServerProcess
 from atropos_exp.parts.engine.servers import Servers
 from atropos_exp.parts.engine.update import together
 from atropos_exp.processes.child import ENGINE_DEVICES
-from atropos_exp.weights.choose import choose_transport, make_transport, near_servers, transport_problems
-
-if TYPE_CHECKING:
-    from atropos_exp.types import LoraSettings
-    from atropos_exp.weights.transport import Transport
-
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-POSITIVE = ("data_parallel_size", "start_timeout_seconds", "request_timeout_seconds", "health_timeout_seconds")
+from atropos_exp.weights.choose import TRANSPORTS, choose_transport, make_transport, near_servers, transport_problems
+from atropos_exp.weights.transport import Transport
 
 
-@dataclass(frozen=True, kw_only=True)
-class ServerSettings:
+def built_in(transport: str) -> str:
+    """The name of one of this project's transports, or `auto`. Raises UserError for another."""
+    if transport not in (allowed := ("auto", *TRANSPORTS)):
+        raise UserError(f"got {transport!r}, expected one of {', '.join(allowed)}")
+    return transport
+
+
+class ServerSettings(Settings):
     """The settings that all engines have, and how their servers are started.
 
     What the rest of a run asks of an engine's settings, whichever engine it is:
@@ -49,16 +53,17 @@ class ServerSettings:
     An engine without a mode or limit has False or None there, as a `ClassVar`.
     """
 
-    dtype: str  # of the served weights; auto: float32 on a CPU, bfloat16 on a GPU
+    # of the served weights; auto: float32 on a CPU, bfloat16 on a GPU
+    dtype: Literal["auto", "float32", "bfloat16", "float16"]
     python: str | None
     gpus: list[int] | None  # of all servers; None: the trainer's own
-    data_parallel_size: int  # servers
-    num_threads: int | None  # of each server; None: its share of the cores that this process may use
-    transport: str  # auto, a name in `weights.choose.TRANSPORTS`, or the full name of a class
-    start_timeout_seconds: float
-    request_timeout_seconds: float
-    health_timeout_seconds: float
-    max_restarts: int
+    data_parallel_size: Count  # servers
+    num_threads: Annotated[int | None, Field(ge=1, description="null: its share of the cores")]  # of each server
+    transport: str  # auto, one of TRANSPORTS, or a class of this folder
+    start_timeout_seconds: Seconds
+    request_timeout_seconds: Seconds
+    health_timeout_seconds: Seconds
+    max_restarts: Annotated[int, Field(ge=0, description="0: never")]
 
     @property
     def num_servers(self) -> int:
@@ -106,21 +111,6 @@ class ServerSettings:
             device=device,
         )
         return problems + transport_problems(self.transport, device=device)
-
-
-def check_settings(settings: ServerSettings, *, choices: Mapping[str, Sequence[str]], positive: Sequence[str]) -> None:
-    """Raises UserError. `positive`: keys of this engine that must be above 0, unless they are None."""
-    for name, allowed in choices.items():
-        got = getattr(settings, name)
-        if got not in allowed:
-            raise UserError(f"engine.{name} must be one of {', '.join(allowed)}; got {got!r}")
-    for name in (*POSITIVE, *positive):
-        got = getattr(settings, name)
-        unit = " seconds" if name.endswith("_seconds") else ""
-        if got is not None and not got > 0:
-            raise UserError(f"engine.{name} must be above 0{unit}; got {got}")
-    if settings.max_restarts < 0:
-        raise UserError(f"engine.max_restarts must be 0 (never) or more; got {settings.max_restarts}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from atropos_exp.errors import UserError
+from atropos_exp.config.settings import Index, NotNegative, Settings
 from atropos_exp.metrics import slug
 from atropos_exp.parts.eval.estimators import mean_interval, pass_at_k, wilson_interval
 from atropos_exp.runs.seeds import derive_seed
@@ -19,20 +19,14 @@ if TYPE_CHECKING:
     from atropos_exp.interfaces import Engine, Scorer
 
 
-@dataclass(frozen=True, kw_only=True)
-class HeldOut:
+class HeldOut(Settings):
     """The settings of `conf/eval`."""
 
-    every: int  # steps between evaluations
-    num_prompts: int
-    samples_per_prompt: int  # k of pass@k; 0: greedy only
-    temperature: float  # of the sampled answers; the greedy ones are at 0
+    every: Index  # steps between evaluations
+    num_prompts: Index
+    samples_per_prompt: Index  # k of pass@k; 0: greedy only
+    temperature: NotNegative  # of the sampled answers; the greedy ones are at 0
     correct_at: float  # an answer with at least this reward is correct
-
-    def __post_init__(self) -> None:
-        for name in ("every", "num_prompts", "samples_per_prompt"):
-            if getattr(self, name) < 0:
-                raise UserError(f"eval.{name} must not be negative; got {getattr(self, name)}")
 
     def start(
         self,

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Annotated, Self
 
-from atropos_exp.config.typed import Ranges, check_ranges
+from pydantic import Field, model_validator
+
+from atropos_exp.config.settings import Seconds, Settings
 from atropos_exp.errors import UserError
 from atropos_exp.types import Endpoint
 
@@ -18,43 +18,25 @@ if TYPE_CHECKING:
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 ENVIRONMENT_LIMIT = 600.0  # seconds after which an Atropos environment gives a rollout up (its worker_timeout)
+Patience = Annotated[float, Field(gt=0, lt=ENVIRONMENT_LIMIT, description="seconds; environments wait no longer")]
 
 
-@dataclass(frozen=True, kw_only=True)
-class GatewaySettings:
+class GatewaySettings(Settings):
     """The settings of `conf/gateway`, whose YAML explains each; `start` starts the gateway that they describe."""
 
     host: str
-    port: int | None
-    token: str | None
-    ledger_tokens: int
-    max_hold_seconds: float
-    request_timeout_seconds: float
-    engine_silence_seconds: float
-    start_timeout_seconds: float
-    health_timeout_seconds: float
-    max_body_mb: int
+    port: Annotated[int | None, Field(ge=1, le=65535, description="null: a free one")]
+    token: Annotated[str | None, Field(min_length=8, description="at least 8 characters, or null")]
+    ledger_tokens: Annotated[int, Field(ge=1000)]
+    max_hold_seconds: Patience
+    request_timeout_seconds: Patience
+    engine_silence_seconds: Seconds
+    start_timeout_seconds: Seconds
+    health_timeout_seconds: Seconds
+    max_body_mb: Annotated[int, Field(ge=1, le=1024, description="MiB")]
 
-    RANGES: ClassVar[Ranges] = {
-        "port": (lambda port: port is None or 1 <= port <= 65535, "1 to 65535, or null for a free one"),
-        "token": (lambda token: token is None or len(token) >= 8, "at least 8 characters, or null"),
-        "ledger_tokens": (lambda count: count >= 1000, "at least 1000"),
-        "max_hold_seconds": (
-            lambda seconds: 0 < seconds < ENVIRONMENT_LIMIT,
-            f"above 0 and below {ENVIRONMENT_LIMIT:g}, the time that environments wait",
-        ),
-        "request_timeout_seconds": (
-            lambda seconds: 0 < seconds < ENVIRONMENT_LIMIT,
-            f"above 0 and below {ENVIRONMENT_LIMIT:g}, the time that environments wait",
-        ),
-        "engine_silence_seconds": (lambda seconds: 0 < seconds < math.inf, "above 0 seconds"),
-        "start_timeout_seconds": (lambda seconds: 0 < seconds < math.inf, "above 0 seconds"),
-        "health_timeout_seconds": (lambda seconds: 0 < seconds < math.inf, "above 0 seconds"),
-        "max_body_mb": (lambda size: 1 <= size <= 1024, "1 to 1024 MiB"),
-    }
-
-    def __post_init__(self) -> None:
-        check_ranges(self)
+    @model_validator(mode="after")
+    def _check(self) -> Self:
         if self.host not in LOOPBACK and self.token is None:
             raise UserError(
                 f"host: got {self.host!r}, which others can reach, without a token; set gateway.token to a secret that "
@@ -65,6 +47,7 @@ class GatewaySettings:
                 f"request_timeout_seconds: got {self.request_timeout_seconds:g}, expected at least max_hold_seconds "
                 f"({self.max_hold_seconds:g}), because a hold is part of a request"
             )
+        return self
 
     def listen(self, extra_ports: Sequence[int]) -> Doors:
         """Bind the ports, so that environments know where to connect before the gateway runs. Raises UserError for a

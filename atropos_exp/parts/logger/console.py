@@ -5,11 +5,10 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, ClassVar
 
-from atropos_exp.errors import UserError
+from atropos_exp.config.settings import Count, Settings
 from atropos_exp.parts.logger.step_line import FirstTimes, LiveFigures, TimeLeft, clock, step_line
 from atropos_exp.types import SampleRecord, StepMetrics
 
@@ -19,16 +18,11 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Console:
+class Console(Settings):
     """Settings of `logger=console`."""
 
     live: bool | None  # None: if standard output is a terminal
-    every: int
-
-    def __post_init__(self) -> None:
-        if self.every < 1:
-            raise UserError(f"logger.every: steps between plain lines must be at least 1; got {self.every}")
+    every: Count  # steps between plain lines
 
     project: ClassVar[None] = None  # nothing is tracked outside the run folder
     group: ClassVar[None] = None

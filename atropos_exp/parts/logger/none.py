@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from atropos_exp.config.settings import Settings
 from atropos_exp.types import SampleRecord, StepMetrics
 
 
-@dataclass(frozen=True, kw_only=True)
-class NoLogger:
+class NoLogger(Settings):
     """Settings of `logger=none`, which has none."""
 
     project: ClassVar[None] = None  # nothing is tracked outside the run folder

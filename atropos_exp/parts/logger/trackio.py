@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from atropos_exp.errors import UserError
+from pydantic import Field
+
+from atropos_exp.config.settings import Count, Seconds, Settings
 from atropos_exp.parts.logger.console import Console
 from atropos_exp.parts.logger.remote import RemoteLogger
 from atropos_exp.runs.redaction import redact
@@ -16,24 +17,16 @@ from atropos_exp.runs.redaction import redact
 INSTALL = "pip install 'atropos-exp[trackio]' (docs/troubleshooting.md, if pip refuses)"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Trackio:
+class Trackio(Settings):
     """Settings of `logger=trackio`."""
 
     live: bool | None
-    every: int
-    project: str
+    every: Count
+    project: Annotated[str, Field(min_length=1, description="the name of a project")]
     group: str | None
     folder: str
-    finish_timeout: float
-    queue_size: int
-
-    def __post_init__(self) -> None:
-        if not self.project:
-            raise UserError("logger.project: trackio needs the name of a project; got an empty one")
-        for key in ("finish_timeout", "queue_size"):
-            if not getattr(self, key) > 0:
-                raise UserError(f"logger.{key}: must be above 0; got {getattr(self, key)}")
+    finish_timeout: Seconds
+    queue_size: Count
 
     def preflight(self) -> Iterator[str]:
         """Yield a problem if trackio is not installed."""

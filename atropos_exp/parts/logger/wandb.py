@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from atropos_exp.errors import UserError
+from pydantic import Field
+
+from atropos_exp.config.settings import Count, Seconds, Settings
 from atropos_exp.parts.logger.console import Console, ConsoleLogger
 from atropos_exp.parts.logger.remote import RemoteLogger
 from atropos_exp.runs.atomic import write_atomic
@@ -27,28 +28,20 @@ class Mode(Enum):
     disabled = "disabled"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Wandb:
+class Wandb(Settings):
     """Settings of `logger=wandb`."""
 
     live: bool | None
-    every: int
+    every: Count
     mode: Mode
-    project: str
+    project: Annotated[str, Field(min_length=1, description="the name of a project")]
     entity: str | None
     group: str | None
     job_type: str | None
     tags: list[str]
-    init_timeout: float
-    finish_timeout: float
-    queue_size: int
-
-    def __post_init__(self) -> None:
-        if not self.project:
-            raise UserError("logger.project: W&B needs the name of a project; got an empty one")
-        for key in ("init_timeout", "finish_timeout", "queue_size"):
-            if not getattr(self, key) > 0:
-                raise UserError(f"logger.{key}: must be above 0; got {getattr(self, key)}")
+    init_timeout: Seconds
+    finish_timeout: Seconds
+    queue_size: Count
 
     def start(
         self,

@@ -8,13 +8,11 @@ plays no part, so make one optimizer step per batch, or accept that later ones a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 from atropos_exp.parts.loss.base import AveragedLoss
 
 
-@dataclass(frozen=True, kw_only=True)
 class AdvantageWeightedSFT(AveragedLoss):
     """verl's policy loss "gpg" (`compute_policy_loss_gpg`)."""
 

@@ -16,11 +16,12 @@ With d = logprob - reference_logprob: k1 = d, k2 = d^2 / 2, k3 = exp(-d) - 1 + d
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from abc import abstractmethod
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from atropos_exp.errors import UserError
+from pydantic import Field
+
+from atropos_exp.config.settings import NotNegative, Settings
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,26 +33,19 @@ AGG_MODES = {
     "seq_mean_token_sum": "seq-mean-token-sum",
     "seq_mean_token_mean": "seq-mean-token-mean",
 }
-KL_ESTIMATORS = ("k1", "k2", "k3", "k1+", "k3+")
 
 
-@dataclass(frozen=True, kw_only=True)
-class VerlPolicyLoss(ABC):
+class VerlPolicyLoss(Settings):
     """A policy loss of verl's registry (`get_policy_loss_fn`) as a `PolicyLoss`.
 
     The loss of a micro-batch is divided by counts of the whole mini-batch, so that the sum over
     micro-batches and mean over ranks is the loss of the mini-batch however it was split.
     """
 
-    kl_coef: float
-    kl_estimator: str
+    kl_coef: Annotated[float, Field(ge=0, description="0: no reference model")]
+    kl_estimator: Literal["k1", "k2", "k3", "k1+", "k3+"]
 
     verl_name: ClassVar[str]
-
-    def __post_init__(self) -> None:
-        require(self.kl_coef >= 0, "loss.kl_coef", self.kl_coef, "a number >= 0; use 0 for no reference model")
-        choices = ", ".join(KL_ESTIMATORS)
-        require(self.kl_estimator in KL_ESTIMATORS, "loss.kl_estimator", self.kl_estimator, f"one of {choices}")
 
     @abstractmethod
     def aggregation(self) -> tuple[str, int | None]:
@@ -133,40 +127,23 @@ class VerlPolicyLoss(ABC):
         }
 
 
-@dataclass(frozen=True, kw_only=True)
 class AveragedLoss(VerlPolicyLoss):
     """A policy loss whose average over tokens and sequences is a setting."""
 
-    agg_mode: str
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self.agg_mode in AGG_MODES, "loss.agg_mode", self.agg_mode, f"one of {', '.join(AGG_MODES)}")
+    agg_mode: Literal["token_mean", "token_sum", "seq_mean_token_sum", "seq_mean_token_mean"]
 
     def aggregation(self) -> tuple[str, int | None]:
         return AGG_MODES[self.agg_mode], None
 
 
-@dataclass(frozen=True, kw_only=True)
 class ClippedRatio(VerlPolicyLoss):
     """A policy loss that bounds the ratio of new to old policy to [1 - clip_low, 1 + clip_high]."""
 
-    clip_low: float
-    clip_high: float
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(0 <= self.clip_low <= 1, "loss.clip_low", self.clip_low, "a number in [0, 1]; 1: no lower bound")
-        require(self.clip_high >= 0, "loss.clip_high", self.clip_high, "a number >= 0; the ratio stays below 1 + it")
+    clip_low: Annotated[float, Field(ge=0, le=1, description="1: no lower bound")]
+    clip_high: NotNegative  # the ratio stays below 1 + clip_high
 
     def clip_settings(self) -> dict[str, float]:
         return {"clip_ratio_low": self.clip_low, "clip_ratio_high": self.clip_high}
-
-
-def require(correct: bool, name: str, got: object, expected: str) -> None:
-    """Raise UserError about the setting `name` unless `correct`."""
-    if not correct:
-        raise UserError(f"{name} is {got!r}; expected {expected}")
 
 
 def _actor_config(clip_settings: dict[str, Any], global_batch_info: dict[str, Any]) -> Any:

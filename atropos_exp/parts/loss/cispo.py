@@ -7,13 +7,11 @@ PPO's clip, in contrast, gives a token whose ratio has left the interval no grad
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 from atropos_exp.parts.loss.base import AveragedLoss, ClippedRatio
 
 
-@dataclass(frozen=True, kw_only=True)
 class CISPO(ClippedRatio, AveragedLoss):
     """verl's policy loss "cispo" (`compute_policy_loss_cispo`)."""
 

@@ -9,13 +9,11 @@ of whole sequences, s_i stays close to 1: its bounds are far narrower than PPO's
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 from atropos_exp.parts.loss.base import AveragedLoss, ClippedRatio
 
 
-@dataclass(frozen=True, kw_only=True)
 class GSPO(ClippedRatio, AveragedLoss):
     """verl's policy loss "gspo" (`compute_policy_loss_gspo`)."""
 

@@ -10,28 +10,23 @@ optimizer step of a batch rho_it is 1, and the gradient is that of -A_it * logpr
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
-from atropos_exp.parts.loss.base import AveragedLoss, ClippedRatio, require
+from pydantic import Field
+
+from atropos_exp.parts.loss.base import AveragedLoss, ClippedRatio
 
 
-@dataclass(frozen=True, kw_only=True)
 class DualClip(ClippedRatio):
     """The cost l_it: verl's policy loss "vanilla" (`compute_policy_loss_vanilla`), its average left to subclasses."""
 
-    dual_clip: float
+    dual_clip: Annotated[float, Field(gt=1, description="the bound of the ratio where A < 0")]
 
     verl_name: ClassVar[str] = "vanilla"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self.dual_clip > 1, "loss.dual_clip", self.dual_clip, "a number > 1: the ratio's bound where A < 0")
 
     def clip_settings(self) -> dict[str, float]:
         return {**super().clip_settings(), "clip_ratio_c": self.dual_clip}
 
 
-@dataclass(frozen=True, kw_only=True)
 class PPOClip(DualClip, AveragedLoss):
     """The cost l_it, averaged by `agg_mode`."""

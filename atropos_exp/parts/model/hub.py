@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import re
-from dataclasses import dataclass
 from pathlib import Path
 
 from atropos_exp.errors import UserError
@@ -17,7 +16,6 @@ _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _FILES = ["*.json", "*.safetensors", "*.jinja", "merges.txt", "vocab.txt", "*.model"]
 
 
-@dataclass(frozen=True, kw_only=True)
 class HubModel(ModelSettings):
     """`path` is a hub id (`org/name`), a folder, or an `hdfs://` address. A folder of that name wins over the hub."""
 

@@ -3,46 +3,39 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Self
 
+from pydantic import model_validator
+
+from atropos_exp.config.lora import LoraSettings
+from atropos_exp.config.settings import NotNegative, Settings
 from atropos_exp.errors import UserError
 from atropos_exp.parts.model import hf_folder
-from atropos_exp.types import LoraSettings
 
-DTYPES = ("auto", "float32", "bfloat16")
-ATTENTIONS = ("auto", "packed", "sdpa", "eager", "flash_attention_2", "flash_attention_3")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
-@dataclass(frozen=True, kw_only=True)
-class ModelSettings:
+class ModelSettings(Settings):
     """The settings of `conf/model`, whose YAML explains each. Importing it loads neither torch nor transformers."""
 
     path: str | None
     revision: str | None
     trust_remote_code: bool
-    dtype: str
-    attn_implementation: str
+    dtype: Literal["auto", "float32", "bfloat16"]
+    attn_implementation: Literal["auto", "packed", "sdpa", "eager", "flash_attention_2", "flash_attention_3"]
     gradient_checkpointing: bool
     lora: LoraSettings
-    suggested_learning_rate: float  # the default of trainer.learning_rate
+    suggested_learning_rate: NotNegative  # the default of trainer.learning_rate
 
-    def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
-            raise UserError(f"dtype: got {self.dtype!r}, expected one of {', '.join(DTYPES)}")
-        if self.attn_implementation not in ATTENTIONS:
-            raise UserError(
-                f"attn_implementation: got {self.attn_implementation!r}, expected one of {', '.join(ATTENTIONS)}"
-            )
-        if not self.suggested_learning_rate >= 0:
-            raise UserError(f"suggested_learning_rate: got {self.suggested_learning_rate}, expected 0 or more")
+    @model_validator(mode="after")
+    def _check(self) -> Self:
         if self.trust_remote_code and not _COMMIT.fullmatch(self.revision or ""):
             raise UserError(
                 "trust_remote_code: got true, which runs Python code that comes with the model, so model.revision must "
                 f"be a commit (40 hexadecimal digits); it is {self.revision!r}. Read that code, then pin its commit"
             )
+        return self
 
     def fetch(self) -> Path:
         """A local Hugging Face folder with config, safetensors and fast tokenizer; may download. Raises UserError."""

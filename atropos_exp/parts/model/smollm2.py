@@ -14,7 +14,6 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from dataclasses import dataclass
 from pathlib import Path
 
 from atropos_exp.errors import UserError
@@ -32,7 +31,6 @@ _LOCK_SECONDS = 1800  # another process may download and convert meanwhile
 _logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, kw_only=True)
 class SmolLM2(HubModel):
     """With `path: null` the weights come from the package; with a path it is a `HubModel` like any other."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
 from pathlib import Path
 
 from atropos_exp.errors import UserError
@@ -13,7 +12,6 @@ from atropos_exp.parts.model.hub import HubModel
 WEIGHTS = Path(__file__).parent / "tiny_weights"
 
 
-@dataclass(frozen=True, kw_only=True)
 class TinyModel(HubModel):
     """With `path: null` it is the copy in this package; with a path it is a `HubModel` like any other."""
 

@@ -4,30 +4,29 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import AfterValidator
 
 from atropos_exp.errors import UserError
 from atropos_exp.parts.reward.base import PooledReward
 from atropos_exp.types import Prompt
 
 
-@dataclass(frozen=True, kw_only=True)
+def _compiles(pattern: str | None) -> str | None:
+    try:
+        re.compile(pattern or "")
+    except re.error as error:
+        raise UserError(f"got {pattern!r}, expected a regular expression: {error}") from error
+    return pattern
+
+
 class Exact(PooledReward):
     """Equality up to Unicode form (NFKC) and white space, of the whole answer or a part of it."""
 
-    extract: str | None
+    extract: Annotated[str | None, AfterValidator(_compiles)]
     last_line: bool
     ignore_case: bool
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.extract is not None:
-            try:
-                re.compile(self.extract)
-            except re.error as error:
-                raise UserError(
-                    f"reward.extract is {self.extract!r}; expected a regular expression: {error}"
-                ) from error
 
     def __call__(self, answer: str, prompt: Prompt) -> float:
         """Raises ValueError if the prompt has no ground truth."""

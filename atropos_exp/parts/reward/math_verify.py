@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
 from typing import Any
 
-from atropos_exp.errors import UserError
+from atropos_exp.config.settings import Index
 from atropos_exp.parts.reward.base import PooledReward
 from atropos_exp.parts.reward.numbers import last_boxed
 from atropos_exp.types import Prompt
 
 
-@dataclass(frozen=True, kw_only=True)
 class MathVerify(PooledReward):
     """Reads LaTeX, preferring \\boxed{...}, and plain expressions. What cannot be read scores 0."""
 
-    float_rounding: int
+    float_rounding: Index  # decimals
     require_boxed: bool
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.float_rounding < 0:
-            raise UserError(f"reward.float_rounding is {self.float_rounding}; expected a number of decimals >= 0")
 
     def warm_up(self) -> None:
         import math_verify

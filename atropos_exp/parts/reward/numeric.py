@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Annotated
 
-from atropos_exp.errors import UserError
+from pydantic import Field
+
 from atropos_exp.parts.reward.base import PooledReward
 from atropos_exp.parts.reward.numbers import final_number
 from atropos_exp.types import Prompt
 
 
-@dataclass(frozen=True, kw_only=True)
 class Numeric(PooledReward):
     """Compares what follows "####", stands in \\boxed{...}, or else the last number of the answer."""
 
-    tolerance: float
+    tolerance: Annotated[float, Field(ge=0, lt=1)]
     require_marker: bool
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.tolerance < 1:
-            raise UserError(f"reward.tolerance is {self.tolerance}; expected a small number in [0, 1)")
 
     def __call__(self, answer: str, prompt: Prompt) -> float:
         """Raises ValueError if the ground truth is not a number."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -13,7 +12,6 @@ from atropos_exp.parts.reward.base import PooledReward
 from atropos_exp.types import Prompt
 
 
-@dataclass(frozen=True, kw_only=True)
 class ReasoningGym(PooledReward):
     """Scores what stands between <answer> and </answer> with the `score_answer` of the prompt's task.
 

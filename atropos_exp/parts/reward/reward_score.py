@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from atropos_exp.errors import UserError
 from atropos_exp.parts.reward.base import PooledReward
 from atropos_exp.types import Prompt
@@ -17,7 +15,6 @@ SAFE_PREFIX = "aime"
 EVALUATED = ("numina_", "codecontests", "apps", "codeforces", "taco")
 
 
-@dataclass(frozen=True, kw_only=True)
 class RewardScore(PooledReward):
     """`verl.utils.reward_score.default_compute_score`. Its scale is the scorer's: MATH-DAPO gives -1 or 1."""
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
+
+from atropos_exp.config.settings import Settings
 
 if TYPE_CHECKING:
     from atropos_exp.interfaces import RemoteSource, RolloutSource
 
 
-@dataclass(frozen=True, kw_only=True)
-class AtroposRollout:
+class AtroposRollout(Settings):
     """Settings of `rollout=atropos`."""
 
     mask_truncated: bool  # read by this project's own environments

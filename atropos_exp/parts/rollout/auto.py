@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from atropos_exp.config.settings import Settings
 from atropos_exp.errors import SourceUnavailable
 from atropos_exp.types import Dropped, RolloutGroup
 
@@ -17,8 +17,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, kw_only=True)
-class AutoRollout:
+class AutoRollout(Settings):
     """Settings of `rollout=auto`."""
 
     mask_truncated: bool  # a completion cut by the token limit counts in its baseline but is not trained on

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from atropos_exp.config.settings import Settings
 from atropos_exp.runs.seeds import derive_seed
 from atropos_exp.types import Dropped, Finish, Prompt, RewardFailure, Rollout, RolloutGroup, Sample, SamplingParams
 
@@ -16,8 +17,7 @@ if TYPE_CHECKING:
     from atropos_exp.interfaces import JSON, Engine, PromptLoader, RemoteSource, RolloutSource, Scorer
 
 
-@dataclass(frozen=True, kw_only=True)
-class LocalRollout:
+class LocalRollout(Settings):
     """Settings of `rollout=local`."""
 
     mask_truncated: bool  # a completion cut by the token limit counts in its baseline but is not trained on

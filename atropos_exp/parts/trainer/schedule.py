@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 
-SCHEDULERS = ("constant", "linear", "cosine")
-
 
 def learning_rate_factor(step: int, *, scheduler: str, warmup_steps: int, total_steps: int, min_ratio: float) -> float:
     """The factor on the peak learning rate at optimizer step `step`, counted from 0.

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from typing import Annotated, Literal, Protocol
 
+from pydantic import Field
+
+from atropos_exp.config.lora import LoraSettings
+from atropos_exp.config.settings import Count, Index, NotNegative, Positive, Seconds, Settings
 from atropos_exp.errors import UserError
-from atropos_exp.parts.trainer.schedule import SCHEDULERS
-from atropos_exp.types import LoraSettings
+
+Decay = Annotated[float, Field(ge=0, lt=1)]  # of a moving average
 
 MAX_CHUNK_LOGITS = 1 << 26  # float32 logits alive at once: 256 MiB, and the same again for their gradient
 
@@ -27,56 +30,29 @@ class ModelChoice(Protocol):
     def compute_dtype(self, device: str) -> str: ...
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainerSettings:
+class TrainerSettings(Settings):
     """The settings of `conf/trainer`, whose YAML explains each. One process per device; weights, gradients and Adam's
     moments are sharded over all of them."""
 
-    max_steps: int
-    num_mini_batches: int
-    max_tokens_per_micro_batch: int
-    learning_rate: float
-    scheduler: str
-    warmup_steps: int
-    min_lr_ratio: float
-    adam_beta1: float
-    adam_beta2: float
-    adam_epsilon: float
-    weight_decay: float
-    max_grad_norm: float
-    importance_cap: float | None
-    sequence_parallel_size: int
+    max_steps: Count
+    num_mini_batches: Count
+    max_tokens_per_micro_batch: Count
+    learning_rate: NotNegative
+    scheduler: Literal["constant", "linear", "cosine"]
+    warmup_steps: Index
+    min_lr_ratio: Annotated[float, Field(ge=0, le=1, description="a part of the peak")]
+    adam_beta1: Decay
+    adam_beta2: Decay
+    adam_epsilon: Positive
+    weight_decay: NotNegative
+    max_grad_norm: Positive
+    importance_cap: Annotated[float | None, Field(gt=0, description="null: none")]
+    sequence_parallel_size: Count
     offload_parameters: bool
     offload_optimizer: bool
     reshard_after_forward: bool
-    max_bad_steps: int
-    timeout_s: float
-
-    def __post_init__(self) -> None:
-        self._at_least(
-            1, "max_steps", "num_mini_batches", "max_tokens_per_micro_batch", "sequence_parallel_size", "max_bad_steps"
-        )
-        self._at_least(0, "learning_rate", "warmup_steps", "min_lr_ratio", "weight_decay")
-        self._above_zero("adam_epsilon", "max_grad_norm", "timeout_s")
-        for name in ("adam_beta1", "adam_beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise UserError(f"trainer.{name} must lie in [0, 1); got {getattr(self, name)}")
-        if self.min_lr_ratio > 1:
-            raise UserError(f"trainer.min_lr_ratio is a part of the peak, so at most 1; got {self.min_lr_ratio}")
-        if self.scheduler not in SCHEDULERS:
-            raise UserError(f"trainer.scheduler must be one of {', '.join(SCHEDULERS)}; got {self.scheduler!r}")
-        if self.importance_cap is not None and not self.importance_cap > 0:
-            raise UserError(f"trainer.importance_cap must be positive, or null for none; got {self.importance_cap}")
-
-    def _at_least(self, bound: int, *names: str) -> None:
-        for name in names:
-            if not getattr(self, name) >= bound:
-                raise UserError(f"trainer.{name} must be at least {bound}; got {getattr(self, name)}")
-
-    def _above_zero(self, *names: str) -> None:
-        for name in names:
-            if not getattr(self, name) > 0:
-                raise UserError(f"trainer.{name} must be positive; got {getattr(self, name)}")
+    max_bad_steps: Count
+    timeout_s: Seconds
 
     def attention(self, requested: str) -> str:
         """transformers' name of the attention for `model.attn_implementation`; our own for `auto` and `packed`.

@@ -32,7 +32,7 @@ def test_every_option_builds(path: Path) -> None:
     assert settings.prepare is not None
     assert preflight(settings.prepare) == []
     builder = configure(settings.prepare.builder, settings.prepare.arguments)
-    assert list(settings.prepare.arguments) == [field.name for field in dataclasses.fields(builder)]
+    assert list(settings.prepare.arguments) == list(type(builder).model_fields)
     assert builder == type(builder)()  # one set of defaults: the command line's and the configuration's are equal
 
 
@@ -56,11 +56,11 @@ def test_settings_are_light() -> None:
     ("changes", "message"),
     [
         ({"parquet_paths": []}, "parquet_paths: it is empty, and so are hf_datasets and prepare"),
-        ({"parquet_paths": 3}, "parquet_paths must be a non-empty string or a list of them; got 3"),
-        ({"parquet_paths": ["a.parquet", ""]}, "parquet_paths must be"),
+        ({"parquet_paths": 3}, "parquet_paths: must be a non-empty string or a list of them; got 3"),
+        ({"parquet_paths": ["a.parquet", ""]}, "parquet_paths: must be"),
         ({"weights": [1.0, 2.0]}, "weights: got 2 for 1 sources"),
-        ({"weights": [0.0]}, r"weights: got \[0.0\], expected numbers above 0"),
-        ({"format": "alpaca"}, "format: got 'alpaca', expected chat or plain"),
+        ({"weights": [0.0]}, r"weights: got \[0.0\], expected a list \(each item a number, above 0\), or null \(leave a source out"),
+        ({"format": "alpaca"}, "format: got 'alpaca', expected one of chat, plain"),
         (
             {"format": "plain", "chat_template_arguments": {"a": 1}},
             "chat_template_arguments: format=plain uses no template",

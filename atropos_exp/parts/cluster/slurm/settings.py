@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, Self
 
-from atropos_exp.config.typed import Ranges, check_ranges
+from pydantic import Field, model_validator
+
+from atropos_exp.config.settings import Count, Settings
 from atropos_exp.errors import UserError
 from atropos_exp.parts.cluster.slurm.layout import Layout
 
@@ -33,49 +34,35 @@ OWN_LINES = {
 }
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SlurmSettings:
+class SlurmSettings(Settings):
     """What a job asks for, and what happens when it is interrupted; `conf/cluster/slurm.yaml` explains each key."""
 
-    nodes: int
-    gpus_per_node: int
-    ranks_per_node: int | None
-    engine_gpus: int
-    cpus_per_task: int
-    mem_gb: float | None
-    time_minutes: int
+    nodes: Count
+    gpus_per_node: Annotated[int, Field(ge=0, description="0: none")]
+    ranks_per_node: Annotated[int | None, Field(ge=1, description="null: one per GPU")]
+    engine_gpus: Annotated[int, Field(ge=0, description="0: shares the device of rank 0")]
+    cpus_per_task: Count
+    mem_gb: Annotated[float | None, Field(gt=0, description="GiB")]
+    time_minutes: Count
     partition: str | None
     account: str | None
     qos: str | None
     constraint: str | None
-    signal_seconds: int
+    signal_seconds: Annotated[int, Field(ge=1, le=65535)]
     requeue: bool
-    max_failures: int
+    max_failures: Count
     sbatch: list[str]
     srun: list[str]
     setup: list[str]
     python: str | None
     container_image: str | None
     container_mounts: list[str]
-    array_parallelism: int
+    array_parallelism: Count
     wait: bool
     dry_run: bool
 
-    RANGES: ClassVar[Ranges] = {
-        "nodes": (lambda count: count >= 1, "at least 1"),
-        "gpus_per_node": (lambda count: count >= 0, "0 (none) or more"),
-        "ranks_per_node": (lambda count: count is None or count >= 1, "at least 1, or null (one per GPU)"),
-        "engine_gpus": (lambda count: count >= 0, "0 (shares rank 0's device) or more"),
-        "cpus_per_task": (lambda count: count >= 1, "at least 1"),
-        "mem_gb": (lambda size: size is None or size > 0, "above 0 GiB, or null"),
-        "time_minutes": (lambda minutes: minutes >= 1, "at least 1 minute"),
-        "signal_seconds": (lambda seconds: 1 <= seconds <= 65535, "1 to 65535 s"),
-        "max_failures": (lambda count: count >= 1, "at least 1"),
-        "array_parallelism": (lambda count: count >= 1, "at least 1"),
-    }
-
-    def __post_init__(self) -> None:
-        check_ranges(self)
+    @model_validator(mode="after")
+    def _check(self) -> Self:
         problems = []
         if self.signal_seconds >= 60 * self.time_minutes:
             problems.append(
@@ -101,6 +88,7 @@ class SlurmSettings:
             problems.append("container_mounts: there is no container_image to mount into")
         if problems:
             raise UserError("\n".join(problems))
+        return self
 
     @property
     def layout(self) -> Layout:

@@ -3,42 +3,38 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import Annotated, ClassVar
 
+from pydantic import AfterValidator
+
+from atropos_exp.config.lora import LoraSettings
+from atropos_exp.config.settings import Count, NotNegative
 from atropos_exp.errors import UserError
-from atropos_exp.parts.engine.launch import DTYPES, ServerProgram, ServerSettings, check_settings
+from atropos_exp.parts.engine.launch import ServerProgram, ServerSettings
 from atropos_exp.parts.engine.preflight import missing_modules
 from atropos_exp.weights.choose import TRANSPORTS, is_transport
-
-if TYPE_CHECKING:
-    from atropos_exp.types import LoraSettings
 
 SERVER = "atropos_exp.parts.engine.hf.server"
 NEEDS = ("torch", "transformers", "safetensors", "starlette", "uvicorn", "msgpack", "xxhash", "numpy")
 
 
-@dataclass(frozen=True, kw_only=True)
+def _known(transport: str) -> str:
+    if not is_transport(transport):
+        names = ", ".join(TRANSPORTS)
+        raise UserError(f"got {transport!r}, expected one of {names}, or a class of atropos_exp.weights")
+    return transport
+
+
 class HFEngine(ServerSettings):
     """Settings of `engine=hf`; conf/engine/hf.yaml describes each."""
 
-    max_batch_tokens: int
-    batching_wait_seconds: float
+    transport: Annotated[str, AfterValidator(_known)]
+    max_batch_tokens: Count
+    batching_wait_seconds: NotNegative
 
     colocate: ClassVar[bool] = False
     gpu_memory_utilization: ClassVar[float | None] = None
     kv_cache_gb: ClassVar[float | None] = None
-
-    def __post_init__(self) -> None:
-        check_settings(self, choices={"dtype": DTYPES}, positive=())
-        if not is_transport(self.transport):
-            raise UserError(f"engine.transport must be one of {', '.join(TRANSPORTS)}; got {self.transport!r}")
-        if self.batching_wait_seconds < 0:
-            raise UserError(f"engine.batching_wait_seconds must be 0 or more; got {self.batching_wait_seconds}")
-        if self.max_batch_tokens < 1:
-            raise UserError(f"engine.max_batch_tokens must be 1 or more; got {self.max_batch_tokens}")
-        if self.num_threads is not None and self.num_threads < 1:
-            raise UserError(f"engine.num_threads must be 1 or more, or null for all cores; got {self.num_threads}")
 
     def preflight(self, *, device: str) -> list[str]:
         """Why `start` would fail, one sentence each, found without starting a server."""

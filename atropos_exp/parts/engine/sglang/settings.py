@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
-from atropos_exp.parts.engine.launch import DTYPES, ServerProgram, ServerSettings, check_settings
+from pydantic import AfterValidator
+
+from atropos_exp.config.lora import LoraSettings
+from atropos_exp.config.settings import Count, Positive
+from atropos_exp.parts.engine.launch import ServerProgram, ServerSettings, built_in
 from atropos_exp.parts.engine.preflight import environment_problems, has_gpu, interpreter
-from atropos_exp.weights.choose import TRANSPORTS
-
-if TYPE_CHECKING:
-    from atropos_exp.types import LoraSettings
 
 SERVER = "atropos_exp.parts.engine.sglang.server"
 # The version that verl 0.9.1 was built against; it pins transformers 5.6.0, which verl excludes.
 INSTALL = "`pip install sglang==0.5.12 msgpack xxhash` in an environment of its own, on a machine with an NVIDIA GPU"
 
 
-@dataclass(frozen=True, kw_only=True)
 class SGLangEngine(ServerSettings):
     """Settings of `engine=sglang`; conf/engine/sglang.yaml describes each."""
 
-    tensor_parallel_size: int
-    mem_fraction_static: float
-    max_running_requests: int
+    transport: Annotated[str, AfterValidator(built_in)]
+    tensor_parallel_size: Count
+    mem_fraction_static: Positive
+    max_running_requests: Count
     attention_backend: str | None
     sampling_backend: str | None
     seeded: bool
@@ -33,13 +32,6 @@ class SGLangEngine(ServerSettings):
     gpu_memory_utilization: ClassVar[float | None] = None
     kv_cache_gb: ClassVar[float | None] = None
     max_batch_tokens: ClassVar[int | None] = None
-
-    def __post_init__(self) -> None:
-        check_settings(
-            self,
-            choices={"dtype": DTYPES, "transport": ("auto", *TRANSPORTS)},
-            positive=("tensor_parallel_size", "mem_fraction_static", "max_running_requests", "num_threads"),
-        )
 
     @property
     def _python(self) -> str:

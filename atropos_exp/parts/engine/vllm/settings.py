@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
-from atropos_exp.errors import UserError
-from atropos_exp.parts.engine.launch import DTYPES, ServerProgram, ServerSettings, check_settings
+from pydantic import AfterValidator, Field
+
+from atropos_exp.config.lora import LoraSettings
+from atropos_exp.config.settings import Count, Seconds
+from atropos_exp.parts.engine.launch import ServerProgram, ServerSettings, built_in
 from atropos_exp.parts.engine.preflight import BESIDE_CHECKOUT, environment_problems, interpreter
-from atropos_exp.weights.choose import TRANSPORTS
-
-if TYPE_CHECKING:
-    from atropos_exp.types import LoraSettings
 
 SERVER = "atropos_exp.parts.engine.vllm.server"
 INSTALL = (
@@ -21,37 +19,24 @@ INSTALL = (
     "on a GPU `pip install vllm==0.24.0 msgpack xxhash` in an environment of its own"
 )
 DEFAULT_CPU_CACHE_GB = 1.0
-LORA = ("merged", "adapter")
 MAX_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM reserves room for
 
 
-@dataclass(frozen=True, kw_only=True)
 class VLLMEngine(ServerSettings):
     """Settings of `engine=vllm`; conf/engine/vllm.yaml describes each."""
 
-    tensor_parallel_size: int
-    gpu_memory_utilization: float
+    transport: Annotated[str, AfterValidator(built_in)]
+    tensor_parallel_size: Count
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)]
     colocate: bool
-    kv_cache_gb: float | None
-    max_num_seqs: int
+    kv_cache_gb: Annotated[float | None, Field(gt=0)]
+    max_num_seqs: Count
     enforce_eager: bool | None
     seeded: bool
-    lora: str
-    step_timeout_seconds: float
+    lora: Literal["merged", "adapter"]
+    step_timeout_seconds: Seconds
 
     max_batch_tokens: ClassVar[int | None] = None
-
-    def __post_init__(self) -> None:
-        check_settings(
-            self,
-            choices={"dtype": DTYPES, "transport": ("auto", *TRANSPORTS), "lora": LORA},
-            positive=(
-                *("tensor_parallel_size", "gpu_memory_utilization", "kv_cache_gb", "max_num_seqs", "num_threads"),
-                "step_timeout_seconds",
-            ),
-        )
-        if self.gpu_memory_utilization > 1:
-            raise UserError(f"engine.gpu_memory_utilization must be at most 1; got {self.gpu_memory_utilization}")
 
     @property
     def _python(self) -> str:
