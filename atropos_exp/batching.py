@@ -1,7 +1,5 @@
 """Scored groups and their advantages, packed into one batch."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

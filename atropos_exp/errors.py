@@ -1,7 +1,5 @@
 """Every error of our own that crosses a room: whom it is for, and whether something else may take over."""
 
-from __future__ import annotations
-
 
 class Refused(Exception):
     """A request that this server will not do. The text goes to the client."""

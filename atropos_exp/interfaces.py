@@ -17,6 +17,7 @@ from atropos_exp.types import (
     RewardFailure,
     RolloutGroup,
     Sample,
+    SampleRecord,
     SamplingParams,
     StepMetrics,
     SyncStats,
@@ -27,8 +28,6 @@ from atropos_exp.types import (
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from atropos_exp.types import SampleRecord
 
 JSON = dict[str, Any]
 

@@ -1,24 +1,19 @@
 """The training loop: restore, sample, compare, pack, update, publish, evaluate, record, save."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from atropos_exp.batching import pack
+from atropos_exp.interfaces import (
+    AdvantageEstimator,
+    Checkpointer,
+    Evaluator,
+    PolicyTrainer,
+    Publisher,
+    Recorder,
+    RolloutSource,
+)
 from atropos_exp.metrics import Clock
-
-if TYPE_CHECKING:
-    from atropos_exp.interfaces import (
-        AdvantageEstimator,
-        Checkpointer,
-        Evaluator,
-        PolicyTrainer,
-        Publisher,
-        Recorder,
-        RolloutSource,
-    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

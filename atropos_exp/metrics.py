@@ -4,8 +4,6 @@
 a value that cannot be measured is NaN here and null in metrics.jsonl. Logprobs and entropies are in nats.
 """
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence

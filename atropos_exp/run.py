@@ -3,8 +3,6 @@
 python -m atropos_exp.run [group=option] [key=value] …
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import signal
@@ -13,10 +11,10 @@ import traceback
 from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
+from atropos_exp.assembly.assemble import Assembly
 from atropos_exp.assembly.check import Checked, mistakes_of, validate
 from atropos_exp.assembly.sizes import describe
 from atropos_exp.assembly.submission import launch
@@ -30,9 +28,6 @@ from atropos_exp.runs.folder import RunFolder, open_run_folder
 from atropos_exp.runs.provenance import git_commit, versions
 from atropos_exp.runs.summary import summarize_run
 from atropos_exp.sweep.start import start_sweep
-
-if TYPE_CHECKING:
-    from atropos_exp.assembly.assemble import Assembly
 
 
 def run(config: DictConfig) -> int:

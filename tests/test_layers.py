@@ -21,7 +21,7 @@ ORDER = """errors types > interfaces metrics batching processes > weights runs l
            > sweep envs assembly > doctor run"""
 LEVEL = {room: level for level, rooms in enumerate(ORDER.split(">")) for room in rooms.split()}
 DATA_PREP_MAY_IMPORT = (
-    "errors", "types", "interfaces", "processes.locks", "runs.atomic", "runs.manifest", "config.settings", "parts.data",
+    "errors", "types", "interfaces", "processes.locks", "runs.atomic", "runs.manifest", "config", "parts.data",
     "parts.reward",
 )  # fmt: skip
 MAY_IMPORT_DATA_PREP = ("assembly", "doctor", "envs", "run")

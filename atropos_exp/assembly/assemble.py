@@ -1,17 +1,15 @@
 """From a checked configuration to the parts of a run, in working order. What it starts, the exit stack stops."""
 
-from __future__ import annotations
-
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from atropos_exp.assembly.check import Checked
 from atropos_exp.assembly.colocated import ColocatedTrainer
 from atropos_exp.assembly.head import Head, Prepared, prepare, start_head
 from atropos_exp.assembly.resync import Resync, ResyncedEvaluator, ResyncedSource
+from atropos_exp.interfaces import AdvantageEstimator, Engine, Evaluator, PolicyTrainer, Recorder, RolloutSource
 from atropos_exp.loop import Schedule
 from atropos_exp.parts.model.hf_folder import copy_description
 from atropos_exp.processes.ranks import Ranks
@@ -19,10 +17,7 @@ from atropos_exp.runs.checkpoints import Checkpoints
 from atropos_exp.runs.folder import RunFolder
 from atropos_exp.runs.recorder import SilentRecorder
 from atropos_exp.runs.snapshots import Snapshots
-
-if TYPE_CHECKING:
-    from atropos_exp.interfaces import AdvantageEstimator, Engine, Evaluator, PolicyTrainer, Recorder, RolloutSource
-    from atropos_exp.weights.publisher import WeightPublisher
+from atropos_exp.weights.publisher import WeightPublisher
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

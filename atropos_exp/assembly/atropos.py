@@ -1,28 +1,23 @@
 """The Atropos part of a run: gateway, API, environments and the source that reads them. Rank 0 only."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from atropos_exp.assembly.check import Checked
 from atropos_exp.errors import EngineError
+from atropos_exp.interfaces import Engine
 from atropos_exp.parts.atropos.client import Registration
 from atropos_exp.parts.atropos.environment import Facts
 from atropos_exp.parts.atropos.intake import Intake
 from atropos_exp.parts.atropos.launch import UNLIMITED_STEPS, Programs, start_programs
 from atropos_exp.parts.atropos.source import AtroposSource
+from atropos_exp.parts.gateway.client import GatewayClient
+from atropos_exp.parts.gateway.ports import Doors
 from atropos_exp.parts.model.hf_folder import vocab_size
 from atropos_exp.runs.folder import RunFolder
 from atropos_exp.runs.seeds import derive_seed
-
-if TYPE_CHECKING:
-    from atropos_exp.interfaces import Engine
-    from atropos_exp.parts.gateway.client import GatewayClient
-    from atropos_exp.parts.gateway.ports import Doors
 
 NO_TOKEN = "x"  # an environment's OpenAI client wants a key, whatever it is
 

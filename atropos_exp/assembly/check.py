@@ -1,7 +1,5 @@
 """`validate`: everything that can be known to be wrong with a run before it starts, in one message."""
 
-from __future__ import annotations
-
 import copy
 import importlib.metadata
 import inspect

@@ -6,12 +6,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from atropos_exp.interfaces import PolicyTrainer
 from atropos_exp.types import Floats, TokenIds, TrainBatch, UpdateStats
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from atropos_exp.interfaces import PolicyTrainer
 
 
 class Sleeper(Protocol):

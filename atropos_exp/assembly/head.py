@@ -1,28 +1,24 @@
 """What rank 0 alone has: prompts, rewards, gateway and environments, rollouts, evaluation, logs."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from atropos_exp.assembly.atropos import Outside, read_atropos, start_gateway, start_outside, tracker_group
 from atropos_exp.assembly.check import Checked
 from atropos_exp.config.freeze import resolved
+from atropos_exp.interfaces import Engine, Evaluator, Logger, PromptLoader, RolloutSource, Scorer
 from atropos_exp.parts.data.settings import PrepareSettings
+from atropos_exp.parts.gateway.client import GatewayClient
 from atropos_exp.parts.rollout.journaled import JournaledSource
 from atropos_exp.parts.rollout.local import LocalSource
 from atropos_exp.runs.folder import RunFolder
 from atropos_exp.runs.recorder import RunRecorder
 from atropos_exp.types import Prompt, SamplingParams, TokenIds
-
-if TYPE_CHECKING:
-    from atropos_exp.interfaces import Engine, Evaluator, Logger, PromptLoader, RolloutSource, Scorer
-    from atropos_exp.parts.gateway.client import GatewayClient
 
 NUM_SAMPLES, SAMPLE_EVERY = 4, 10  # groups whose rollouts are shown as text, and every how many steps
 MAX_CANARY_TOKENS = 512

@@ -4,11 +4,9 @@
 that makes it. An option of one's own satisfies the Protocol of its group (docs/extending.md).
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from atropos_exp.config.lora import LoraSettings
 from atropos_exp.interfaces import (
@@ -20,11 +18,9 @@ from atropos_exp.interfaces import (
     RolloutSource,
 )
 from atropos_exp.parts.data.settings import PrepareSettings
+from atropos_exp.runs.sweep_backend import Backend
+from atropos_exp.runs.sweep_folder import SweepFolder
 from atropos_exp.types import Prompt
-
-if TYPE_CHECKING:
-    from atropos_exp.runs.sweep_backend import Backend
-    from atropos_exp.runs.sweep_folder import SweepFolder
 
 
 class DataPart(Protocol):

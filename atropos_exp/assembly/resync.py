@@ -1,17 +1,13 @@
 """An engine that is lost in the middle of a run: started anew, synced again, and asked once more."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 from atropos_exp.errors import EngineError, EngineLost
+from atropos_exp.interfaces import JSON, Engine, Evaluator, Publisher, RolloutSource
+from atropos_exp.processes.ranks import Ranks
 from atropos_exp.types import Dropped, RolloutGroup, SyncStats
-
-if TYPE_CHECKING:
-    from atropos_exp.interfaces import JSON, Engine, Evaluator, Publisher, RolloutSource
-    from atropos_exp.processes.ranks import Ranks
 
 log = logging.getLogger(__name__)
 

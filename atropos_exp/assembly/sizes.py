@@ -1,18 +1,13 @@
 """Sizes that follow from the configuration, and what refuses to fit together."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from atropos_exp.assembly.options import ClusterPart
 from atropos_exp.config.root import RunConfig
 from atropos_exp.config.typed import Mistake
-
-if TYPE_CHECKING:
-    from atropos_exp.assembly.options import ClusterPart
-    from atropos_exp.interfaces import AdvantageEstimator
-    from atropos_exp.parts.trainer.settings import TrainerSettings
+from atropos_exp.interfaces import AdvantageEstimator
+from atropos_exp.parts.trainer.settings import TrainerSettings
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

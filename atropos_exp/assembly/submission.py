@@ -1,7 +1,5 @@
 """How a run gets its ranks: here and now, or from a queue, with its folder and its configuration fixed beforehand."""
 
-from __future__ import annotations
-
 import json
 import os
 from datetime import datetime

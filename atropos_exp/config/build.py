@@ -1,7 +1,5 @@
 """From a node of the configuration to the settings object that its `_target_` names."""
 
-from __future__ import annotations
-
 import importlib
 import re
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """The command line: Hydra composes, mistakes end in one message and exit code 2, and every job's code is kept."""
 
-from __future__ import annotations
-
 import os
 import sys
 from argparse import Namespace

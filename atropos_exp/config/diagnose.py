@@ -1,7 +1,5 @@
 """Hydra stops at the first override that it cannot apply. This finds all of them, and says it in our words."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """What is written of a configuration: the resolved file without secrets, and the hash that identifies its results."""
 
-from __future__ import annotations
-
 import copy
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """`model.lora`: read by the model, the trainer and the engine."""
 
-from __future__ import annotations
-
 from typing import Annotated, Self
 
 from pydantic import Field, model_validator

@@ -1,7 +1,5 @@
 """The configuration: the facts that parts share."""
 
-from __future__ import annotations
-
 from typing import Annotated, Literal
 
 from pydantic import Field

@@ -6,8 +6,6 @@
 Each line is ok, warn or fail, with what to do. The exit code is that of the worst: 0, 1 or 2.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 import time

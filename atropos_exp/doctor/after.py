@@ -1,7 +1,5 @@
 """A run explained from its folder: how it ended, what its metrics show, where its time went, what it lost."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median

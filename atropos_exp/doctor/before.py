@@ -1,7 +1,5 @@
 """Everything that a configuration needs, examined before it costs anything. Slow examinations run side by side."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What the metrics of a run show: each finding with its figures and steps."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from statistics import fmean, median, pvariance

@@ -1,7 +1,5 @@
 """One line of the doctor: what was examined, its state, and what to do about it."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum

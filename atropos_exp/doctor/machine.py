@@ -1,7 +1,5 @@
 """The machine: devices, memory, disk, write access."""
 
-from __future__ import annotations
-
 import os
 import resource
 import shutil

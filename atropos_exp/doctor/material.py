@@ -1,7 +1,5 @@
 """Model files, tokenizer, data and reward, tried on real rows."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import os

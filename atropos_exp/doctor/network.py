@@ -1,7 +1,5 @@
 """The ports that the run will listen on, and the Atropos API that it will train from."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Programs in environments of their own: the engine's interpreter and the Atropos environment's."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

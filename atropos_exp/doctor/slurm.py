@@ -1,7 +1,5 @@
 """What Slurm's limits allow, compared with what `cluster=slurm` asks for."""
 
-from __future__ import annotations
-
 import re
 import shutil
 import subprocess

@@ -1,7 +1,5 @@
 """A run that is still going on: is there progress, and if not, which of its processes is it waiting for?"""
 
-from __future__ import annotations
-
 import os
 import re
 import socket

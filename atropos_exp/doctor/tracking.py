@@ -1,7 +1,5 @@
 """Where the run is tracked: W&B's key and server, or nowhere."""
 
-from __future__ import annotations
-
 import importlib.util
 import os
 import socket

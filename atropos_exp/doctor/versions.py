@@ -1,7 +1,5 @@
 """The installed libraries, compared with those that this package was written for."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import sys
 from pathlib import Path

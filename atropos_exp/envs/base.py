@@ -1,7 +1,5 @@
 """The base of this project's environments: an atroposlib `BaseEnv` that reads the run's configuration."""
 
-from __future__ import annotations
-
 import asyncio
 import ipaddress
 import json

@@ -5,8 +5,6 @@ the calculator evaluates for it. After an answer the calculator puts the right r
 one mistake does not spoil the rest and every episode of a group faces the same sums.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass

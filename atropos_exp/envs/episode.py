@@ -1,7 +1,5 @@
 """A sequence under construction: the environment's tokens are context, the policy's tokens are trained."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from typing import Any
 

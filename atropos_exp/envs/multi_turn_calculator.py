@@ -4,8 +4,6 @@ python -m atropos_exp.envs.multi_turn_calculator serve --env.run_config RUN/conf
     --env.token_advantages true --env.rollout_server_url … --openai.base_url …
 """
 
-from __future__ import annotations
-
 import asyncio
 import time
 from dataclasses import dataclass, replace

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
@@ -13,12 +13,10 @@ from atropos_exp.config.build import build_into
 from atropos_exp.config.root import RunConfig
 from atropos_exp.config.typed import Mistake, construct
 from atropos_exp.errors import UserError
-
-if TYPE_CHECKING:
-    from atropos_exp.parts.data.verl import VerlData
-    from atropos_exp.parts.eval.held_out import HeldOut
-    from atropos_exp.parts.model.settings import ModelSettings
-    from atropos_exp.parts.reward.base import PooledReward
+from atropos_exp.parts.data.verl import VerlData
+from atropos_exp.parts.eval.held_out import HeldOut
+from atropos_exp.parts.model.settings import ModelSettings
+from atropos_exp.parts.reward.base import PooledReward
 
 GROUPS = ("model", "data", "reward", "eval")
 

@@ -1,7 +1,5 @@
 """Samples from the engine through atroposlib's server manager: token ids in, token ids and logprobs out."""
 
-from __future__ import annotations
-
 import asyncio
 import math
 from collections.abc import Sequence

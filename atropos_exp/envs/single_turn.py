@@ -4,15 +4,13 @@ python -m atropos_exp.envs.single_turn serve --env.run_config RUN/config.yaml \
     --env.rollout_server_url http://127.0.0.1:8000 --openai.base_url http://127.0.0.1:9004/v1
 """
 
-from __future__ import annotations
-
 import asyncio
 import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from atropos_exp.processes.startup import no_collections, tokenizers_only
 
@@ -24,10 +22,8 @@ from atropos_exp.envs.base import RunEnv
 from atropos_exp.envs.episode import Episode
 from atropos_exp.envs.sampler import SampledTurn, SamplerEngine
 from atropos_exp.envs.stream import StreamPosition
+from atropos_exp.interfaces import PromptLoader, Scorer
 from atropos_exp.types import Prompt, RewardFailure
-
-if TYPE_CHECKING:
-    from atropos_exp.interfaces import PromptLoader, Scorer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,7 +1,5 @@
 """Which task comes next when several processes share one stream of tasks and any of them may restart."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from atropos_exp.runs.seeds import derive_seed

@@ -1,7 +1,5 @@
 """Chat turns as token ids that continue a conversation: earlier turns are never re-encoded."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from atropos_exp.errors import UserError

@@ -1,7 +1,5 @@
 """A program that a run starts, with its log and its exit code. It never outlives the run: `guard.py` sees to that."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

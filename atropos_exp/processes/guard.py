@@ -6,8 +6,6 @@ become children of the guard (a "subreaper"), so that none escapes. Should the g
 program. Standard library only, and no import of this package: it starts in a few hundredths of a second.
 """
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import json

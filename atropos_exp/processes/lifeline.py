@@ -4,8 +4,6 @@ Standard library only, for this is imported where milliseconds count. (`guard.py
 has a copy of its own.)
 """
 
-from __future__ import annotations
-
 import ctypes
 import signal
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Locks that are files. The kernel frees them when their holder dies, even after kill -9."""
 
-from __future__ import annotations
-
 import fcntl
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """A TCP port kept for a server that is still to start, or to start again."""
 
-from __future__ import annotations
-
 import os
 import socket
 import weakref

@@ -1,7 +1,5 @@
 """Two ways to make programs start sooner that import large libraries."""
 
-from __future__ import annotations
-
 import gc
 import os
 import sys

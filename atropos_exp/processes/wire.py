@@ -4,8 +4,6 @@ No pickle (a message can never run code) and no JSON (a number per character is 
 An array is a msgpack extension: its dtype and shape, then its bytes as they lie in memory (little endian).
 """
 
-from __future__ import annotations
-
 import math
 import struct
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """`python -m atropos_exp.report RUN [RUN …] [--out FILE]`: one HTML file of one or more runs, to open offline."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Which curves a report shows, by metric name. Charts of metrics that no run has are left out."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any

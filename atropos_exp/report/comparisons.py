@@ -4,8 +4,6 @@ A seed is the unit: two runs of one seed share data order and held-out prompts, 
 than either of them. The prompts of one evaluation are not independent runs and never count as such.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The body of a report below its curves: where time went, sample rollouts, every metric, the configuration."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """HTML by hand, escaped by default: every text goes through `escape`, every number through `figure`."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Sequence
 from html import escape

@@ -1,7 +1,5 @@
 """One HTML file of one or more runs that opens offline: all styles, scripts and numbers are inside it."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path

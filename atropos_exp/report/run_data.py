@@ -1,7 +1,5 @@
 """What a run folder holds. The run may be unfinished, failed, one step long, or half missing."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """The head of a report: who ran, how it ended, the figures that matter, what is missing."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The frame of every report: one HTML file that contains its styles, scripts and numbers."""
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import json

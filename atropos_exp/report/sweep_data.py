@@ -1,7 +1,5 @@
 """What the report of a sweep shows: points with their evaluations by seed, comparisons, curves, cost."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate

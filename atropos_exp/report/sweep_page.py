@@ -1,7 +1,5 @@
 """The report of a sweep: one HTML file that opens offline."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

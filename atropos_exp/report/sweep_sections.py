@@ -1,7 +1,5 @@
 """The sections of a sweep's page: findings, points, settings that mattered, cost, runs and failures."""
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Files that are either whole or absent, whenever the process or the machine dies."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager

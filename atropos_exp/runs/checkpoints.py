@@ -7,8 +7,6 @@
 One process writes to a folder at a time; any number may read it.
 """
 
-from __future__ import annotations
-
 import logging
 import re
 import shutil
@@ -16,16 +14,14 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from atropos_exp.errors import UserError
+from atropos_exp.interfaces import JSON
 from atropos_exp.processes.ranks import ALONE, Ranks
 from atropos_exp.runs import manifest
 from atropos_exp.runs.atomic import fsync
 from atropos_exp.runs.manifest import DamagedError
-
-if TYPE_CHECKING:
-    from atropos_exp.interfaces import JSON
 
 Value = TypeVar("Value")
 _NAME = re.compile(r"(old\.)?step_(\d{6,})(\.[0-9a-f]+)?")

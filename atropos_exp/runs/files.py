@@ -3,8 +3,6 @@
 Always written, whatever `logger` is. JSON has no NaN, so a value that is not finite is null.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import math

@@ -1,7 +1,5 @@
 """The folder of one run: a new one, or the unfinished one of the same configuration. One writer at a time."""
 
-from __future__ import annotations
-
 import json
 import os
 import socket

@@ -7,21 +7,16 @@ A folder is sealed while it still has a temporary name, then renamed: under its 
 one can tell what is missing, also after a power failure.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import xxhash
 
+from atropos_exp.interfaces import JSON
 from atropos_exp.runs.atomic import fsync
-
-if TYPE_CHECKING:
-    from atropos_exp.interfaces import JSON
 
 MANIFEST = "manifest.json"
 FORMAT = 1

@@ -1,7 +1,5 @@
 """Where a run's numbers come from: the commit, and the versions of libraries."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import platform
 import subprocess

@@ -1,18 +1,14 @@
 """What a run records at each step: metrics, a few sample rollouts, and a line for the console."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from atropos_exp.batching import token_advantages
+from atropos_exp.interfaces import Logger
 from atropos_exp.metrics import summarize
 from atropos_exp.runs.files import RunFiles
 from atropos_exp.types import Dropped, Floats, Rollout, RolloutGroup, SampleRecord, SyncStats, UpdateStats
-
-if TYPE_CHECKING:
-    from atropos_exp.interfaces import Logger
 
 
 class RunRecorder:

@@ -4,8 +4,6 @@ By the name of a key, by the value (whatever a secret-looking environment variab
 tokens), and from URLs that carry a password.
 """
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Mapping

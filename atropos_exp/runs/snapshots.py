@@ -1,15 +1,10 @@
 """A run's checkpoints as a whole: the state of the trainer and of the rollout source."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from atropos_exp.interfaces import PolicyTrainer, RolloutSource
 from atropos_exp.runs.checkpoints import Checkpoints
-
-if TYPE_CHECKING:
-    from atropos_exp.interfaces import PolicyTrainer, RolloutSource
 
 
 class Snapshots:

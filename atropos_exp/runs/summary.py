@@ -1,7 +1,5 @@
 """summary.json: what a run came to, read from its metrics.jsonl, so that the two cannot disagree."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

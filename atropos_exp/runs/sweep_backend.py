@@ -1,7 +1,5 @@
 """What executes the runs of a sweep: this machine (`sweep/local.py`), or the scheduler of a cluster."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,16 +35,12 @@ class Backend(Protocol):
         `attached`: the submitter stays and waits; if it dies, its jobs are stopped, where the backend can do that.
         Raises UserError if the jobs cannot be taken, for instance while earlier ones still run.
         """
-        ...
 
     def states(self) -> Mapping[int, RunState]:
         """Return the state of every job that was ever submitted for this sweep, by number; of its last attempt."""
-        ...
 
     def cancel(self, numbers: Sequence[int] | None = None) -> None:
         """Ask jobs (None: all) to finish their step, save and end. Returns at once; ended ones are left alone."""
-        ...
 
     def kill(self) -> None:
         """End all jobs now, without waiting for anything."""
-        ...

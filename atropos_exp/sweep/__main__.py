@@ -1,7 +1,5 @@
 """`python -m atropos_exp.sweep status|wait|resume|cancel|report DIR`: look at, continue or end a sweep."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """What a sweep varies: Hydra's override grammar as lists of override texts or as intervals."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import re

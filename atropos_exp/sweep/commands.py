@@ -1,7 +1,5 @@
 """The commands of the jobs of a sweep."""
 
-from __future__ import annotations
-
 import sys
 
 from atropos_exp.config.freeze import FROZEN

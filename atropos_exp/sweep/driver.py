@@ -1,7 +1,5 @@
 """A sweep from its plan to its last run: make or find its folder, submit what is left, watch, stop."""
 
-from __future__ import annotations
-
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """A `Backend` on this machine: a supervisor process runs the jobs, so that its caller may leave."""
 
-from __future__ import annotations
-
 import json
 import os
 import select

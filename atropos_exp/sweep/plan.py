@@ -1,7 +1,5 @@
 """From a command line to everything that a sweep will run, composed and checked before anything starts."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

@@ -1,7 +1,5 @@
 """Settings of `sweep=grid` and `sweep=optuna`: which runs a sweep has, and how many of them run at once."""
 
-from __future__ import annotations
-
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field

@@ -1,7 +1,5 @@
 """The start of a sweep from a command line, and its end with a report."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 

@@ -4,8 +4,6 @@ It holds `local.lock` of the sweep while it lives. What it starts ends with it: 
 after a SIGKILL of this process.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import signal

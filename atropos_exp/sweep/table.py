@@ -15,13 +15,12 @@ from typing import TYPE_CHECKING
 from atropos_exp.runs.files import last_step, read_metrics
 from atropos_exp.runs.summary import eval_accuracy
 from atropos_exp.runs.sweep_folder import Phase, RunRecord, RunState, SweepFolder, describe_point
+from atropos_exp.sweep.driver import Sweep
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.live import Live
     from rich.table import Table
-
-    from atropos_exp.sweep.driver import Sweep
 
 COLOURS = {Phase.FINISHED: "green", Phase.PRUNED: "cyan", Phase.RUNNING: "blue", Phase.PENDING: "dim",
            Phase.STOPPED: "yellow", Phase.CANCELLED: "yellow"}  # fmt: skip

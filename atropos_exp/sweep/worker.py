@@ -1,7 +1,5 @@
 """A worker of a search: claims trials until there are enough, and watches the run of each."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

@@ -1,7 +1,5 @@
 """The server's account of a weight update: what must arrive, what has arrived, and whether it is one policy."""
 
-from __future__ import annotations
-
 import contextlib
 import time
 from collections.abc import Iterator, Mapping

@@ -1,7 +1,5 @@
 """Which transport carries the weights: the names that `engine.transport` knows, and which one suits which GPUs."""
 
-from __future__ import annotations
-
 import importlib
 import os
 import re

@@ -1,7 +1,5 @@
 """`engine.transport=disk`: weights through a file, for machines without shared memory, or to look at what was sent."""
 
-from __future__ import annotations
-
 import contextlib
 import tempfile
 from pathlib import Path

@@ -1,17 +1,11 @@
 """`engine.transport=cuda_ipc+nccl` and `shm+gloo`: some servers are on the trainer's GPU, others are not."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Collection, Iterator
-from typing import TYPE_CHECKING
 
 from atropos_exp.processes.wire import Message
-from atropos_exp.weights.transport import Bucket
-
-if TYPE_CHECKING:
-    from atropos_exp.weights.group_transport import GroupTransport
-    from atropos_exp.weights.transport import Transport
+from atropos_exp.weights.group_transport import GroupTransport
+from atropos_exp.weights.transport import Bucket, Transport
 
 MIXED = ("cuda_ipc+nccl", "shm+gloo")  # near + far; the second one is how the first is tested without GPUs
 

@@ -13,6 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING
 
 from atropos_exp.errors import EngineError, SyncError
+from atropos_exp.interfaces import Engine, PolicyTrainer, WeightReceiver
 from atropos_exp.processes.ranks import Ranks
 from atropos_exp.types import Floats, SyncStats, TokenIds
 from atropos_exp.weights.proof import SentTensors, check_canary, check_complete, check_digests, check_finite
@@ -20,8 +21,6 @@ from atropos_exp.weights.tensors import is_adapter, torch_dtype
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from atropos_exp.interfaces import Engine, PolicyTrainer, WeightReceiver
 
 # Mean |engine - trainer| logprob of the canary's tokens, in nats, that rounding explains, by the dtype of the served
 # weights. SmolLM2-135M in bfloat16 at temperature 0.7 was seen at 0.09 to 0.18, plain transformers against itself in

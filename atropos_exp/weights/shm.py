@@ -1,7 +1,5 @@
 """`engine.transport=shm`: weights through shared memory on the host."""
 
-from __future__ import annotations
-
 import mmap
 import os
 from pathlib import Path

@@ -35,34 +35,27 @@ class Transport(Protocol):
     @property
     def on_device(self) -> bool:
         """Whether `sending` takes tensors on the trainer's GPU, which then never leave it."""
-        ...
 
     @property
     def inherited_fds(self) -> tuple[int, ...]:
         """File descriptors that every server process must inherit."""
-        ...
 
     def arguments(self, server: int) -> list[str]:
         """Command-line options that tell the engine's server with this number (0, 1, …) where buckets arrive."""
-        ...
 
     def sending(self, bucket: Bucket) -> AbstractContextManager[Message]:
         """Write the bucket, or begin to send it. Inside the block, hand the message to every server, and leave when all
         of them have loaded the bucket: the next one may overwrite it. Leaving by an exception gives the bucket up.
         Raises EngineError if the bucket does not get through."""
-        ...
 
     def clear(self) -> None:
         """Release the space of the last bucket. The transport can go on."""
-        ...
 
     def reset(self) -> None:
         """Forget all servers' connections: one of them has been restarted."""
-        ...
 
     def close(self) -> None:
         """Release everything. The servers have ended. May be called twice."""
-        ...
 
 
 class StoredTransport:

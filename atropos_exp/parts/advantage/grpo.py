@@ -10,8 +10,6 @@ deviation would give prompts that are almost always or almost never solved a lar
 Example: rewards 1, 0, 0, 0 have mean 0.25 and std 0.5, so A = 1.5, -0.5, -0.5, -0.5; Dr. GRPO: 0.75 and -0.25.
 """
 
-from __future__ import annotations
-
 from typing import Any, ClassVar
 
 from atropos_exp.parts.advantage.base import Epsilon, VerlAdvantage

@@ -7,8 +7,6 @@ The best rollout of a group gets its lead over the second best, every other one 
 With `norm_by_std=false` the lead is not divided. If two rollouts share the highest reward, nobody gets an advantage.
 """
 
-from __future__ import annotations
-
 from typing import Any, ClassVar
 
 from atropos_exp.parts.advantage.base import Epsilon, VerlAdvantage

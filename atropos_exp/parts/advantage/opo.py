@@ -7,8 +7,6 @@ A longer rollout has a larger gradient, so its reward counts more in the group's
 Example: rewards 1, 0 of rollouts with 3 and 1 trained tokens have the baseline 0.75, so A = 0.25, -0.75.
 """
 
-from __future__ import annotations
-
 from typing import ClassVar
 
 from atropos_exp.parts.advantage.base import ComparedRollouts, VerlAdvantage

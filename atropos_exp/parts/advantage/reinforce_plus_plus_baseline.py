@@ -7,8 +7,6 @@ Every trained token t of rollout i gets the centred reward, whitened over all su
 mean_t and var_t (unbiased) run over tokens, so a rollout counts once per trained token.
 """
 
-from __future__ import annotations
-
 from typing import ClassVar
 
 import numpy as np

@@ -7,8 +7,6 @@ The baseline of rollout i is the mean reward of the other rollouts of its group,
 Example: rewards 1, 0, 0, 0 give A = 1, -1/3, -1/3, -1/3.
 """
 
-from __future__ import annotations
-
 from typing import ClassVar
 
 from atropos_exp.parts.advantage.base import VerlAdvantage

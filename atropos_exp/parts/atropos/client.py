@@ -1,7 +1,5 @@
 """A client of the Atropos API. Every call has a deadline, and one that takes data from a queue is never repeated."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any

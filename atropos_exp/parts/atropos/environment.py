@@ -1,7 +1,5 @@
 """`conf/env`: how to start the processes of an Atropos environment, from this project or elsewhere."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import sys

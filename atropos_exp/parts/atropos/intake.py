@@ -1,21 +1,17 @@
 """From what environments sent to typed groups. An invalid group is dropped and counted by reason."""
 
-from __future__ import annotations
-
 import hashlib
 import logging
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from atropos_exp.errors import EngineError
+from atropos_exp.interfaces import Ledger
 from atropos_exp.parts.atropos.scored_data import Rejected, ScoredGroup, ScoredSequence, read_group
 from atropos_exp.types import Finish, Provenance, Rollout, RolloutGroup
-
-if TYPE_CHECKING:
-    from atropos_exp.interfaces import Ledger
 
 log = logging.getLogger(__name__)
 

@@ -1,7 +1,5 @@
 """Starts what `rollout=atropos|auto` needs: finds the API, or launches it and its environments under supervision."""
 
-from __future__ import annotations
-
 import logging
 import sys
 from collections.abc import Callable

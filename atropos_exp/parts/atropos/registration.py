@@ -1,7 +1,5 @@
 """Registering a run with an Atropos API, and making sure that the API serves it."""
 
-from __future__ import annotations
-
 import logging
 
 from atropos_exp.errors import UserError

@@ -4,8 +4,6 @@ Lengths: G sequences, the i-th of T_i tokens. `masks` are Hugging Face labels, u
 is trained, -100 where not. `inference_logprobs` hold 1.0 where nothing was sampled. See atroposlib's api/README.md.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """`conf/atropos`: which Atropos API a run trains from, and how patient it is."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Annotated
 

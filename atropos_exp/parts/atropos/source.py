@@ -1,28 +1,24 @@
 """Rollouts from an Atropos API: one batch an update. It tells an API that is down from one that forgot this run and
 one that is silent, and says which."""
 
-from __future__ import annotations
-
 import logging
 import random
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from atropos_exp.errors import SourceUnavailable
+from atropos_exp.interfaces import JSON
 from atropos_exp.parts.atropos.client import ApiDown, ApiLost, BatchLost, Registration
 from atropos_exp.parts.atropos.intake import Intake
+from atropos_exp.parts.atropos.launch import Programs
 from atropos_exp.parts.atropos.registration import ForeignRun, register
+from atropos_exp.parts.atropos.settings import AtroposSettings
 from atropos_exp.parts.atropos.stall import explain
 from atropos_exp.types import Dropped, RolloutGroup
-
-if TYPE_CHECKING:
-    from atropos_exp.interfaces import JSON
-    from atropos_exp.parts.atropos.launch import Programs
-    from atropos_exp.parts.atropos.settings import AtroposSettings
 
 log = logging.getLogger(__name__)
 

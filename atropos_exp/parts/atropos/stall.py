@@ -1,7 +1,5 @@
 """Finds out why no batch comes although the API answers."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 

@@ -4,8 +4,6 @@ An environment ends by itself when its API restarts or is reset, so it is starte
 environment's share of every batch until it is deregistered, so it is.
 """
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import threading

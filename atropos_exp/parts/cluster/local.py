@@ -1,7 +1,5 @@
 """Ranks on this machine: the run starts itself once per rank when it wants more than one."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

@@ -1,7 +1,5 @@
 """How many rows became prompts, and why the others did not."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 

@@ -9,12 +9,11 @@ import numpy as np
 
 from atropos_exp.errors import UserError
 from atropos_exp.parts.data.schema import join_contents
+from atropos_exp.parts.data.settings import DataSettings
 from atropos_exp.types import TokenIds
 
 if TYPE_CHECKING:
     import pyarrow as pa
-
-    from atropos_exp.parts.data.settings import DataSettings
 
 _CHUNK = 2048  # prompts tokenised at a time: keeps the tokenizer's threads busy and memory flat
 

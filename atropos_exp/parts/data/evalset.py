@@ -10,13 +10,12 @@ from atropos_exp.errors import UserError
 from atropos_exp.parts.data.encode import Encoder
 from atropos_exp.parts.data.mix import permutation
 from atropos_exp.parts.data.quarantine import refuse_too_many_bad
+from atropos_exp.parts.data.settings import DataSettings
 from atropos_exp.parts.data.source import RawSource, prepare_source, read_source, refuse_empty, unique_ids
 from atropos_exp.types import Prompt
 
 if TYPE_CHECKING:
     import pyarrow as pa
-
-    from atropos_exp.parts.data.settings import DataSettings
 
 _SEED = 0  # fixed, so that runs of different seeds are compared on the same prompts
 

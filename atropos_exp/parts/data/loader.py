@@ -1,22 +1,18 @@
 """The endless stream of training prompts, whose position is a single number."""
 
-from __future__ import annotations
-
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from atropos_exp.errors import UserError
+from atropos_exp.interfaces import JSON
 from atropos_exp.parts.data.counts import DataCounts, add
 from atropos_exp.parts.data.encode import Encoder
 from atropos_exp.parts.data.evalset import keys_of, read_eval
 from atropos_exp.parts.data.mix import Mix, apportion
 from atropos_exp.parts.data.quarantine import refuse_too_many_bad, write_quarantine
+from atropos_exp.parts.data.settings import DataSettings
 from atropos_exp.parts.data.source import RawSource, Source, prepare_source, read_source, refuse_empty, unique_ids
 from atropos_exp.types import Prompt
-
-if TYPE_CHECKING:
-    from atropos_exp.interfaces import JSON
-    from atropos_exp.parts.data.settings import DataSettings
 
 STATE_VERSION = 1
 

@@ -5,8 +5,6 @@ places, spread evenly, so that every stretch of the stream holds its share to wi
 Each source is walked in its own order: a fresh permutation whenever all of its prompts have been used.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import lru_cache
 

@@ -1,7 +1,5 @@
 """From paths as the user wrote them (`~`, globs, a string or a list) to existing files."""
 
-from __future__ import annotations
-
 import difflib
 import glob
 from collections.abc import Sequence

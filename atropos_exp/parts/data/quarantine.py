@@ -1,18 +1,13 @@
 """Bad rows: each is recorded in quarantine.jsonl, and too many are refused."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from atropos_exp.errors import UserError
+from atropos_exp.parts.data.source import RawSource
 from atropos_exp.runs.atomic import write_atomic
-
-if TYPE_CHECKING:
-    from atropos_exp.parts.data.source import RawSource
 
 FILE_NAME = "quarantine.jsonl"
 

@@ -4,8 +4,6 @@ Used by `data.hf_datasets` on the fly and by the builders of `data_prep`, so tha
 A row without a usable answer gets the ground_truth None, and the schema check then quarantines it.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The settings of `conf/data`: which prompts a run sees, and in which form."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path

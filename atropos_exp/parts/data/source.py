@@ -11,6 +11,7 @@ import numpy as np
 
 from atropos_exp.errors import UserError
 from atropos_exp.parts.data.counts import SourceCounts
+from atropos_exp.parts.data.encode import Encoder
 from atropos_exp.parts.data.fingerprint import content_hash
 from atropos_exp.parts.data.hub import read_verl
 from atropos_exp.parts.data.parquet import read_parquet
@@ -20,8 +21,6 @@ from atropos_exp.types import Prompt, TokenIds
 
 if TYPE_CHECKING:
     import pyarrow as pa
-
-    from atropos_exp.parts.data.encode import Encoder
 
 _CHUNK = 8192  # rows tokenised before looking whether there are enough
 

@@ -1,15 +1,11 @@
 """`conf/data`: prompts in verl's schema, from parquet files or Hugging Face data sets."""
 
-from __future__ import annotations
-
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from atropos_exp.parts.data.loader import AtroposDataLoader
 from atropos_exp.parts.data.settings import DataSettings
 from atropos_exp.types import Prompt
-
-if TYPE_CHECKING:
-    from atropos_exp.parts.data.loader import AtroposDataLoader
 
 
 class VerlData(DataSettings):

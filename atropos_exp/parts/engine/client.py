@@ -1,21 +1,16 @@
 """The trainer's side of one engine server: each call is one request to its process, answered within a deadline."""
 
-from __future__ import annotations
-
 import contextlib
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from atropos_exp.errors import EngineError, EngineLost, UserError, WireError
+from atropos_exp.parts.engine.process import ServerProcess
 from atropos_exp.processes.wire import HEARTBEAT, Message, flatten, pack, split, unpack
 from atropos_exp.types import Endpoint, Finish, Floats, Sample, SamplingParams, TokenIds
-
-if TYPE_CHECKING:
-    from atropos_exp.parts.engine.process import ServerProcess
-    from atropos_exp.weights.transport import Transport
+from atropos_exp.weights.transport import Transport
 
 
 class EngineClient:

@@ -1,7 +1,5 @@
 """Which GPUs each of an engine's servers gets."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 

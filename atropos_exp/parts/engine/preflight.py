@@ -1,7 +1,5 @@
 """Checks of an engine's environment before any process of the run starts."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from collections.abc import Sequence

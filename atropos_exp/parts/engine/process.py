@@ -1,7 +1,5 @@
 """One server process of an engine: its command, address, token and restarts."""
 
-from __future__ import annotations
-
 import secrets
 import sys
 from collections.abc import Sequence

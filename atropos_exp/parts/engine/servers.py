@@ -1,19 +1,14 @@
 """The `Engine` that a run talks to: one server, or several of the same model (data-parallel sampling)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack
-from typing import TYPE_CHECKING
 
 from atropos_exp.errors import EngineError
+from atropos_exp.interfaces import WeightReceiver
+from atropos_exp.parts.engine.client import EngineClient
 from atropos_exp.parts.engine.update import together, update
 from atropos_exp.types import Endpoint, Floats, Sample, SamplingParams, TokenIds
-
-if TYPE_CHECKING:
-    from atropos_exp.interfaces import WeightReceiver
-    from atropos_exp.parts.engine.client import EngineClient
-    from atropos_exp.weights.transport import Transport
+from atropos_exp.weights.transport import Transport
 
 
 class Servers:

@@ -8,12 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from atropos_exp.errors import EngineError, EngineLost
+from atropos_exp.parts.engine.client import EngineClient
+from atropos_exp.weights.transport import Transport
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from atropos_exp.parts.engine.client import EngineClient
-    from atropos_exp.weights.transport import Transport
 
 Item = TypeVar("Item")
 Value = TypeVar("Value")

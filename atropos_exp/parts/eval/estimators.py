@@ -1,7 +1,5 @@
 """Confidence intervals and pass@k for held-out evaluation."""
 
-from __future__ import annotations
-
 import math
 from statistics import NormalDist
 

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from atropos_exp.config.settings import Index, NotNegative, Settings
+from atropos_exp.interfaces import Engine, Scorer
 from atropos_exp.metrics import slug
 from atropos_exp.parts.eval.estimators import mean_interval, pass_at_k, wilson_interval
 from atropos_exp.runs.seeds import derive_seed
 from atropos_exp.types import Prompt, RewardFailure, SamplingParams
-
-if TYPE_CHECKING:
-    from atropos_exp.interfaces import Engine, Scorer
 
 
 class HeldOut(Settings):

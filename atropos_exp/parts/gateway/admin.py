@@ -1,7 +1,5 @@
 """The routes that only the trainer may call: ledger, hold, counters. Their messages are those of `wire.py`."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

@@ -1,7 +1,5 @@
 """The trainer's side of the gateway: starts, restarts and stops its process, and sends it the trainer's requests."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import http.client

@@ -1,7 +1,5 @@
 """What the gateway counts. Totals only grow; gauges are present values."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping
 

@@ -1,7 +1,5 @@
 """Holds requests while weights change: they wait, then go on. Only after `max_hold_seconds` are they refused."""
 
-from __future__ import annotations
-
 import asyncio
 import time
 

@@ -1,7 +1,5 @@
 """The memory of what was sampled and by which weights, so that sequences that come back are recognised."""
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass

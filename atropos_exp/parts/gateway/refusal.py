@@ -1,7 +1,5 @@
 """The error for a request that is not served."""
 
-from __future__ import annotations
-
 # Why a request was refused: the names of the counters `refused_<reason>`.
 REASONS = ("parameter", "value", "length", "body", "route", "token", "hold", "engine")
 

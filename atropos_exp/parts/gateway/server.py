@@ -3,8 +3,6 @@
 It listens on sockets inherited from its parent, writes no files, and ends with its parent (`processes/child.py`).
 """
 
-from __future__ import annotations
-
 import asyncio
 import gc
 import json

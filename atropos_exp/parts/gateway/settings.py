@@ -1,20 +1,16 @@
 """`gateway=default`: the settings of the gateway, the one address that environments talk to."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Self
+from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
 from atropos_exp.config.settings import Seconds, Settings
 from atropos_exp.errors import UserError
+from atropos_exp.parts.gateway.client import GatewayClient
+from atropos_exp.parts.gateway.ports import Doors
 from atropos_exp.types import Endpoint
-
-if TYPE_CHECKING:
-    from atropos_exp.parts.gateway.client import GatewayClient
-    from atropos_exp.parts.gateway.ports import Doors
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 ENVIRONMENT_LIMIT = 600.0  # seconds after which an Atropos environment gives a rollout up (its worker_timeout)

@@ -1,7 +1,5 @@
 """Text to token ids and back, with the model folder's tokenizer and chat template."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The gateway's client of one of the engine's servers: every call is one exchange with a deadline."""
 
-from __future__ import annotations
-
 import asyncio
 from dataclasses import asdict, dataclass
 

@@ -1,7 +1,5 @@
 """The engine's servers together: which one gets a request, and which one replaces a server that is gone."""
 
-from __future__ import annotations
-
 import asyncio
 import time
 from collections import OrderedDict

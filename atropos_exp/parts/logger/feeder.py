@@ -1,7 +1,5 @@
 """Feeds JSON lines to a child process without ever waiting for it: what a full queue cannot take is counted."""
 
-from __future__ import annotations
-
 import json
 import logging
 import os

@@ -5,8 +5,6 @@ of that to the run. The run only puts messages into a bounded queue; a thread fe
 (`remote_process.py`). If the run is killed, the process sees its input end and still uploads what it has.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict

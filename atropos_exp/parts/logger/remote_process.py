@@ -4,8 +4,6 @@ It reads messages from standard input and writes reports to standard output, a J
 prints goes to standard error, a log file of the run. `remote.py` is the other half. Standard library only.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import sys

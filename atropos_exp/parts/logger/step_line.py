@@ -1,7 +1,5 @@
 """A step as one line of text, and warnings for what happens for the first time."""
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Iterator, Mapping
 

@@ -1,7 +1,5 @@
 """`logger=trackio`: a local dashboard beside the console, fed by a process of its own (`remote.py` says why)."""
 
-from __future__ import annotations
-
 import importlib.util
 from collections.abc import Iterator, Mapping
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The process that writes trackio's database; `trackio.py` starts it. It ends by itself when its input ends."""
 
-from __future__ import annotations
-
 import os
 
 from atropos_exp.parts.logger.remote_process import brief, connect, end_within, record

@@ -1,7 +1,5 @@
 """`logger=wandb`: Weights & Biases beside the console, from a process of its own (`remote.py` says why)."""
 
-from __future__ import annotations
-
 import secrets
 from collections.abc import Mapping
 from enum import Enum

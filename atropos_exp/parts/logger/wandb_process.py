@@ -5,8 +5,6 @@ one process. It ends by itself when its input ends (the run was closed, or died)
 later.
 """
 
-from __future__ import annotations
-
 import glob
 import netrc
 import os

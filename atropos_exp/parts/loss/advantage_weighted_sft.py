@@ -6,8 +6,6 @@ This is REINFORCE (Williams 1992), which GPG (Chu et al. 2025, arXiv:2504.02546)
 plays no part, so make one optimizer step per batch, or accept that later ones are off-policy.
 """
 
-from __future__ import annotations
-
 from typing import ClassVar
 
 from atropos_exp.parts.loss.base import AveragedLoss

@@ -5,8 +5,6 @@
 PPO's clip, in contrast, gives a token whose ratio has left the interval no gradient at all.
 """
 
-from __future__ import annotations
-
 from typing import ClassVar
 
 from atropos_exp.parts.loss.base import AveragedLoss, ClippedRatio

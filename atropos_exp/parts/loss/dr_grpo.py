@@ -6,8 +6,6 @@ Dividing by each sequence's own length T_i instead, as GRPO does, makes long wro
 `scale_factor` is `max_response_length` by default. The other half of Dr. GRPO is `advantage=dr_grpo`.
 """
 
-from __future__ import annotations
-
 from atropos_exp.config.settings import Count
 from atropos_exp.parts.loss.ppo_clip import DualClip
 

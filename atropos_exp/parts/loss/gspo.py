@@ -7,8 +7,6 @@ In the cost of token t, only that token's own logprob carries the gradient of s_
 of whole sequences, s_i stays close to 1: its bounds are far narrower than PPO's.
 """
 
-from __future__ import annotations
-
 from typing import ClassVar
 
 from atropos_exp.parts.loss.base import AveragedLoss, ClippedRatio

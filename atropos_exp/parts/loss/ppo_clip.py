@@ -8,8 +8,6 @@ cost where the advantage is negative, for there rho_it, and so the gradient, cou
 optimizer step of a batch rho_it is 1, and the gradient is that of -A_it * logprob_it.
 """
 
-from __future__ import annotations
-
 from typing import Annotated, ClassVar
 
 from pydantic import Field

@@ -1,7 +1,5 @@
 """Facts about a Hugging Face model folder, read from its JSON files without loading the model."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

@@ -1,7 +1,5 @@
 """`model=…` from the Hugging Face hub, a local folder, or HDFS."""
 
-from __future__ import annotations
-
 import logging
 import os
 import re

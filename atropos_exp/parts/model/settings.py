@@ -1,7 +1,5 @@
 """What all `model=` options share: their settings, and facts about the model's folder."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Any, Literal, Self

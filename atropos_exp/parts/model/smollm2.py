@@ -3,8 +3,6 @@
 The package carries a 4-bit GGUF. It is converted once into a Hugging Face folder in the cache.
 """
 
-from __future__ import annotations
-
 import hashlib
 import importlib.util
 import logging

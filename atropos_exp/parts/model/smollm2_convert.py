@@ -4,8 +4,6 @@ transformers' own conversion of this tokenizer is wrong in two ways: it names `<
 sequence, so no turn would ever end, and it forgets that SmolLM2 splits off every digit before the merges.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

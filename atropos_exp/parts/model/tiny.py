@@ -1,7 +1,5 @@
 """`model=tiny`: the small Qwen2 that ships in this package (`tiny_weights/`, built by `data_prep/tiny_model.py`)."""
 
-from __future__ import annotations
-
 import hashlib
 from pathlib import Path
 

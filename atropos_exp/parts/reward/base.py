@@ -1,7 +1,5 @@
 """The settings that all rewards share: how their processes are run."""
 
-from __future__ import annotations
-
 from typing import Annotated
 
 from pydantic import Field

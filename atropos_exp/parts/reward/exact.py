@@ -1,7 +1,5 @@
 """`reward=exact`: 1 if the answer is the ground truth letter by letter, else 0."""
 
-from __future__ import annotations
-
 import re
 import unicodedata
 from typing import Annotated

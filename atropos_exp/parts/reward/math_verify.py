@@ -1,7 +1,5 @@
 """`reward=math_verify`: 1 if the answer is mathematically equal to the ground truth (library math-verify), else 0."""
 
-from __future__ import annotations
-
 import logging
 from typing import Any
 

@@ -1,7 +1,5 @@
 """`reward=numeric`: 1 if the answer's number equals the ground truth's, else 0."""
 
-from __future__ import annotations
-
 from typing import Annotated
 
 from pydantic import Field

@@ -14,14 +14,12 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from atropos_exp.errors import UserError
+from atropos_exp.interfaces import Reward
 from atropos_exp.parts.reward import worker as wire
 from atropos_exp.types import Prompt, RewardFailure
-
-if TYPE_CHECKING:
-    from atropos_exp.interfaces import Reward
 
 LOAD_SECONDS = 180.0  # to import a reward's libraries
 REPLY_SECONDS = 30.0  # to fork, or to accept a chunk

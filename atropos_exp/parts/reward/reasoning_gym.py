@@ -1,7 +1,5 @@
 """`reward=reasoning_gym`: the score that a reasoning_gym task's own verifier gives."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from functools import lru_cache

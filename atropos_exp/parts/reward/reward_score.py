@@ -1,7 +1,5 @@
 """`reward=reward_score`: verl's own scorers, chosen by the prompt's data source, as in published verl runs."""
 
-from __future__ import annotations
-
 from atropos_exp.errors import UserError
 from atropos_exp.parts.reward.base import PooledReward
 from atropos_exp.types import Prompt

@@ -8,8 +8,6 @@ No process outlives the run: the template kills all workers and leaves when the 
 the kernel does for a killed pool; a worker is killed by the kernel when the template is gone.
 """
 
-from __future__ import annotations
-
 import contextlib
 import gc
 import math
@@ -23,13 +21,11 @@ import struct
 import sys
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from atropos_exp.errors import UserError
+from atropos_exp.interfaces import Reward
 from atropos_exp.processes import lifeline
-
-if TYPE_CHECKING:
-    from atropos_exp.interfaces import Reward
 
 SCORE, NON_FINITE, ERROR, USER_ERROR = range(4)  # kinds of a result
 RESULT = struct.Struct("<BdH")  # kind, score, length of the text that follows

@@ -1,13 +1,9 @@
 """`rollout=atropos`: every group comes from an Atropos API; without one the run ends and says why."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from atropos_exp.config.settings import Settings
-
-if TYPE_CHECKING:
-    from atropos_exp.interfaces import RemoteSource, RolloutSource
+from atropos_exp.interfaces import RemoteSource, RolloutSource
 
 
 class AtroposRollout(Settings):

@@ -1,18 +1,14 @@
 """`rollout=auto`: rollouts from Atropos while it delivers, local ones while it does not."""
 
-from __future__ import annotations
-
 import logging
 from collections import Counter
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from atropos_exp.config.settings import Settings
 from atropos_exp.errors import SourceUnavailable
+from atropos_exp.interfaces import JSON, RemoteSource, RolloutSource
 from atropos_exp.types import Dropped, RolloutGroup
-
-if TYPE_CHECKING:
-    from atropos_exp.interfaces import JSON, RemoteSource, RolloutSource
 
 log = logging.getLogger(__name__)
 

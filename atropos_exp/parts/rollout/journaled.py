@@ -1,16 +1,11 @@
 """A rollout source that writes every step to disk before it is trained on, and replays it after a crash."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from atropos_exp.interfaces import JSON, RolloutSource
 from atropos_exp.runs.journal import Journal, read_journal, write_journal
 from atropos_exp.types import Dropped, RolloutGroup
-
-if TYPE_CHECKING:
-    from atropos_exp.interfaces import JSON, RolloutSource
 
 
 class JournaledSource:

@@ -1,20 +1,16 @@
 """`rollout=local`: prompts from the data, completions from the engine, scores from the reward; one turn each."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
 from atropos_exp.config.settings import Settings
+from atropos_exp.interfaces import JSON, Engine, PromptLoader, RemoteSource, RolloutSource, Scorer
 from atropos_exp.runs.seeds import derive_seed
 from atropos_exp.types import Dropped, Finish, Prompt, RewardFailure, Rollout, RolloutGroup, Sample, SamplingParams
-
-if TYPE_CHECKING:
-    from atropos_exp.interfaces import JSON, Engine, PromptLoader, RemoteSource, RolloutSource, Scorer
 
 
 class LocalRollout(Settings):

@@ -6,8 +6,6 @@ each. No mask of the size S x S is ever built. With Ulysses sequence parallelism
 the ranks trade their part of the sequence for their part of the heads before, and back after.
 """
 
-from __future__ import annotations
-
 import inspect
 from functools import cache
 from typing import Any

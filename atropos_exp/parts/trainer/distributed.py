@@ -1,7 +1,5 @@
 """Joining the ranks (one process per device, started by python, torchrun or srun), and collectives over them."""
 
-from __future__ import annotations
-
 import os
 from datetime import timedelta
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The FLOPs that an update needs and the devices' peak, from which `throughput/mfu` is computed."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from atropos_exp.errors import UserError
+from atropos_exp.interfaces import PolicyLoss
 from atropos_exp.parts.trainer.settings import ModelChoice, TrainerSettings, require_ranks
 
 if TYPE_CHECKING:
-    from atropos_exp.interfaces import PolicyLoss
     from atropos_exp.parts.trainer.policy_trainer import FSDP2Trainer
 
 

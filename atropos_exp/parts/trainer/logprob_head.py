@@ -8,8 +8,6 @@ recomputed in the backward pass, so only one of them is alive at a time.
 It replaces `forward` of the head's instance, inside of FSDP's hooks: sharded, tied and half-precision heads work.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any

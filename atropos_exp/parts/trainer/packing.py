@@ -5,8 +5,6 @@ Shape suffixes beside those of `types.py`:
     B = padded positions of all length buckets together
 """
 
-from __future__ import annotations
-
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -3,8 +3,6 @@
 `install()` must run before anything of `verl.workers` is imported: verl reads the device name at import.
 """
 
-from __future__ import annotations
-
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,13 +1,11 @@
 """The trainer itself: splits a batch into optimizer steps and micro-batches, and runs them."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,17 +13,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from atropos_exp.errors import UserError
+from atropos_exp.interfaces import PolicyLoss
 from atropos_exp.parts.trainer import state, weights
 from atropos_exp.parts.trainer.flops import UpdateFlops
 from atropos_exp.parts.trainer.packing import MicroBatch, make_micro_batch, plan_micro_batches, scoring_batch
 from atropos_exp.parts.trainer.schedule import learning_rate_factor
+from atropos_exp.parts.trainer.settings import TrainerSettings
 from atropos_exp.parts.trainer.statistics import Sums, importance_weights
+from atropos_exp.parts.trainer.verl_backend import PackedBackend
 from atropos_exp.types import Floats, TokenIds, TrainBatch, UpdateStats
-
-if TYPE_CHECKING:
-    from atropos_exp.interfaces import PolicyLoss
-    from atropos_exp.parts.trainer.settings import TrainerSettings
-    from atropos_exp.parts.trainer.verl_backend import PackedBackend
 
 
 @dataclass

@@ -1,7 +1,5 @@
 """The random streams (torch, NumPy, Python) of all ranks as tensors, for checkpoints."""
 
-from __future__ import annotations
-
 import math
 import random
 from collections.abc import Mapping

@@ -4,18 +4,12 @@ An architecture or attention that lets packed sequences see each other, or a ran
 without any error on wrong log-probabilities. So each start compares a packed pass with plain logits once.
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from atropos_exp.errors import UserError
 from atropos_exp.parts.trainer.packing import Packing, make_micro_batch, scoring_batch
-
-if TYPE_CHECKING:
-    from atropos_exp.parts.trainer.verl_backend import PackedBackend
+from atropos_exp.parts.trainer.verl_backend import PackedBackend
 
 LENGTHS = (7, 5)
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}  # mean over the tokens, nats; a leak shows as whole nats

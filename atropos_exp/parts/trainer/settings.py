@@ -1,7 +1,5 @@
 """How the weights are trained: the settings of `trainer=fsdp2`."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Annotated, Literal, Protocol
 

@@ -9,13 +9,11 @@
 Rank 0 alone touches the folder. Tensors travel one by one, in files of bounded size.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,11 +22,9 @@ from torch import Tensor
 from atropos_exp.errors import UserError
 from atropos_exp.parts.trainer import random_state, weights
 from atropos_exp.parts.trainer.tensor_files import TensorReader, TensorWriter, read_shapes
+from atropos_exp.parts.trainer.verl_backend import PackedBackend
 from atropos_exp.processes.ranks import Ranks
 from atropos_exp.weights.tensors import is_adapter
-
-if TYPE_CHECKING:
-    from atropos_exp.parts.trainer.verl_backend import PackedBackend
 
 STEMS = ("model", "adapter", "optimizer")
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")

@@ -1,7 +1,5 @@
 """What an update measures: sums over micro-batches and ranks, kept on the device, for one `UpdateStats`."""
 
-from __future__ import annotations
-
 import math
 
 import torch

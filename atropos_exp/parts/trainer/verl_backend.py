@@ -7,8 +7,6 @@ without flash-attn it computes log-probabilities token by token in Python.
 Import this module only after the platform is set (`platform_cpu.install`): verl reads the device at import.
 """
 
-from __future__ import annotations
-
 import io
 import logging
 import math

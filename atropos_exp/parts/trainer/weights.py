@@ -1,7 +1,5 @@
 """Full tensors from sharded parameters, one at a time, and back."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

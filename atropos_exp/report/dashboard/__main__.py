@@ -5,8 +5,6 @@ python -m atropos_exp.report.dashboard --print                            show w
 python -m atropos_exp.report.dashboard --local [outputs/trackio]          open the local dashboard of logger=trackio
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys

@@ -1,7 +1,5 @@
 """The local dashboard: trackio's page over what runs with `logger=trackio` wrote. Only this machine can open it."""
 
-from __future__ import annotations
-
 import importlib.util
 import os
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The W&B workspace for GRPO, as code: sections, panels, and the step as the common axis."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 from dataclasses import dataclass

@@ -8,8 +8,6 @@ Every line has the `time`, in seconds since the epoch. An attempt without an end
 memory, or after the time it had to save; `earlier_until` of the next start is its last sign of life.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import time

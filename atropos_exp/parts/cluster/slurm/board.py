@@ -8,8 +8,6 @@
 A shared file system is needed for the run folder anyway; nothing here is read more than once a second.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 import time

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from atropos_exp.parts.cluster.slurm.settings import SlurmSettings
-
-if TYPE_CHECKING:
-    from atropos_exp.parts.cluster.slurm.sweep import SlurmBackend
-    from atropos_exp.runs.sweep_folder import SweepFolder
+from atropos_exp.parts.cluster.slurm.sweep import SlurmBackend
+from atropos_exp.runs.sweep_folder import SweepFolder
 
 
 class Slurm(SlurmSettings):

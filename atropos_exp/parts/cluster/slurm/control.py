@@ -1,7 +1,5 @@
 """What a process inside a job asks of Slurm: the address of a node, the state of its job, to be queued again."""
 
-from __future__ import annotations
-
 import fcntl
 import re
 import shutil

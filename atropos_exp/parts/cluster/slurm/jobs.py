@@ -1,7 +1,5 @@
 """Submit runs to Slurm, ask for their state, cancel them: what a single run and a sweep have in common."""
 
-from __future__ import annotations
-
 import re
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Which process of a job runs where, with which rank and which devices."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 

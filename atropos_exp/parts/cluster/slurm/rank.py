@@ -6,8 +6,6 @@ which its own children inherit; the launcher hands a request to stop on as SIGTE
 that is still importing libraries does not hear it yet.
 """
 
-from __future__ import annotations
-
 import os
 import signal
 import socket

@@ -1,7 +1,5 @@
 """The batch script of a job, made by submitit from the settings."""
 
-from __future__ import annotations
-
 import shlex
 import sys
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """What a job on Slurm asks for: the settings of `cluster=slurm`."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from collections.abc import Mapping, Sequence

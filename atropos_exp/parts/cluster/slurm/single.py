@@ -1,7 +1,5 @@
 """One run as one job: print the job, or submit it and follow it to its end."""
 
-from __future__ import annotations
-
 import json
 import sys
 import time

@@ -1,7 +1,5 @@
 """The runs of a sweep as job arrays. slurm/jobs.jsonl of the sweep says which job has which run."""
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """The backend of engine `hf`: its scheduler, decoder and weights behind the routes of an engine server."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future

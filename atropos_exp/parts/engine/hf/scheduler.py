@@ -1,7 +1,5 @@
 """The thread that owns the model of engine `hf`: it decodes requests in batches and does everything else in between."""
 
-from __future__ import annotations
-
 import logging
 from collections import deque
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The server process of `engine=hf`, started as `python -m atropos_exp.parts.engine.hf.server --model FOLDER …`."""
 
-from __future__ import annotations
-
 import argparse
 import gc
 import logging

@@ -1,7 +1,5 @@
 """`engine=hf`: samples with transformers in a server process. It needs no libraries besides the trainer's."""
 
-from __future__ import annotations
-
 import os
 from typing import Annotated, ClassVar
 

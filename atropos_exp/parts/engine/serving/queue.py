@@ -4,8 +4,6 @@ Engines `hf` and `vllm` each have one such thread. The web server puts requests 
 between two steps of the model.
 """
 
-from __future__ import annotations
-
 import logging
 import threading
 import time

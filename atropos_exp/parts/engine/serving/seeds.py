@@ -1,7 +1,5 @@
 """Keys of randomness: one for each row of a request, whatever else the engine samples at the same time."""
 
-from __future__ import annotations
-
 import numpy as np
 from numpy.typing import NDArray
 

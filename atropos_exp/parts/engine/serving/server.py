@@ -3,8 +3,6 @@
 The process listens on a loopback socket that it inherited and answers only requests that carry its bearer token.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import logging

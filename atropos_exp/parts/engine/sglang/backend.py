@@ -3,8 +3,6 @@
 Written against SGLang 0.5.12: `async_generate`.
 """
 
-from __future__ import annotations
-
 import asyncio
 import time
 from collections.abc import Coroutine, Mapping, Sequence

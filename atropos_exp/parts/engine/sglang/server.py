@@ -3,8 +3,6 @@
 It runs in SGLang's own environment, which has this package on its path and needs msgpack and xxhash besides SGLang.
 """
 
-from __future__ import annotations
-
 import argparse
 import importlib.metadata
 import json

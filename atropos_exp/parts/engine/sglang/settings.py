@@ -1,7 +1,5 @@
 """`engine=sglang`: samples with SGLang in a server process, in a Python environment of its own."""
 
-from __future__ import annotations
-
 import json
 from typing import Annotated, Any, ClassVar
 

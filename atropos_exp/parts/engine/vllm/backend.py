@@ -1,7 +1,5 @@
 """The backend of engine `vllm`: its scheduler, core and weight updates behind the routes of an engine server."""
 
-from __future__ import annotations
-
 import itertools
 import time
 from collections.abc import Mapping, Sequence

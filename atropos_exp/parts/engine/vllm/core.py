@@ -1,7 +1,5 @@
 """vLLM's engine as this server uses it: requests of token ids in, finished rows out."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Sequence
 from typing import Any

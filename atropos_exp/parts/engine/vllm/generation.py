@@ -1,7 +1,5 @@
 """One sampling request inside the vLLM server, from its rows to the arrays of its answer."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """One thread that owns vLLM's engine: requests join its running batch between two steps of the model."""
 
-from __future__ import annotations
-
 import time
 
 from atropos_exp.errors import Refused

@@ -3,8 +3,6 @@
 It runs in vLLM's own environment, which has this package on its path and needs msgpack and xxhash besides vLLM.
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import importlib.metadata

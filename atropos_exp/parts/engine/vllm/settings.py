@@ -1,7 +1,5 @@
 """`engine=vllm`: samples with vLLM in a server process, in a Python environment of its own."""
 
-from __future__ import annotations
-
 import json
 import os
 from typing import Annotated, Any, ClassVar, Literal

@@ -1,7 +1,5 @@
 """Weight updates of the vLLM server: the account, the workers, and the proof that no old key or value is left."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import numpy as np

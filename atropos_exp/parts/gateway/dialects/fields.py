@@ -1,7 +1,5 @@
 """Reading a request body field by field. A field that nothing read is refused by name, never silently ignored."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """`/v1/completions`, `/v1/chat/completions` and `/v1/models`, as the openai client expects them."""
 
-from __future__ import annotations
-
 import time
 import uuid
 

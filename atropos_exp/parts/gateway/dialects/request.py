@@ -1,7 +1,5 @@
 """A request for completions and its results, independent of the dialect that it came in."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from atropos_exp.parts.gateway.dialects.fields import Fields, token_ids

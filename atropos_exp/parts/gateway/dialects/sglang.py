@@ -1,7 +1,5 @@
 """The native `/generate` of SGLang, which Atropos environments of type sglang call."""
 
-from __future__ import annotations
-
 import uuid
 
 from atropos_exp.interfaces import JSON

@@ -1,7 +1,5 @@
 """The `/generate` that Atropos environments of type vllm call (stock vLLM has none): tokens in, tokens out."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from atropos_exp.interfaces import JSON
