@@ -59,7 +59,7 @@ class ServerSettings(Settings):
     gpus: list[int] | None  # of all servers; None: the trainer's own
     data_parallel_size: Count  # servers
     num_threads: Annotated[int | None, Field(ge=1, description="null: its share of the cores")]  # of each server
-    transport: str  # auto, one of TRANSPORTS, or a class of this folder
+    transport: str  # auto, a name in `weights.choose.TRANSPORTS`, or the full name of a class
     start_timeout_seconds: Seconds
     request_timeout_seconds: Seconds
     health_timeout_seconds: Seconds
