@@ -17,12 +17,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
 
+from atropos_exp.config.build import build
 from atropos_exp.doctor.line import Level
 from atropos_exp.doctor.slurm import check_slurm, minutes
 from atropos_exp.doctor.versions import check_versions
 from atropos_exp.parts.data.raw import make_row
-from tests.helpers.paths import ROOT
+from tests.helpers.paths import CONF, ROOT
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -253,16 +255,10 @@ def test_something_else_at_the_address_of_the_api(doctor: Any, finding: Any) -> 
 def test_slurm_is_asked_for_where_there_is_none(
     checked: Callable[..., Any], finding: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from dataclasses import dataclass
-
-    @dataclass(frozen=True)
-    class Cluster:
-        partition: str | None = None
-        num_processes: int = 1
-
-    monkeypatch.setenv("PATH", str(tmp_path))
     run = checked()
-    line = finding(check_slurm(replace(run, parts={**run.parts, "cluster": Cluster()})), "slurm")
+    slurm = build(yaml.safe_load((CONF / "cluster" / "slurm.yaml").read_text()), "cluster")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    line = finding(check_slurm(replace(run, parts=replace(run.parts, cluster=slurm))), "slurm")
     assert "sbatch" in line.text and "login node" in line.remedy
 
 

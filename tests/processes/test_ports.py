@@ -55,10 +55,10 @@ def test_servers_listen_on_it_one_after_the_other(host: str) -> None:
     for _ in range(2):
         with pytest.raises(ConnectionRefusedError):
             socket.create_connection(("127.0.0.1", held.number))
-        with held.listen(8):
+        with held.listen():
             socket.create_connection(("127.0.0.1", held.number)).close()
             with pytest.raises(OSError, match="in use"):
-                held.listen(8)
+                held.listen()
 
 
 @pytest.mark.parametrize("program", [

@@ -49,7 +49,7 @@ def test_a_new_registration_is_seen_and_opens_the_door_to_environments(api: Any)
     assert client.batch() is None
     answer = api.post("/register-env", environment())
     assert (answer["status"], answer["env_id"], answer["starting_step"]) == ("success", 0, 7)
-    assert client.has_environment(0) and not client.has_environment(1)
+    assert client.environment(0) is not None and client.environment(1) is None
     assert client.status() == (7, 0)
 
 

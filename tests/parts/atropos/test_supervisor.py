@@ -76,13 +76,13 @@ def test_a_dead_environment_is_disconnected_and_started_again(
         wait_until(lambda: environment.env_id == 1, "it registers again, under a new number")
         assert environment.child is not first
         assert supervisor.counters["environment_restarts"] == 1
-        assert registered.has_environment(1) and not registered.has_environment(2)
+        assert registered.environment(1) is not None and registered.environment(2) is None
     finally:
         supervisor.stop()
     assert not environment.is_alive
     # Both numbers are out of the reckoning: with nobody connected the API divides by a weight of zero.
-    assert not registered.has_environment(0)
-    assert not registered.has_environment(1)
+    assert registered.environment(0) is None
+    assert registered.environment(1) is None
 
 
 def test_environments_are_started_one_after_the_other_so_that_their_numbers_are_known(

@@ -18,7 +18,7 @@ from pathlib import Path
 from atropos_exp.parts.trainer.distributed import join_process_group
 join_process_group("cpu", timeout_s=60.0)
 from atropos_exp.processes.ranks import Ranks
-from atropos_exp.types import UserError
+from atropos_exp.errors import UserError
 model, downloads = Path(sys.argv[1]) / "model", 0
 def find():
     global downloads

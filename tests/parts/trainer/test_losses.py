@@ -19,11 +19,11 @@ from tests.helpers.trainer_cases import (
     weights_after_step,
 )
 
-LOSSES = sorted(path.stem for path in (CONF.parents[1] / "loss").glob("*.yaml"))
+LOSSES = sorted(path.stem for path in (CONF / "loss").glob("*.yaml"))
 
 
 def build(name: str, **changes: Any) -> Any:
-    values = yaml.safe_load((CONF.parents[1] / "loss" / f"{name}.yaml").read_text())
+    values = yaml.safe_load((CONF / "loss" / f"{name}.yaml").read_text())
     numbers = {key: float(values[key]) for key in ("clip_low", "clip_high") if key in values}
     sizes = {"scale_factor": 16} if "scale_factor" in values else {}
     target = values.pop("_target_")

@@ -15,11 +15,11 @@ from atropos_exp.errors import UserError
 from atropos_exp.parts.trainer.fsdp2 import VerlFSDP2
 from atropos_exp.parts.trainer.schedule import learning_rate_factor
 from atropos_exp.parts.trainer.settings import require_ranks
-from tests.helpers.trainer_cases import CONF, Model, make_batch, settings, write_model
+from tests.helpers.trainer_cases import SETTINGS, Model, make_batch, settings, write_model
 
 
 def test_yaml_and_dataclass_agree() -> None:
-    assert set(VerlFSDP2.model_fields) == yaml.safe_load(CONF.read_text()).keys() - {"_target_"}
+    assert set(VerlFSDP2.model_fields) == yaml.safe_load(SETTINGS.read_text()).keys() - {"_target_"}
 
 
 def test_settings_import_no_framework() -> None:
