@@ -8,6 +8,7 @@ from pathlib import Path
 from atropos_exp.assembly.check import Checked
 from atropos_exp.assembly.colocated import ColocatedTrainer
 from atropos_exp.assembly.head import Head, Prepared, prepare, start_head
+from atropos_exp.assembly.model import TriedModel, try_model
 from atropos_exp.assembly.resync import Resync, ResyncedEvaluator, ResyncedSource
 from atropos_exp.interfaces import AdvantageEstimator, Engine, Evaluator, PolicyTrainer, Recorder, RolloutSource
 from atropos_exp.loop import Schedule
@@ -39,8 +40,9 @@ def assemble(checked: Checked, folder: RunFolder, ranks: Ranks, stack: ExitStack
     """Start everything. Collective. Raises UserError for what could only be found by trying."""
     run, parts = checked.run, checked.parts
     model_folder = ranks.folder_on_every_node(parts.model.fetch)
+    tried = ranks.on_zero(lambda: try_model(checked, model_folder, stack))
     prepared = ranks.keep_on_zero(lambda: prepare(checked, folder, model_folder, stack))
-    trainer, engine = _start_trainer_and_engine(checked, folder, model_folder, ranks, stack)
+    trainer, engine = _start_trainer_and_engine(checked, folder, model_folder, tried, ranks, stack)
     head = ranks.keep_on_zero(lambda: _head(checked, folder, prepared, engine, model_folder, stack))
     publisher = _publisher(checked, trainer, engine, prepared, ranks)
     gate = head.gateway if head is not None else None
@@ -86,7 +88,7 @@ def _head(
 
 
 def _start_trainer_and_engine(
-    checked: Checked, folder: RunFolder, model_folder: Path, ranks: Ranks, stack: ExitStack
+    checked: Checked, folder: RunFolder, model_folder: Path, tried: TriedModel, ranks: Ranks, stack: ExitStack
 ) -> tuple[PolicyTrainer, Engine | None]:
     """Both load at the same time. The engine is rank 0's; None elsewhere."""
     parts = checked.parts
@@ -98,6 +100,7 @@ def _start_trainer_and_engine(
             log_folder=folder.path / "log",
             max_sequence_length=checked.max_sequence_length,
             lora=parts.model.lora,
+            twin=tried.twin,
         )
 
     engine = None
@@ -111,6 +114,7 @@ def _start_trainer_and_engine(
                 seed=checked.run.seed,
                 device=checked.device,
                 dump_folder=folder.path / "bad_batches",
+                layout=tried.layout,
             )
         finally:
             if starting is not None and starting.exception() is None:

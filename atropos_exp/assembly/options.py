@@ -85,12 +85,20 @@ class EnginePart(Protocol):
     def max_restarts(self) -> int: ...  # how often a run replaces a server that died or hangs
 
     def start(
-        self, *, model_folder: Path, device: str, log_folder: Path, max_sequence_length: int, lora: LoraSettings
+        self,
+        *,
+        model_folder: Path,
+        device: str,
+        log_folder: Path,
+        max_sequence_length: int,
+        lora: LoraSettings,
+        twin: Path | None,
     ) -> Engine:
         """Start its servers on a Hugging Face folder and wait for their first token. Raises EngineError.
 
         `max_sequence_length`: the most tokens that a prompt and its answer have together. `lora`: the adapter that the
-        model is trained with (rank 0: none), for an engine that serves it beside the base.
+        model is trained with (rank 0: none), for an engine that serves it beside the base. `twin`: the folder of a
+        small model of the same architecture, for an engine that tries what it may do; None if there is none.
         """
 
 

@@ -73,7 +73,9 @@ class ServerSettings(Settings):
     def serves_adapter(self) -> bool:
         return False
 
-    def program(self, *, device: str, max_sequence_length: int, lora: LoraSettings | None) -> ServerProgram:
+    def program(
+        self, *, device: str, max_sequence_length: int, lora: LoraSettings | None, twin: Path | None
+    ) -> ServerProgram:
         """What `start` starts. Raises UserError where these settings cannot serve such sequences."""
         raise NotImplementedError
 
@@ -85,15 +87,17 @@ class ServerSettings(Settings):
         log_folder: Path,
         max_sequence_length: int,
         lora: LoraSettings | None = None,
+        twin: Path | None = None,
     ) -> Servers:
         """Start the servers on a Hugging Face folder and wait for their first tokens. The caller stops them.
 
         `max_sequence_length` is the most tokens that a prompt and its answer have together. `lora`, of the model, is
-        read where `serves_adapter` is true. Raises UserError for what cannot be served, and EngineError.
+        read where `serves_adapter` is true. `twin` is the folder of a small model of the same architecture, with which
+        an engine may try how it can serve it. Raises UserError for what cannot be served, and EngineError.
         """
         start = _Start(
             settings=self,
-            program=self.program(device=device, max_sequence_length=max_sequence_length, lora=lora),
+            program=self.program(device=device, max_sequence_length=max_sequence_length, lora=lora, twin=twin),
             model_folder=model_folder,
             device=device,
             log_folder=log_folder,

@@ -37,21 +37,30 @@ class UpdateFlops:
 
     They count what an update must do: all packed tokens through the blocks, the output head on trained tokens only,
     causal attention within each sequence. They do not count recomputation, passes
-    for old or reference logprobs, the optimizer, or adapters. For a mixture of experts the result is NaN.
+    for old or reference logprobs, the optimizer, or adapters. For a mixture of experts, and for layers that are not
+    attention, the result is NaN.
     """
 
     def __init__(self, module: nn.Module, config: Any, *, lora: bool) -> None:
-        head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         outside = ("embed_tokens.", "lm_head.", "wte.", "wpe.")
         weights = {
             name: weight
             for name, weight in module.named_parameters()
             if weight.dim() > 1 and ".lora_" not in name and not any(part in name for part in outside)
         }
-        plain = all(weight.dim() == 2 for weight in weights.values())
-        self._per_token = 2.0 * sum(weight.numel() for weight in weights.values()) if plain else math.nan
-        self._per_trained_token = 2.0 * config.vocab_size * config.hidden_size
-        self._per_pair = 4.0 * config.num_hidden_layers * config.num_attention_heads * head_size
+        kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+        known = all(hasattr(config, name) for name in ("hidden_size", "num_hidden_layers", "num_attention_heads"))
+        plain = all(weight.dim() == 2 for weight in weights.values()) and kinds <= {
+            "full_attention",
+            "sliding_attention",
+        }
+        self._per_token = 2.0 * sum(weight.numel() for weight in weights.values()) if plain and known else math.nan
+        if known:
+            head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+            self._per_trained_token = 2.0 * config.vocab_size * config.hidden_size
+            self._per_pair = 4.0 * config.num_hidden_layers * config.num_attention_heads * head_size
+        else:
+            self._per_trained_token = self._per_pair = math.nan
         # The backward pass costs twice the forward; frozen weights need no gradient of their own.
         self._passes = 2.0 if lora else 3.0
 

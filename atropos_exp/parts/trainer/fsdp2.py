@@ -12,11 +12,43 @@ from atropos_exp.interfaces import PolicyLoss
 from atropos_exp.parts.trainer.settings import ModelChoice, TrainerSettings, require_ranks
 
 if TYPE_CHECKING:
+    from atropos_exp.parts.trainer.exactness import Choice
+    from atropos_exp.parts.trainer.layouts import Layout
     from atropos_exp.parts.trainer.policy_trainer import FSDP2Trainer
 
 
 class VerlFSDP2(TrainerSettings):
     """The settings of `conf/trainer/fsdp2.yaml`, with `start`, which makes a trainer of them."""
+
+    def choose_layout(self, twin: Path, *, model: ModelChoice, device: str) -> Choice:
+        """The fastest layout that is exact for a model, found out with its small `twin` (a Hugging Face folder).
+
+        Raises UserError if there is none. Imports torch and transformers.
+        """
+        import torch
+
+        from atropos_exp.parts.trainer import attention, exactness
+
+        attention.register()
+        self.attention(model.attn_implementation)
+        return exactness.choose_layout(
+            twin,
+            exactness.candidates(
+                kind=self.layout, attention=model.attn_implementation, sp_size=self.sequence_parallel_size
+            ),
+            device=torch.device(device),
+            trust_remote_code=model.trust_remote_code,
+            gradient_checkpointing=model.gradient_checkpointing,
+        )
+
+    def untried_layout(self, model: ModelChoice) -> Layout:
+        """The layout that the settings name; packed for `auto`."""
+        from atropos_exp.parts.trainer.layouts import Layout
+
+        if self.layout == "auto" or self.layout == "packed":
+            return Layout(kind="packed", attention=self.attention(model.attn_implementation))
+        attention = model.attn_implementation
+        return Layout(kind=self.layout, attention="eager" if attention in ("auto", "packed") else attention)
 
     def start(
         self,
@@ -27,12 +59,14 @@ class VerlFSDP2(TrainerSettings):
         seed: int,
         device: str,
         dump_folder: Path,
+        layout: Layout | None = None,
     ) -> FSDP2Trainer:
         """Join the ranks, load the model and return the `PolicyTrainer`. Collective.
 
-        `device` is cpu or cuda; batches that had to be skipped are written to `dump_folder`. A reference model (the
-        weights of `model_folder`) is loaded only if `loss.kl_coef` is not 0. Imports torch and verl. Raises UserError
-        if ranks, model and attention do not fit together.
+        `layout` is what `choose_layout` chose; None is packed, untried. `device` is cpu or cuda; batches that had to be
+        skipped are written to `dump_folder`. A reference model (the weights of `model_folder`) is loaded only if
+        `loss.kl_coef` is not 0. Imports torch and verl. Raises UserError if ranks, model and attention do not fit
+        together.
         """
         import numpy as np
         import torch
@@ -41,7 +75,7 @@ class VerlFSDP2(TrainerSettings):
         from atropos_exp.parts.trainer import attention
         from atropos_exp.parts.trainer.distributed import join_process_group
 
-        implementation = self.attention(model.attn_implementation)
+        layout = layout or self.untried_layout(model)
         dtype = model.compute_dtype(device)
         torch_device = join_process_group(device, timeout_s=self.timeout_s)
         model_folder = Path(model_folder)
@@ -62,7 +96,7 @@ class VerlFSDP2(TrainerSettings):
 
         # Only now: verl reads the device at import.
         from atropos_exp.parts.trainer.policy_trainer import FSDP2Trainer
-        from atropos_exp.parts.trainer.self_check import check_packing
+        from atropos_exp.parts.trainer.self_check import check_layout
         from atropos_exp.parts.trainer.verl_backend import BackendOptions, PackedBackend, build_backend
 
         def build(*, frozen: bool) -> PackedBackend:
@@ -71,13 +105,13 @@ class VerlFSDP2(TrainerSettings):
                 model=model,
                 model_folder=model_folder,
                 compute_dtype=dtype,
-                attn_implementation=implementation,
+                layout=layout,
                 frozen=frozen,
             )
             return build_backend(options)
 
         backend = build(frozen=False)
-        check_packing(backend, torch_device)
+        check_layout(backend, torch_device)
         uses_reference = loss.kl_coef != 0
         return FSDP2Trainer(
             self,

@@ -9,6 +9,7 @@ import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 import numpy as np
 import torch
@@ -16,6 +17,8 @@ from torch import Tensor
 
 from atropos_exp.errors import UserError
 from atropos_exp.types import TokenIds, TrainBatch
+
+Kind = Literal["packed", "rows", "single"]  # how sequences lie in a forward pass: see layouts.py
 
 
 def split_balanced(lengths: Sequence[int], num_bins: int) -> list[list[int]]:
@@ -29,11 +32,14 @@ def split_balanced(lengths: Sequence[int], num_bins: int) -> list[list[int]]:
     return [sorted(indices) for indices in bins]
 
 
-def plan_micro_batches(lengths: Sequence[int], *, dp_size: int, max_tokens: int) -> list[list[list[int]]]:
+def plan_micro_batches(
+    lengths: Sequence[int], *, dp_size: int, max_tokens: int, kind: Kind = "packed"
+) -> list[list[list[int]]]:
     """Assign sequences to micro-batches: result[data-parallel rank][micro-batch] is a list of indices of `lengths`.
 
-    No micro-batch holds more than `max_tokens`. All ranks get equally many, since each is a collective; some may be
-    empty. Every rank computes the same plan, without communication. Raises UserError if a sequence is too long.
+    No micro-batch holds more than `max_tokens`, padding of `rows` included; `single` has one sequence in each. All
+    ranks get equally many, since each is a collective; some may be empty. Every rank computes the same plan, without
+    communication. Raises UserError if a sequence is too long.
     """
     if max(lengths) > max_tokens:
         raise UserError(
@@ -41,6 +47,10 @@ def plan_micro_batches(lengths: Sequence[int], *, dp_size: int, max_tokens: int)
             "trainer.max_tokens_per_micro_batch, or lower max_prompt_length or max_response_length."
         )
     ranks = split_balanced(lengths, dp_size)
+    if kind != "packed":
+        plan = [_by_length(lengths, rank, max_tokens if kind == "rows" else 0) for rank in ranks]
+        most = max(len(micros) for micros in plan)
+        return [micros + [[]] * (most - len(micros)) for micros in plan]
     num_micro = max(1, *(-(-sum(lengths[i] for i in rank) // max_tokens) for rank in ranks))
     while True:
         plan = [
@@ -50,6 +60,16 @@ def plan_micro_batches(lengths: Sequence[int], *, dp_size: int, max_tokens: int)
         if all(sum(lengths[i] for i in micro) <= max_tokens for rank in plan for micro in rank):
             return plan
         num_micro += 1
+
+
+def _by_length(lengths: Sequence[int], indices: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Neighbours in length together, as many as stay within `max_tokens` when all are as long as the longest."""
+    micros: list[list[int]] = []
+    for index in sorted(indices, key=lambda i: (-lengths[i], i)):
+        if not micros or lengths[micros[-1][0]] * (len(micros[-1]) + 1) > max_tokens:
+            micros.append([])
+        micros[-1].append(index)
+    return [sorted(micro) for micro in micros] or [[]]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

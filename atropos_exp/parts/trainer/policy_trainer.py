@@ -82,7 +82,7 @@ class FSDP2Trainer:
         losses: list[dict[str, float]] = []
         grad_norms: list[float] = []
         learning_rate, skipped = 0.0, False
-        with self._backend.train_mode():
+        with self._backend.training():
             for group, micros in zip(groups, mini_batches, strict=True):
                 num_tokens = self._num_trained(batch, group)
                 for number, micro in enumerate(micros):
@@ -166,6 +166,7 @@ class FSDP2Trainer:
             [lengths[index] for index in sequences],
             dp_size=self._dp_size,
             max_tokens=self._settings.max_tokens_per_micro_batch,
+            kind=self._backend.options.layout.kind,
         )
         return [[[sequences[i] for i in micro] for micro in rank] for rank in plan]
 

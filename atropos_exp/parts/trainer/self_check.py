@@ -1,46 +1,45 @@
-"""Proof at start that packing changes nothing: two packed sequences score as each does alone.
+"""Proof at start that the layout changes nothing: two sequences together score as each does alone.
 
-An architecture or attention that lets packed sequences see each other, or a rank only its own shard, trains
-without any error on wrong log-probabilities. So each start compares a packed pass with plain logits once.
+`exactness.py` has tried the architecture; this tries the loaded weights themselves, in their dtype, sharded, and with
+sequence parallelism. An attention that lets a rank see only its own shard trains without any error on wrong numbers.
 """
 
 import torch
 from torch import Tensor
 
 from atropos_exp.errors import UserError
-from atropos_exp.parts.trainer.packing import Packing, make_micro_batch, scoring_batch
+from atropos_exp.parts.trainer.layouts import model_input
+from atropos_exp.parts.trainer.packing import make_micro_batch, scoring_batch
 from atropos_exp.parts.trainer.verl_backend import PackedBackend
 
-LENGTHS = (7, 5)
+LENGTHS = (70, 45)
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}  # mean over the tokens, nats; a leak shows as whole nats
 
 
-def check_packing(backend: PackedBackend, device: torch.device) -> None:
-    """Raise UserError unless a packed pass gives the log-probabilities of plain ones. Collective."""
+def check_layout(backend: PackedBackend, device: torch.device) -> None:
+    """Raise UserError unless one pass gives the logprobs of a plain pass for each sequence. Collective."""
     token_ids = torch.arange(1, sum(LENGTHS) + 1) * 7919 % backend.vocab_size  # anything, but not all the same
     batch = scoring_batch([ids.numpy() for ids in token_ids.split(LENGTHS)], temperature=1.0)
     micro = make_micro_batch(batch, range(len(LENGTHS)), device=device, sp_size=backend.sp_size)
     with backend.evaluating():
-        packed_M, _ = backend.forward(micro, with_entropy=False)
+        together_M, _ = backend.forward(micro, with_entropy=False)
         alone_M = torch.cat([_plain_logprobs(backend, ids.to(device)) for ids in token_ids.split(LENGTHS)])
-    gap = float((packed_M - alone_M).abs().mean())
+    gap = float((together_M - alone_M).abs().mean())
     if not gap <= TOLERANCE[backend.options.compute_dtype]:
         raise UserError(
-            f"{type(backend.module).__name__} with model.attn_implementation={backend.options.attn_implementation} and "
-            f"trainer.sequence_parallel_size={backend.sp_size} cannot train on packed sequences: their logprobs "
-            f"differ by {gap:.3g} nats on average from those of each sequence alone. Choose "
-            "model.attn_implementation=packed, trainer.sequence_parallel_size=1, or a model with standard attention."
+            f"{type(backend.module).__name__} cannot be trained with {backend.options.layout} and "
+            f"trainer.sequence_parallel_size={backend.sp_size}: the logprobs of sequences in one pass differ by "
+            f"{gap:.3g} nats on average from those of each alone, or are not finite. Choose "
+            "trainer.sequence_parallel_size=1 with trainer.layout=auto and model.attn_implementation=auto, or another "
+            "model."
         )
 
 
 def _plain_logprobs(backend: PackedBackend, token_ids: Tensor) -> Tensor:
     """Logprobs [T - 1] of one sequence from its plain logits, the whole sequence on this rank."""
     with backend.without_sequence_parallelism():
-        logits = backend.module(
-            input_ids=token_ids[None],
-            position_ids=torch.arange(len(token_ids), device=token_ids.device)[None],
-            attention_mask=None,
-            use_cache=False,
-            packing=Packing(lengths=(len(token_ids),), device=token_ids.device, sp_size=1),
-        ).logits[0]
+        batch = scoring_batch([token_ids.cpu().numpy()], temperature=1.0)
+        micro = make_micro_batch(batch, [0], device=token_ids.device)
+        given = model_input(micro, backend.options.layout.kind)
+        logits = backend.module(**given.arguments, use_cache=False).logits[0]
     return torch.log_softmax(logits[:-1].float(), -1).gather(-1, token_ids[1:, None])[:, 0]

@@ -34,6 +34,7 @@ class TrainerSettings(Settings):
 
     max_steps: Count
     num_mini_batches: Count
+    layout: Literal["auto", "packed", "rows", "single"]
     max_tokens_per_micro_batch: Count
     learning_rate: NotNegative
     scheduler: Literal["constant", "linear", "cosine"]

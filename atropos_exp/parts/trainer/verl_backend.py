@@ -24,12 +24,16 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from atropos_exp.errors import UserError
+from atropos_exp.parts.trainer.layouts import Layout, model_input
 from atropos_exp.parts.trainer.logprob_head import LogprobHead, LogprobRequest
+from atropos_exp.parts.trainer.noise import evaluation_mode, without_noise
 from atropos_exp.parts.trainer.packing import MicroBatch
 from atropos_exp.parts.trainer.settings import ModelChoice, TrainerSettings
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # verl and its dependencies warn of their own deprecations at import
+    from peft import PeftModel
+    from transformers import AutoConfig
     from verl.trainer.config import CheckpointConfig
     from verl.utils.ulysses import (
         gather_outputs_and_unpad,
@@ -51,7 +55,7 @@ class BackendOptions:
     model: ModelChoice
     model_folder: Path
     compute_dtype: str  # float32 | bfloat16: of activations and gathered weights
-    attn_implementation: str  # the name by which transformers knows it
+    layout: Layout
     frozen: bool  # a reference model: no optimizer, stored in the compute dtype
 
     def verl_configs(self) -> tuple[Any, Any, Any, Any]:
@@ -63,8 +67,8 @@ class BackendOptions:
                 load_tokenizer=False,
                 trust_remote_code=model.trust_remote_code,
                 enable_gradient_checkpointing=model.gradient_checkpointing and not self.frozen,
-                use_remove_padding=True,
-                override_config={"attn_implementation": self.attn_implementation},
+                use_remove_padding=self.layout.kind == "packed",
+                override_config=self._overrides(),
                 lora_rank=0 if self.frozen else model.lora.rank,
                 lora_alpha=model.lora.alpha,
                 target_modules=list(model.lora.target_modules),
@@ -88,6 +92,13 @@ class BackendOptions:
             ),
             CheckpointConfig(),
         )
+
+    def _overrides(self) -> dict[str, Any]:
+        """What the configuration of the model says otherwise: its attention, and that nothing is random."""
+        config = AutoConfig.from_pretrained(self.model_folder, trust_remote_code=self.model.trust_remote_code)
+        counts = ("num_attention_heads", "num_key_value_heads")  # verl asks for them even where it does not need them
+        heads = {name: 1 for name in counts if not hasattr(config.get_text_config(), name)}
+        return {**heads, **without_noise(config), "attn_implementation": self.layout.attention}
 
 
 class PackedBackend(FSDPEngineWithLMHead):  # type: ignore[misc]  # verl is untyped
@@ -114,6 +125,15 @@ class PackedBackend(FSDPEngineWithLMHead):  # type: ignore[misc]  # verl is unty
         module: nn.Module = super()._build_module()
         self.head = LogprobHead(module)
         return module
+
+    def _build_fsdp_module(self, module: nn.Module) -> nn.Module:
+        """Shard layer by layer, also where the architecture does not name the class of its layers."""
+        model: Any = module.get_base_model() if isinstance(module, PeftModel) else module
+        if not model._no_split_modules:
+            lists = [part for part in model.modules() if isinstance(part, nn.ModuleList) and len(part)]
+            model._no_split_modules = sorted({type(layer).__name__ for layer in max(lists, key=len)})
+        sharded: nn.Module = super()._build_fsdp_module(module)
+        return sharded
 
     def _build_optimizer(self, module: nn.Module) -> Any:
         if self.options.frozen:
@@ -144,6 +164,13 @@ class PackedBackend(FSDPEngineWithLMHead):  # type: ignore[misc]  # verl is unty
         return _Evaluating(self, adapters)
 
     @contextmanager
+    def training(self) -> Iterator[None]:
+        """A context for forward and backward passes, in which nothing of the policy is random."""
+        with self.train_mode():
+            evaluation_mode(self.module)
+            yield
+
+    @contextmanager
     def without_sequence_parallelism(self) -> Iterator[None]:
         """A context in which every rank runs whole sequences of its own."""
         group = get_ulysses_sequence_parallel_group()
@@ -155,28 +182,23 @@ class PackedBackend(FSDPEngineWithLMHead):  # type: ignore[misc]  # verl is unty
 
     def forward(self, micro: MicroBatch, *, with_entropy: bool) -> tuple[Tensor, Tensor]:
         """Logprobs [M] and entropies [M] of the trained tokens, float32 nats; inside `train_mode` or `evaluating`."""
-        token_ids, position_ids, positions = micro.token_ids_S, micro.position_ids_S, micro.trained_M - 1
-        targets, temperature = token_ids[micro.trained_M], micro.temperature
-        counts = [len(positions)]
+        given = model_input(micro, self.options.layout.kind)
+        arguments, positions, targets = given.arguments, given.positions_M, micro.token_ids_S[micro.trained_M]
+        temperature, counts = micro.temperature, [len(positions)]
         if self.sp_size > 1:
-            shard = len(token_ids) // self.sp_size
+            shard = len(micro.token_ids_S) // self.sp_size
             first = shard * self.ulysses_device_mesh["sp"].get_local_rank()
             counts = torch.bincount(positions // shard, minlength=self.sp_size).tolist()
             mine = (positions >= first) & (positions < first + shard)
             positions, targets = positions[mine] - first, targets[mine]
             temperature = temperature[mine] if isinstance(temperature, Tensor) else temperature
-            token_ids, position_ids = token_ids[first : first + shard], position_ids[first : first + shard]
+            for name in ("input_ids", "position_ids"):
+                arguments[name] = arguments[name][:, first : first + shard]
         self.head.request = LogprobRequest(
             positions_M=positions, targets_M=targets, temperature=temperature, with_entropy=with_entropy
         )
         try:
-            output = self.module(
-                input_ids=token_ids[None],
-                position_ids=position_ids[None],
-                attention_mask=None,
-                use_cache=False,
-                packing=micro.packing,
-            ).logits[0]
+            output = self.module(**arguments, use_cache=False).logits[0]
         finally:
             self.head.request = None
         if self.sp_size > 1:

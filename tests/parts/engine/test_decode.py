@@ -138,11 +138,3 @@ def test_the_likeliest_tokens_of_every_place(model: Any) -> None:
         np.testing.assert_allclose(scored.logprobs, plain.logprobs, atol=1e-5)  # alone and among others
     (everything,) = decoder.score(sequences[:1], temperature=1.0, num_top=10**6)
     assert everything.top_token_ids.shape == (4, VOCAB)
-
-
-def test_models_without_plain_attention_are_refused(model: Any) -> None:
-    from types import SimpleNamespace
-
-    config = SimpleNamespace(layer_types=["linear_attention", "full_attention"])
-    with pytest.raises(ValueError, match="linear_attention"):
-        Decoder(SimpleNamespace(config=config), prefill_tokens=8, on_step=lambda: None)

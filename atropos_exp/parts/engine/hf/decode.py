@@ -56,15 +56,15 @@ class Decoder:
 
     def __init__(self, model: Any, *, prefill_tokens: int, on_step: Callable[[], None]) -> None:
         """`prefill_tokens` bounds the tokens of one forward pass over prompts. `on_step` is called between forward
-        passes. Raises ValueError for a model with layers other than attention, which has no cache that fits."""
+        passes."""
+        config = model.config.get_text_config()
         self._model = model
         self._prefill_tokens = prefill_tokens
         self._on_step = on_step
-        kinds = set(getattr(model.config, "layer_types", None) or ["full_attention"])
-        if not kinds <= {"full_attention", "sliding_attention"}:
-            raise ValueError(f"engine hf decodes attention layers only; this model has {', '.join(sorted(kinds))}")
+        self._vocab_size = config.vocab_size
         # A ready 4D mask spares transformers' mask building, but it cannot tell sliding layers apart.
-        self._full_only = kinds == {"full_attention"} and not getattr(model.config, "sliding_window", None)
+        kinds = set(vars(config).get("layer_types") or ["full_attention"])
+        self._full_only = kinds == {"full_attention"} and not vars(config).get("sliding_window")
 
     def decode(self, rows: Rows) -> Decoded:
         """Sample every row up to its stop token or its limit."""
@@ -134,7 +134,7 @@ class Decoder:
 
         scored: dict[int, TokenScores] = {}
         order = sorted(range(len(sequences)), key=lambda index: (len(sequences[index]), index))
-        tokens = max(1, min(self._prefill_tokens, MAX_LOGITS // self._model.config.get_text_config().vocab_size))
+        tokens = max(1, min(self._prefill_tokens, MAX_LOGITS // self._vocab_size))
         with torch.inference_mode():
             for batch in _by_padded_size([len(sequences[index]) for index in order], tokens):
                 chosen = [order[place] for place in batch]

@@ -5,10 +5,9 @@ import gc
 import logging
 import sys
 from pathlib import Path
-from typing import Any
 
 from atropos_exp.parts.engine.hf.backend import HFBackend
-from atropos_exp.parts.engine.hf.decode import Decoder
+from atropos_exp.parts.engine.hf.choose import choose_decoding, load_model, untried_decoding
 from atropos_exp.parts.engine.hf.scheduler import Scheduler
 from atropos_exp.parts.engine.hf.weights import WeightStore
 from atropos_exp.parts.engine.serving.server import bucket_source, parser, prepare, run_model_thread, serve
@@ -29,7 +28,15 @@ def main() -> None:
 
         torch.set_num_threads(options.num_threads)
         torch.set_num_interop_threads(1)
-        model = load_model(options.model, device=options.device, dtype=options.dtype)
+        try:
+            way = (
+                choose_decoding(options.twin, device=options.device)
+                if options.twin
+                else untried_decoding(options.model)
+            )
+        except ValueError as error:
+            raise SystemExit(str(error)) from error
+        model = load_model(options.model, device=options.device, dtype=options.dtype, attention=way.attention)
     gc.collect()
     gc.freeze()  # the collector need not walk what was imported again and again
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -37,7 +44,7 @@ def main() -> None:
         raise SystemExit(f"the model has {positions} positions, the run needs {options.max_sequence_length}")
     weights = WeightStore(model, problem=options.problem)
     scheduler: Scheduler
-    decoder = Decoder(model, prefill_tokens=PREFILL_TOKENS[model.device.type], on_step=lambda: scheduler.on_step())
+    decoder = way.decoder(model, prefill_tokens=PREFILL_TOKENS[model.device.type], on_step=lambda: scheduler.on_step())
     scheduler = Scheduler(
         decoder,
         weights,
@@ -54,23 +61,13 @@ def main() -> None:
         versions={"torch": torch.__version__, "transformers": sys.modules["transformers"].__version__},
     )
     run_model_thread(scheduler.run_forever)
-    logger.info("serving %s on %s as %s", options.model, options.device, options.dtype)
+    logger.info("serving %s on %s as %s, decoded by %s", options.model, options.device, options.dtype, way)
     serve(backend, options, token=token)
-
-
-def load_model(folder: Path, *, device: str, dtype: str) -> Any:
-    """The model of a Hugging Face folder, for inference. Only files of the folder are read, and no code from it."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=getattr(torch, dtype), attn_implementation="sdpa", local_files_only=True, trust_remote_code=False
-    )
-    return model.to(device).eval().requires_grad_(False)
 
 
 def _options() -> argparse.Namespace:
     options = parser("atropos_exp.parts.engine.hf.server", __doc__)
+    options.add_argument("--twin", type=Path, help="folder of a small model of the same architecture, to try ways with")
     options.add_argument("--max-batch-tokens", type=int, required=True)
     options.add_argument("--batching-wait-seconds", type=float, required=True)
     return options.parse_args()

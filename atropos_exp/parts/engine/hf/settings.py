@@ -1,6 +1,7 @@
 """`engine=hf`: samples with transformers in a server process. It needs no libraries besides the trainer's."""
 
 import os
+from pathlib import Path
 from typing import Annotated, ClassVar
 
 from pydantic import AfterValidator
@@ -48,7 +49,9 @@ class HFEngine(ServerSettings):
             problems.append("engine.transport is shm, which needs Linux; use engine.transport=disk")
         return problems + self.placement_problems(device=device)
 
-    def program(self, *, device: str, max_sequence_length: int, lora: LoraSettings | None) -> ServerProgram:
+    def program(
+        self, *, device: str, max_sequence_length: int, lora: LoraSettings | None, twin: Path | None
+    ) -> ServerProgram:
         if max_sequence_length > self.max_batch_tokens:
             raise UserError(
                 f"engine.max_batch_tokens is {self.max_batch_tokens}, but one sequence may have {max_sequence_length} "
@@ -61,5 +64,6 @@ class HFEngine(ServerSettings):
             arguments=[
                 *("--max-batch-tokens", str(self.max_batch_tokens)),
                 *("--batching-wait-seconds", str(self.batching_wait_seconds)),
+                *(() if twin is None else ("--twin", str(twin))),
             ],
         )

@@ -1,6 +1,7 @@
 """`engine=sglang`: samples with SGLang in a server process, in a Python environment of its own."""
 
 import json
+from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 from pydantic import AfterValidator
@@ -45,7 +46,9 @@ class SGLangEngine(ServerSettings):
             problems.append("engine=sglang needs an NVIDIA GPU, and this machine shows none; use another engine")
         return problems
 
-    def program(self, *, device: str, max_sequence_length: int, lora: LoraSettings | None) -> ServerProgram:
+    def program(
+        self, *, device: str, max_sequence_length: int, lora: LoraSettings | None, twin: Path | None
+    ) -> ServerProgram:
         return ServerProgram(
             kind="sglang",
             module=SERVER,

@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field
@@ -76,7 +77,9 @@ class VLLMEngine(ServerSettings):
     def serves_adapter(self) -> bool:
         return self.lora == "adapter"
 
-    def program(self, *, device: str, max_sequence_length: int, lora: LoraSettings | None) -> ServerProgram:
+    def program(
+        self, *, device: str, max_sequence_length: int, lora: LoraSettings | None, twin: Path | None
+    ) -> ServerProgram:
         adapter = lora if self.serves_adapter else None
         assert adapter is not None or not self.serves_adapter, "the model's LoRA is an argument"
         return ServerProgram(

@@ -1,0 +1,45 @@
+"""What is found out about a model before anything starts: whether its files are whole, and how it can be trained."""
+
+import tempfile
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from atropos_exp.assembly.check import Checked
+from atropos_exp.errors import UserError
+from atropos_exp.parts.trainer.layouts import Layout
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TriedModel:
+    """A model that can be trained."""
+
+    layout: Layout
+    twin: Path | None  # the folder of its small twin, on rank 0's machine; None if there is none
+
+
+def try_model(checked: Checked, model_folder: Path, stack: ExitStack) -> TriedModel:
+    """Check the files in `model_folder`, and try the model's small twin. Says what it found; raises UserError."""
+    from atropos_exp.parts.model.completeness import check_tensors
+    from atropos_exp.parts.model.twin import make_twin
+
+    model, trainer = checked.parts.model, checked.parts.trainer
+    trust = model.trust_remote_code
+    if unused := check_tensors(model_folder, trust_remote_code=trust):
+        print(f"model: {len(unused)} tensors of its files are not used, such as {unused[0]}", flush=True)
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="atropos_exp_twin_")))
+    try:
+        twin = make_twin(model_folder, folder / "twin", trust_remote_code=trust)
+    except UserError as error:
+        if trainer.layout == "auto":
+            raise UserError(
+                f"{error}, so nobody knows which layouts are exact for it. trainer.layout=single trains one sequence "
+                "at a time, which is always exact"
+            ) from error
+        return TriedModel(layout=trainer.untried_layout(model), twin=None)
+    choice = trainer.choose_layout(twin, model=model, device=checked.device)
+    print(f"layout: {choice}", flush=True)
+    if choice.without_gradient:
+        first = choice.without_gradient[0]
+        print(f"model: text trains all but {len(choice.without_gradient)} weights, such as {first}", flush=True)
+    return TriedModel(layout=choice.layout, twin=twin)
