@@ -21,24 +21,27 @@ class TriedModel:
 def try_model(checked: Checked, model_folder: Path, stack: ExitStack) -> TriedModel:
     """Check the files in `model_folder`, and try the model's small twin. Says what it found; raises UserError."""
     from atropos_exp.parts.model.completeness import check_tensors
+    from atropos_exp.parts.model.quiet import quiet
     from atropos_exp.parts.model.twin import make_twin
 
     model, trainer = checked.parts.model, checked.parts.trainer
     trust = model.trust_remote_code
-    if unused := check_tensors(model_folder, trust_remote_code=trust):
-        print(f"model: {len(unused)} tensors of its files are not used, such as {unused[0]}", flush=True)
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="atropos_exp_twin_")))
-    try:
-        twin = make_twin(model_folder, folder / "twin", trust_remote_code=trust)
-    except UserError as error:
-        if trainer.layout == "auto":
-            raise UserError(
-                f"{error}, so nobody knows which layouts are exact for it. trainer.layout=single trains one sequence "
-                "at a time, which is always exact"
-            ) from error
-        return TriedModel(layout=trainer.untried_layout(model), twin=None)
-    choice = trainer.choose_layout(twin, model=model, device=checked.device)
-    print(f"layout: {choice}", flush=True)
+    with quiet():
+        if unused := check_tensors(model_folder, trust_remote_code=trust):
+            print(f"model: {len(unused)} tensors of its files are not used, such as {unused[0]}", flush=True)
+        try:
+            twin = make_twin(model_folder, folder / "twin", trust_remote_code=trust)
+        except UserError as error:
+            if trainer.layout == "auto":
+                raise UserError(
+                    f"{error}, so nobody knows which layouts are exact for it. trainer.layout=single trains one "
+                    "sequence at a time, which is always exact"
+                ) from error
+            return TriedModel(layout=trainer.untried_layout(model), twin=None)
+        choice = trainer.choose_layout(twin, model=model, device=checked.device)
+    if choice.rejected:
+        print(f"model: trained with {choice}", flush=True)
     if choice.without_gradient:
         first = choice.without_gradient[0]
         print(f"model: text trains all but {len(choice.without_gradient)} weights, such as {first}", flush=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING
 
@@ -17,7 +17,7 @@ from atropos_exp.interfaces import Engine, PolicyTrainer, WeightReceiver
 from atropos_exp.processes.ranks import Ranks
 from atropos_exp.types import Floats, SyncStats, TokenIds
 from atropos_exp.weights.proof import SentTensors, check_canary, check_complete, check_digests, check_finite
-from atropos_exp.weights.tensors import is_adapter, torch_dtype
+from atropos_exp.weights.tensors import Kind, is_adapter, torch_dtype
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -110,7 +110,7 @@ class WeightPublisher:
             timer.book("open")
             try:
                 if receiver is not None:
-                    for bucket in self._buckets(parameters, sent):
+                    for bucket in self._buckets(parameters, sent, receiver.expected()):
                         timer.book("gather")
                         sent.digests.add(bucket)
                         timer.book("digest")
@@ -135,15 +135,19 @@ class WeightPublisher:
         return self._trainer.adapter(with_base=has_base) if has_adapter else self._trainer.parameters()
 
     def _buckets(
-        self, parameters: Iterator[tuple[str, Tensor]], sent: SentTensors
+        self, parameters: Iterator[tuple[str, Tensor]], sent: SentTensors, expected: Mapping[str, Kind]
     ) -> Iterator[list[tuple[str, Tensor]]]:
-        """Cast tensors in groups of at most `bucket_bytes`; a larger tensor goes alone."""
+        """Cast tensors in groups of at most `bucket_bytes`; a larger tensor goes alone. Each gets the dtype that the
+        engine keeps it in, which is not the engine's own for some gates and all whole numbers."""
         assert self._engine is not None
-        dtype = torch_dtype(self._engine.dtype)
+        others = {name: torch_dtype(dtype) for name, (dtype, _) in expected.items()}
+        usual = torch_dtype(self._engine.dtype)
         bucket: list[tuple[str, Tensor]] = []
         num_bytes = 0
         for name, full in parameters:
-            tensor = full.detach().to(dtype)  # cast first: half the bytes leave the device, if they have to
+            tensor = full.detach().to(
+                others.get(name, usual)
+            )  # cast first: half the bytes leave the device, if they have to
             if not self._engine.transfers_on_device:
                 tensor = tensor.cpu()
             sent.add(name, tensor)

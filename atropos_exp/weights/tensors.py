@@ -16,7 +16,15 @@ if TYPE_CHECKING:
     from torch import Tensor, dtype
 
 Kind = tuple[str, tuple[int, ...]]  # of a tensor: dtype such as "bfloat16", and shape
-TENSOR_DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}  # name -> bytes of an element
+TENSOR_DTYPES = {
+    "float32": 4,
+    "bfloat16": 2,
+    "float16": 2,
+    "int64": 8,
+    "int32": 4,
+    "uint8": 1,
+    "bool": 1,
+}  # name -> bytes of an element
 LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"  # after the name of the module that they adapt, as PEFT has it
 ALIGNMENT = 64  # bytes; every tensor of a bucket starts at a multiple of it
 

@@ -13,12 +13,7 @@ def check_tensors(folder: Path, *, trust_remote_code: bool) -> list[str]:
     Raises UserError for tensors that are missing, of another shape, or in a damaged file. No weight is read.
     """
     from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
 
-    shown = logging.is_progress_bar_enabled()
-    verbosity = logging.get_verbosity()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
     try:
         _, found = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -32,10 +27,6 @@ def check_tensors(folder: Path, *, trust_remote_code: bool) -> list[str]:
             f"the model in {folder} cannot be loaded: {type(error).__name__}: {error}. A file may be damaged or only "
             "half there; fetch the model again"
         ) from error
-    finally:
-        logging.set_verbosity(verbosity)
-        if shown:
-            logging.enable_progress_bar()
     missing = sorted(found["missing_keys"])
     mismatched = sorted(str(entry[0]) for entry in found["mismatched_keys"])
     if missing or mismatched:

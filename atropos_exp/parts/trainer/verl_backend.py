@@ -33,8 +33,9 @@ from atropos_exp.parts.trainer.settings import ModelChoice, TrainerSettings
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # verl and its dependencies warn of their own deprecations at import
     from peft import PeftModel
-    from transformers import AutoConfig
+    from transformers import AutoConfig, AutoModelForCausalLM
     from verl.trainer.config import CheckpointConfig
+    from verl.utils import model as verl_model
     from verl.utils.ulysses import (
         gather_outputs_and_unpad,
         get_ulysses_sequence_parallel_group,
@@ -122,7 +123,13 @@ class PackedBackend(FSDPEngineWithLMHead):  # type: ignore[misc]  # verl is unty
         self.to("cpu", model=self._is_offload_param, optimizer=self._is_offload_optimizer, grad=self._is_offload_param)
 
     def _build_module(self) -> nn.Module:
-        module: nn.Module = super()._build_module()
+        chosen = verl_model.get_hf_auto_model_class
+        # verl goes by the name of the class, and takes GPT2LMHeadModel for a model without a head.
+        verl_model.get_hf_auto_model_class = lambda hf_config: AutoModelForCausalLM
+        try:
+            module: nn.Module = super()._build_module()
+        finally:
+            verl_model.get_hf_auto_model_class = chosen
         self.head = LogprobHead(module)
         return module
 

@@ -57,7 +57,7 @@ def full_parameters(module: nn.Module, device: torch.device) -> Iterator[tuple[s
         if name.endswith(".base_layer.weight"):
             layer = module.get_submodule(name.removesuffix(".base_layer.weight"))
             full = _merged(full, layer, device)
-        yield hugging_face_name(name), full.float() if wanted else nothing
+        yield hugging_face_name(name), _as_sent(full) if wanted else nothing
 
 
 @torch.no_grad()
@@ -74,7 +74,7 @@ def adapter_parameters(module: nn.Module, device: torch.device, *, with_base: bo
         if matrix.startswith("B."):
             full = full.float() * module.get_submodule(owner).scaling[matrix.split(".")[1]]  # type: ignore[index]
         ending = {"A": LORA_A, "B": LORA_B, "": ""}[matrix[:1]]
-        yield hugging_face_name(owner) + ending, full.float() if wanted else nothing
+        yield hugging_face_name(owner) + ending, _as_sent(full) if wanted else nothing
 
 
 @torch.no_grad()
@@ -86,3 +86,8 @@ def _merged(weight: Tensor, layer: Any, device: torch.device) -> Tensor:
         delta = layer.scaling[adapter] * (high @ low)
         merged = merged + (delta.T if layer.fan_in_fan_out else delta)
     return merged
+
+
+def _as_sent(tensor: Tensor) -> Tensor:
+    """float32, unless it holds whole numbers."""
+    return tensor.float() if tensor.is_floating_point() else tensor

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 
 class WeightStore:
-    """The model's parameters, their version, and whether they are one consistent policy. One thread uses it.
+    """The model's parameters and persistent buffers, their version, and whether they are one consistent policy. One
+    thread uses it.
 
         store = WeightStore(model)
         store.begin(7)
@@ -36,6 +37,8 @@ class WeightStore:
             assert dtype_name(parameter) in TENSOR_DTYPES, f"{name} is {parameter.dtype}"
             names[id(parameter)] = name
             self._parameters[name] = parameter
+        every = model.state_dict(keep_vars=True)  # buffers too, which a checkpoint holds
+        self._parameters |= {name: value for name, value in every.items() if name not in {*self._parameters, *aliases}}
         kinds = {name: (dtype_name(tensor), tuple(tensor.shape)) for name, tensor in self._parameters.items()}
         self._account = UpdateAccount(kinds, aliases, problem=problem)
         self._alias_digests: dict[str, str] = {}
