@@ -31,7 +31,9 @@ def try_model(checked: Checked, model_folder: Path, stack: ExitStack) -> TriedMo
         if unused := check_tensors(model_folder, trust_remote_code=trust):
             print(f"model: {len(unused)} tensors of its files are not used, such as {unused[0]}", flush=True)
         try:
-            twin = make_twin(model_folder, folder / "twin", trust_remote_code=trust)
+            twin = make_twin(
+                model_folder, folder / "twin", max_length=checked.max_sequence_length, trust_remote_code=trust
+            )
         except UserError as error:
             if trainer.layout == "auto":
                 raise UserError(

@@ -50,16 +50,18 @@ KEY_VALUE_HEADS = "num_key_value_heads num_kv_heads num_global_key_value_heads s
 TOKENS = "pad_token_id bos_token_id eos_token_id sep_token_id decoder_start_token_id"
 
 
-def make_twin(folder: Path, out: Path, *, trust_remote_code: bool) -> Path:
+def make_twin(folder: Path, out: Path, *, max_length: int, trust_remote_code: bool) -> Path:
     """Write the twin of the model in `folder` to `out`, a Hugging Face folder in float32, and return `out`.
 
+    `max_length` is the most tokens that a sequence of the run has: only if it exceeds the original length of a rope
+    that changes with the length do the twin's sequences exceed theirs.
     Raises UserError if transformers cannot build the architecture, with its own words.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
-    small = shrink(config)
+    small = shrink(config, max_length=max_length)
     state = torch.get_rng_state()
     try:
         torch.manual_seed(0)
@@ -79,18 +81,18 @@ def make_twin(folder: Path, out: Path, *, trust_remote_code: bool) -> Path:
     return out
 
 
-def shrink(config: PreTrainedConfig) -> PreTrainedConfig:
+def shrink(config: PreTrainedConfig, *, max_length: int) -> PreTrainedConfig:
     """A copy of `config` with the twin's sizes, in its text, vision and other parts alike."""
     config = copy.deepcopy(config)
-    _shrink(config)
+    _shrink(config, max_length)
     return config
 
 
-def _shrink(config: PreTrainedConfig) -> None:
+def _shrink(config: PreTrainedConfig, max_length: int) -> None:
     values: dict[str, Any] = config.__dict__  # by the names of this architecture, without aliases
     for value in values.values():
         if isinstance(value, type(config)) or hasattr(value, "model_type"):
-            _shrink(value)
+            _shrink(value, max_length)
     wide = {name: values.get(name) for name in ("num_attention_heads", "n_head", "num_heads", "qk_rope_head_dim")}
     depth = next((values[name] for name in LAYERS.split() if _is_size(values.get(name))), None)
     if _is_size(values.get("head_dim")) and values["head_dim"] == wide["qk_rope_head_dim"]:
@@ -114,7 +116,7 @@ def _shrink(config: PreTrainedConfig) -> None:
         if isinstance(values.get(name), int | list):
             values[name] = 1
     _shrink_states(values)
-    _shrink_rope(values)
+    _shrink_rope(values, max_length)
 
 
 def _is_size(value: Any) -> bool:
@@ -150,21 +152,21 @@ def _shrink_states(values: dict[str, Any]) -> None:
             values[name] = 4
 
 
-def _shrink_rope(values: dict[str, Any]) -> None:
+def _shrink_rope(values: dict[str, Any], max_length: int) -> None:
     """Original lengths that a twin's sequences exceed, and as many factors as there are frequencies."""
     rope = values.get("rope_parameters") or values.get("rope_scaling")
     if not isinstance(rope, dict):
         return
     head = values.get("qk_rope_head_dim") or values.get("head_dim") or 16
     for part in (rope, *(part for part in rope.values() if isinstance(part, dict))):
-        if _is_size(part.get("original_max_position_embeddings")):
-            part["original_max_position_embeddings"] = LONGER_THAN
+        if _is_size(original := part.get("original_max_position_embeddings")):
+            part["original_max_position_embeddings"] = LONGER_THAN if max_length > original else 512
         share = part.get("partial_rotary_factor") or values.get("partial_rotary_factor") or 1.0
         for name in ("short_factor", "long_factor"):
             if isinstance(part.get(name), list):
                 part[name] = part[name][: int(head * share) // 2]
-    if _is_size(values.get("original_max_position_embeddings")):
-        values["original_max_position_embeddings"] = LONGER_THAN
+    if _is_size(original := values.get("original_max_position_embeddings")):
+        values["original_max_position_embeddings"] = LONGER_THAN if max_length > original else 512
 
 
 def _enlarge(model: Any) -> None:

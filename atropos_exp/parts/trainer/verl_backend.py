@@ -134,8 +134,11 @@ class PackedBackend(FSDPEngineWithLMHead):  # type: ignore[misc]  # verl is unty
         return module
 
     def _build_fsdp_module(self, module: nn.Module) -> nn.Module:
-        """Shard layer by layer, also where the architecture does not name the class of its layers."""
+        """Shard layer by layer, also where the architecture does not name the class of its layers, or its
+        configuration says nothing of tied weights."""
         model: Any = module.get_base_model() if isinstance(module, PeftModel) else module
+        if model.get_input_embeddings().weight is model.get_output_embeddings().weight:
+            model.config.tie_word_embeddings = True
         if not model._no_split_modules:
             lists = [part for part in model.modules() if isinstance(part, nn.ModuleList) and len(part)]
             model._no_split_modules = sorted({type(layer).__name__ for layer in max(lists, key=len)})

@@ -32,7 +32,7 @@ def twin_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     def make(model_type: str, **config: Any) -> Path:
         folder = tmp_path_factory.mktemp(model_type)
         CONFIG_MAPPING[model_type](**config).save_pretrained(folder)
-        return make_twin(folder, folder / "twin", trust_remote_code=False)
+        return make_twin(folder, folder / "twin", max_length=8192, trust_remote_code=False)
 
     return make
 
