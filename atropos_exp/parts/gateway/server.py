@@ -11,7 +11,9 @@ import os
 import secrets
 import socket
 import sys
-from pathlib import Path
+
+import uvloop
+from aiohttp import web
 
 from atropos_exp.parts.gateway.admin import Admin
 from atropos_exp.parts.gateway.app import App
@@ -35,14 +37,12 @@ logger = logging.getLogger(__name__)
 
 def main() -> None:
     """Read the options from the command line and serve."""
-    options = Options.from_json(sys.argv[1])
+    options = Options.model_validate_json(sys.argv[1])
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     lifeline.ignore()
-    import uvloop
-
     tokens = {name: os.environ.pop(name, None) for name in (PRIVATE_TOKEN, CLIENT_TOKEN, ENGINE_TOKENS)}
     with tokenizers_only(), no_collections():
-        text = Text(Path(options.model_folder))
+        text = Text(options.model_folder)
     gc.collect()
     gc.freeze()  # what was imported stays; the collector need not walk it again and again
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
@@ -51,8 +51,6 @@ def main() -> None:
 
 async def serve(options: Options, text: Text, tokens: dict[str, str | None]) -> None:
     """Answer requests until the process is killed."""
-    from aiohttp import web
-
     private_token = tokens[PRIVATE_TOKEN]
     assert private_token is not None
     engine_tokens = json.loads(tokens[ENGINE_TOKENS] or "[]")
