@@ -1,10 +1,9 @@
 """Finds out why no batch comes although the API answers."""
 
-import re
 from collections.abc import Mapping, Sequence
 
 TOO_LONG = "Token length is too long"  # what an environment logs when it drops a group
-SIZE_REFUSED = re.compile(r"Group structure invalid")
+SIZE_REFUSED = "Group structure invalid"
 SAME_SCORES = "Scores are the same in a group, skipping"
 
 
@@ -48,7 +47,7 @@ def explain(
                 f"{head}: {name} drops its groups because a sequence has {max_token_len} tokens or more "
                 "(max_prompt_length + max_response_length + 1); raise these, or let the environment write less"
             )
-        if SIZE_REFUSED.search(tail):
+        if SIZE_REFUSED in tail:
             return f"{head}: {name} refuses its own groups, whose size is not its group_size; see its log"
         if SAME_SCORES in tail:
             return (

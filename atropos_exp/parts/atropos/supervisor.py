@@ -89,13 +89,11 @@ class ProgramSupervisor:
     def problem(self) -> str | None:
         """Why waiting is pointless: the API or every environment has been given up. None otherwise."""
         with self._lock:
-            given_up = [service for service in self._services if service.problem is not None]
-            api = next((service.problem for service in given_up if service.is_api), None)
-            environments = [service for service in self._services if not service.is_api]
-            if api is not None:
-                return api
-            if environments and all(service.problem is not None for service in environments):
-                return environments[0].problem
+            apis = [service.problem for service in self._services if service.is_api]
+            environments = [service.problem for service in self._services if not service.is_api]
+            for problems in (apis, environments):
+                if problems and all(problems):
+                    return problems[0]
             return None
 
     def state(self) -> str:
@@ -212,13 +210,10 @@ class ProgramSupervisor:
             service.env_id = None
 
     def _answers(self) -> bool:
-        if not self._api_answers:
-            with contextlib.suppress(ApiDown):
-                self._client.check()
-                self._api_answers = True
-            return self._api_answers
+        ask = self._client.status if self._api_answers else self._client.check
         try:
-            self._client.status()
+            ask()
+            self._api_answers = True
         except ApiDown:
             self._api_answers = False
         return self._api_answers
