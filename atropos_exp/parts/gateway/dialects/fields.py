@@ -76,9 +76,8 @@ class Fields:
         value = self._left.pop(name, default)
         if value is None:
             return None
-        if isinstance(value, bool) or not isinstance(value, int | float) or value != value // 1:
-            raise invalid(self._prefix + name, value, f"a whole number {_range(low, high)}")
-        if not low <= value <= high:
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or not low <= value <= high or value != value // 1:
             raise invalid(self._prefix + name, value, f"a whole number {_range(low, high)}")
         return int(value)
 

@@ -25,7 +25,7 @@ async def generate(sampler: Sampler, body: JSON) -> JSON | list[JSON]:
         sampler.text,
         max_names=("max_new_tokens", "max_tokens", "max_completion_tokens"),
         seed_name="sampling_seed" if "sampling_seed" in sampling else "seed",
-        include_stop=sampling.flag("no_stop_trim", False),
+        include_stop_name="no_stop_trim",
     )
     sampling.finish()
     groups = await sampler.sample(request)
