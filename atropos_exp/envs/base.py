@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any, ClassVar
 from urllib.parse import urlsplit
 
-import yaml
 from atroposlib.envs.base import APIServerConfig, BaseEnv, BaseEnvConfig
 from atroposlib.utils.cli import get_double_dash_flags
 from pydantic import Field
 
 from atropos_exp.envs.episode import Episode, scored_group
-from atropos_exp.envs.run_settings import RunSettings
+from atropos_exp.envs.run_settings import RunSettings, read_yaml
 from atropos_exp.envs.sampler import EnvSampler, SampledTurn
 from atropos_exp.envs.stream import Stream, StreamPosition
 from atropos_exp.errors import UserError
@@ -227,12 +226,8 @@ def _is_this_machine(url: str) -> bool:
 def _given() -> tuple[dict[str, Any], dict[str, Any]]:
     """The flags of the command line, and the contents of the YAML file that --config names."""
     flags = get_double_dash_flags()
-    file: Any = {}
-    if isinstance(name := flags.get("config"), str):
-        try:
-            file = yaml.safe_load(Path(name).read_text(encoding="utf-8"))
-        except (OSError, yaml.YAMLError) as error:
-            raise UserError(f"config: {name} cannot be read: {error}") from error
+    name = flags.get("config")
+    file = read_yaml(Path(name), "config") if isinstance(name, str) else {}
     return flags, file if isinstance(file, dict) else {}
 
 

@@ -35,7 +35,9 @@ class RunSettings:
     @classmethod
     def read(cls, path: Path) -> RunSettings:
         """Read a resolved configuration. Raises UserError that lists every mistake in the part that is used."""
-        values = _read_yaml(path)
+        values = read_yaml(path, "env.run_config")
+        if not isinstance(values, dict):
+            raise UserError(f"env.run_config: {path} is no configuration; give config.yaml of a run folder")
         mistakes: list[Mistake] = []
         shared = {key: item for key, item in values.items() if key in RunConfig.model_fields}
         run = construct(RunConfig, shared, "", mistakes)
@@ -68,11 +70,9 @@ class RunSettings:
         return folder if folder is not None and folder.is_dir() else self.model.fetch()
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path, key: str) -> Any:
+    """The contents of the file that the flag `key` names. Raises UserError if it cannot be read."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
-        raise UserError(f"env.run_config: {path} cannot be read: {error}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"env.run_config: {path} is no configuration; give config.yaml of a run folder")
-    return values
+        raise UserError(f"{key}: {path} cannot be read: {error}") from error

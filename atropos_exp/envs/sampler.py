@@ -42,9 +42,7 @@ class EnvSampler:
         """`num_samples` completions of one prompt [P]. Each call that this takes has a seed of its own.
 
         Raises SamplerError if the server's answer cannot be used."""
-        sizes = [MAX_COMPLETIONS] * (num_samples // MAX_COMPLETIONS)
-        if num_samples % MAX_COMPLETIONS:
-            sizes.append(num_samples % MAX_COMPLETIONS)
+        sizes = [min(MAX_COMPLETIONS, num_samples - done) for done in range(0, num_samples, MAX_COMPLETIONS)]
         calls = [
             self._call(prompt_ids, replace(params, seed=derive_seed(params.seed, call)), size, split)
             for call, size in enumerate(sizes)

@@ -41,6 +41,7 @@ class SingleTurnEnv(RunEnv):
 
     def prepare(self) -> None:
         from atropos_exp.parts.reward.pool import RewardPool
+        from data_prep.prepare import ensure
 
         settings, run = self.settings, self.settings.run
         self.scorer: Scorer = RewardPool(
@@ -48,7 +49,8 @@ class SingleTurnEnv(RunEnv):
             num_workers=settings.reward.num_workers,
             timeout_seconds=settings.reward.timeout_seconds,
         )
-        prepared_folder = _prepared(settings.data.prepare)
+        # The first process builds it, the others wait.
+        prepared_folder = None if settings.data.prepare is None else ensure(settings.data.prepare)
         with tempfile.TemporaryDirectory() as folder:  # the trainer lists the bad rows, which are the same
             self.loader: PromptLoader = settings.data.loader(
                 self.tokenizer,
@@ -140,27 +142,18 @@ class _Listener:
     def score(self, items: Sequence[tuple[str, Prompt]]) -> list[float | RewardFailure]:
         scores = self._scorer.score(items)
         for (answer, prompt), score in zip(items, scores, strict=True):
-            failed = isinstance(score, RewardFailure)
+            failure = score.reason if isinstance(score, RewardFailure) else None
             self.heard.append(
                 {
                     "prompt_id": prompt.prompt_id,
                     "question": prompt.text,
                     "ground_truth": prompt.ground_truth,
                     "answer": answer,
-                    "score": None if failed else score,
-                    "failure": score.reason if isinstance(score, RewardFailure) else None,
+                    "score": None if failure else score,
+                    "failure": failure,
                 }
             )
         return scores
-
-
-def _prepared(prepare: Any) -> Path | None:
-    """The folder of the data set that the run builds. The first process builds it, the others wait."""
-    if prepare is None:
-        return None
-    from data_prep.prepare import ensure
-
-    return ensure(prepare)
 
 
 if __name__ == "__main__":

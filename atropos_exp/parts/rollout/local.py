@@ -1,7 +1,7 @@
 """`rollout=local`: prompts from the data, completions from the engine, scores from the reward; one turn each."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -54,28 +54,18 @@ class LocalSource:
         dropped: Counter[str] = Counter()
         groups = []
         for prompt, group in zip(prompts, samples, strict=True):
-            rollouts = self._score_group(prompt, group, [next(scores) for _ in group], dropped)
+            rollouts = []
+            for sample in group:
+                score = next(scores)
+                if isinstance(score, RewardFailure):
+                    dropped[score.reason] += 1
+                elif len(sample.token_ids) == 0:
+                    dropped["empty_completion"] += 1
+                else:
+                    rollouts.append(as_rollout(prompt, sample, score, mask_truncated=self.mask_truncated))
             if rollouts:
                 groups.append(RolloutGroup(prompt_id=prompt.prompt_id, source="local", rollouts=tuple(rollouts)))
         return groups, Dropped(reasons=dict(dropped))
-
-    def _score_group(
-        self,
-        prompt: Prompt,
-        samples: Sequence[Sample],
-        scores: Sequence[float | RewardFailure],
-        dropped: Counter[str],
-    ) -> list[Rollout]:
-        rollouts = []
-        for sample, score in zip(samples, scores, strict=True):
-            if isinstance(score, RewardFailure):
-                dropped[score.reason] += 1
-                continue
-            if len(sample.token_ids) == 0:
-                dropped["empty_completion"] += 1
-                continue
-            rollouts.append(as_rollout(prompt, sample, score, mask_truncated=self.mask_truncated))
-        return rollouts
 
     def counters(self) -> Mapping[str, float]:
         return {}
