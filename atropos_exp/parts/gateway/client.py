@@ -14,13 +14,14 @@ from typing import Any
 
 from atropos_exp.errors import EngineError, UserError, WireError
 from atropos_exp.parts.gateway.counters import GAUGES
-from atropos_exp.parts.gateway.options import CLIENT_TOKEN, ENGINE_KINDS, ENGINE_TOKENS, PRIVATE_TOKEN, Options
+from atropos_exp.parts.gateway.options import CLIENT_TOKEN, ENGINE_TOKENS, PRIVATE_TOKEN, Options
 from atropos_exp.parts.gateway.ports import Doors
 from atropos_exp.processes.child import Child, child_environment
 from atropos_exp.processes.wire import pack, unpack
 from atropos_exp.types import Endpoint, Floats, Mask, Provenance, TokenIds
 
 SERVER = "atropos_exp.parts.gateway.server"
+ENGINE_KINDS = ("hf",)  # engines whose protocol `upstream.py` speaks
 POLL_SECONDS = 0.1  # how soon the end of the process is noticed while an answer is due
 
 
@@ -43,11 +44,13 @@ class GatewayClient:
         """Start the process with `options` and wait until it answers. Environments must send `token` as their API key.
 
         Raises EngineError if it does not start, UserError for an engine that it cannot talk to."""
-        if options.engine_kind not in ENGINE_KINDS:
-            raise UserError(
-                f"the gateway cannot talk to an engine of kind {options.engine_kind!r} yet; got that, expected one of "
-                f"{', '.join(ENGINE_KINDS)}; choose engine=hf"
-            )
+        for endpoint in endpoints:
+            if endpoint.kind not in ENGINE_KINDS:
+                raise UserError(
+                    f"the gateway cannot talk to an engine of kind {endpoint.kind!r} yet; got that, expected one of "
+                    f"{', '.join(ENGINE_KINDS)}; choose engine=hf"
+                )
+        self.address = doors.address  # environments use `f"{address}/v1"` as their base URL
         self.token = token
         self.restarts = 0
         self._options = options
@@ -57,19 +60,9 @@ class GatewayClient:
         self._private_token = secrets.token_urlsafe(32)
         self._lock = threading.RLock()  # of what follows
         self._held = False
-        self._past: dict[str, float] = {}  # totals of processes that are gone
+        self._past: dict[str, float] = {}  # totals of processes that are gone; no gauges
         self._seen: dict[str, float] = {}  # last counters of the present one
-        self._process = self._start()
-
-    @property
-    def address(self) -> str:
-        """The gateway's URL. Environments use `f"{address}/v1"` as their base URL."""
-        return self._doors.address
-
-    @property
-    def process(self) -> Child:
-        """The present process."""
-        return self._process
+        self.process = self._start()
 
     def lookup(
         self,
@@ -107,10 +100,9 @@ class GatewayClient:
     def counters(self) -> Mapping[str, float]:
         """Totals since the start of the run, restarts included, and gauges: see counters.py. Raises EngineError."""
         with self._lock:
-            values: dict[str, float] = json.loads(self._exchange("GET", "/counters", b"", what="its counters"))
-            self._seen = values
-            sums = {name: value + self._past.get(name, 0) for name, value in values.items()}  # no gauge has a past
-            return {**sums, "restarts": self.restarts}
+            self._seen = json.loads(self._exchange("GET", "/counters", b"", what="its counters"))
+            totals = {name: value + self._past.get(name, 0) for name, value in self._seen.items()}
+            return {**totals, "restarts": self.restarts}
 
     def check(self) -> None:
         """Raise EngineError unless the process answers within `gateway.health_timeout_seconds`."""
@@ -124,18 +116,18 @@ class GatewayClient:
                 self.check()
                 return False
             except EngineError:
-                self._process.stop()
+                self.process.stop()
             for name, value in self._seen.items():
                 if name not in GAUGES:
                     self._past[name] = self._past.get(name, 0) + value
             self._seen = {}
             self.restarts += 1
-            self._process = self._start()
+            self.process = self._start()
             return True
 
     def stop(self) -> None:
         """End the process and close the sockets. A second call does nothing."""
-        self._process.stop()
+        self.process.stop()
         self._doors.close()
 
     def _start(self) -> Child:
@@ -190,7 +182,7 @@ class GatewayClient:
     def _exchange(self, method: str, path: str, body: bytes, *, what: str) -> bytes:
         seconds = self._options.health_timeout_seconds
         waiting = f"gateway: waited for {what}"
-        process = self._process
+        process = self.process
         try:
             status, answer = self._request(process, method, path, body, seconds=seconds)
         except TimeoutError:

@@ -4,7 +4,6 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-ENGINE_KINDS = ("hf",)  # engines whose protocol the gateway speaks
 PRIVATE_TOKEN = "ATROPOS_EXP_GATEWAY_TOKEN"  # environment variable with the trainer's own token
 CLIENT_TOKEN = "ATROPOS_EXP_GATEWAY_CLIENT_TOKEN"  # with the token that environments must send, if any
 ENGINE_TOKENS = "ATROPOS_EXP_ENGINE_TOKENS"  # with the tokens of the engine's servers, as JSON; null: none
@@ -14,7 +13,6 @@ class Options(BaseModel, frozen=True, extra="forbid"):
     """Fields that `GatewaySettings` has too mean the same here."""
 
     socket_fds: tuple[int, ...]  # inherited listening sockets
-    engine_kind: str
     engine_addresses: tuple[str, ...]  # one per server
     model_folder: Path
     model_name: str

@@ -43,15 +43,13 @@ class Sampler:
         max_tokens = room if request.max_tokens is None else min(room, request.max_tokens)
         if request.max_tokens is not None and request.max_tokens > room:
             self.counters.add("clamped_max_tokens")
-        stop_token_ids = request.stop_token_ids
-        if not request.ignore_eos:
-            stop_token_ids = tuple(sorted({*stop_token_ids, *self.stop_token_ids}))
+        own_stops = () if request.ignore_eos else self.stop_token_ids
         params = SamplingParams(
             temperature=request.temperature,
             top_p=request.top_p,
             top_k=request.top_k,
             max_tokens=max_tokens,
-            stop_token_ids=stop_token_ids,
+            stop_token_ids=tuple(sorted({*request.stop_token_ids, *own_stops})),
             seed=next(self.seeds) if request.seed is None else request.seed,
         )
         await self.gate.enter()

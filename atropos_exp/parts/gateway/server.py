@@ -28,7 +28,6 @@ from atropos_exp.parts.gateway.upstreams import Upstreams
 from atropos_exp.processes import lifeline
 from atropos_exp.processes.ports import BACKLOG
 from atropos_exp.processes.startup import no_collections, tokenizers_only
-from atropos_exp.types import Endpoint
 
 KEEP_ALIVE_SECONDS = 3600.0
 
@@ -53,17 +52,13 @@ async def serve(options: Options, text: Text, tokens: dict[str, str | None]) -> 
     """Answer requests until the process is killed."""
     private_token = tokens[PRIVATE_TOKEN]
     assert private_token is not None
-    engine_tokens = json.loads(tokens[ENGINE_TOKENS] or "[]")
-    endpoints = [
-        Endpoint(kind=options.engine_kind, address=address, token=token)
-        for address, token in zip(options.engine_addresses, engine_tokens, strict=True)
-    ]
+    engines = zip(options.engine_addresses, json.loads(tokens[ENGINE_TOKENS] or "[]"), strict=True)
     counters = Counters()
     gate = Gate(counters, max_hold_seconds=options.max_hold_seconds, held=options.held)
     ledger = CompletionLedger(max_tokens=options.ledger_tokens, name=secrets.token_hex(4))
     sampler = Sampler(
         upstream=Upstreams(
-            [Upstream(endpoint, silence_seconds=options.engine_silence_seconds) for endpoint in endpoints], counters
+            [Upstream(*engine, silence_seconds=options.engine_silence_seconds) for engine in engines], counters
         ),
         gate=gate,
         ledger=ledger,

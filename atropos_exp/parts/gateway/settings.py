@@ -65,10 +65,8 @@ class GatewaySettings(Settings):
     ) -> GatewayClient:
         """Start the process at `doors` and wait until it answers; raises EngineError if it does not. Stopping it closes
         the doors. `endpoints` are the engine's servers, which share the requests."""
-        (engine_kind,) = {endpoint.kind for endpoint in endpoints}
         options = Options(
             socket_fds=tuple(listener.fileno() for listener in doors.sockets),
-            engine_kind=engine_kind,
             engine_addresses=tuple(endpoint.address for endpoint in endpoints),
             model_folder=model_folder,
             model_name=model_name,

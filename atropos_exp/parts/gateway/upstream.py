@@ -8,10 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from atropos_exp.errors import WireError
-from atropos_exp.parts.gateway.options import ENGINE_KINDS
 from atropos_exp.parts.gateway.refusal import Refusal
 from atropos_exp.processes.wire import HEARTBEAT, Message, flatten, pack, unpack
-from atropos_exp.types import Endpoint, Floats, Mask, SamplingParams, TokenIds, TokenScores
+from atropos_exp.types import Floats, Mask, SamplingParams, TokenIds, TokenScores
 
 RETRY_SECONDS = 2  # sent as Retry-After while the engine is gone
 HEALTH_SECONDS = 1.0  # how long an answer about the engine's health is valid
@@ -32,14 +31,13 @@ class Answer:
 class Upstream:
     """One server of an engine. Every failure is a Refusal that says what was wrong."""
 
-    def __init__(self, endpoint: Endpoint, *, silence_seconds: float) -> None:
+    def __init__(self, address: str, token: str | None, *, silence_seconds: float) -> None:
         """A server that sends nothing for `silence_seconds`, not even a heartbeat, counts as hung."""
-        assert endpoint.kind in ENGINE_KINDS
-        self._address = endpoint.address
+        self._address = address
         self._silence_seconds = silence_seconds
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=60.0),
-            headers={"Authorization": f"Bearer {endpoint.token}"} if endpoint.token else {},
+            headers={"Authorization": f"Bearer {token}"} if token else {},
             auto_decompress=False,
             trust_env=False,  # a proxy has no business on loopback
         )
