@@ -13,6 +13,7 @@ from atropos_exp.assembly.check import Checked
 from atropos_exp.config.freeze import resolved
 from atropos_exp.interfaces import Engine, Evaluator, Logger, PromptLoader, RolloutSource, Scorer
 from atropos_exp.parts.data.settings import PrepareSettings
+from atropos_exp.parts.eval.held_out import HeldOutEvaluator
 from atropos_exp.parts.gateway.client import GatewayClient
 from atropos_exp.parts.rollout.journaled import JournaledSource
 from atropos_exp.parts.rollout.local import LocalSource
@@ -137,7 +138,8 @@ def start_head(
         mask_truncated=parts.rollout.mask_truncated,
     )
     source = JournaledSource(parts.rollout.choose(local=local, remote=remote), folder.path / "rollouts")
-    evaluate = parts.eval.start(
+    evaluate = HeldOutEvaluator(
+        settings=parts.eval,
         prompts=prepared.held_out,
         engine=engine,
         scorer=prepared.scorer,

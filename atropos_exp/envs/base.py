@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import sys
+import time
 from collections import Counter
 from functools import lru_cache
 from pathlib import Path
@@ -202,6 +203,23 @@ class RunEnv(BaseEnv):  # type: ignore[misc]
         if not _is_this_machine(url):
             return super()._post_json_with_compression(session, url, payload, minimum_size=minimum_size)
         return session.post(url, data=json.dumps(payload).encode(), headers={"Content-Type": "application/json"})
+
+    async def log_evaluation(
+        self, metrics: dict[str, float], samples: list[dict[str, Any]], started: float, temperature: float, **more: int
+    ) -> None:
+        """Log an evaluation that began at `started` (of time.time()), with `temperature` and `more` as parameters."""
+        await self.evaluate_log(
+            metrics,
+            start_time=started,
+            end_time=time.time(),
+            generation_parameters={
+                "temperature": temperature,
+                "max_new_tokens": self.config.max_response_length,
+                **more,
+            },
+            samples=samples,
+        )
+        await self.wandb_log(dict(metrics))
 
     async def wandb_log(self, wandb_metrics: dict[str, Any] | None = None) -> None:
         dropped = {f"train/dropped_{reason}": float(num) for reason, num in self.dropped.items()}

@@ -29,7 +29,7 @@ class RunSettings:
     model: ModelSettings
     data: VerlData
     reward: PooledReward
-    held_out: HeldOut
+    eval: HeldOut
     mask_truncated: bool
 
     @classmethod
@@ -55,14 +55,7 @@ class RunSettings:
             lines = [f"{mistake.path}: {mistake.message}" for mistake in mistakes]
             raise UserError("\n  ".join([f"{path} is not the configuration of a run of this version:", *lines]))
         assert isinstance(mask_truncated, bool)
-        return cls(
-            run=run,
-            model=parts["model"],
-            data=parts["data"],
-            reward=parts["reward"],
-            held_out=parts["eval"],
-            mask_truncated=mask_truncated,
-        )
+        return cls(run=run, mask_truncated=mask_truncated, **parts)
 
     def model_folder(self) -> Path:
         """The model's folder, for its tokenizer: the copy that the trainer fetched, or a new download."""

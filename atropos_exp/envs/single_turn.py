@@ -23,6 +23,7 @@ from atropos_exp.envs.episode import Episode
 from atropos_exp.envs.sampler import SampledTurn, SamplerEngine
 from atropos_exp.envs.stream import StreamPosition
 from atropos_exp.interfaces import PromptLoader, Scorer
+from atropos_exp.parts.eval.held_out import HeldOutEvaluator
 from atropos_exp.types import Prompt, RewardFailure
 
 
@@ -61,10 +62,10 @@ class SingleTurnEnv(RunEnv):
                 prepared_folder=prepared_folder,
             )
         self.held_out: list[Prompt] = []
-        if settings.held_out.num_prompts and settings.data.has_eval:
+        if settings.eval.num_prompts and settings.data.has_eval:
             self.held_out = settings.data.eval_prompts(
                 self.tokenizer,
-                num_prompts=settings.held_out.num_prompts,
+                num_prompts=settings.eval.num_prompts,
                 max_prompt_length=run.max_prompt_length,
                 prepared_folder=prepared_folder,
             )
@@ -105,7 +106,8 @@ class SingleTurnEnv(RunEnv):
     async def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """The trainer's held-out evaluation, through the server that this environment samples from."""
         started, scorer = time.time(), _Listener(self.scorer)
-        evaluator = self.settings.held_out.start(
+        evaluator = HeldOutEvaluator(
+            settings=self.settings.eval,
             prompts=self.held_out,
             engine=SamplerEngine(  # type: ignore[arg-type]
                 self.sampler, asyncio.get_running_loop(), timeout_seconds=self.config.worker_timeout
@@ -117,18 +119,13 @@ class SingleTurnEnv(RunEnv):
             seed=self.settings.run.seed,
         )
         metrics = await asyncio.to_thread(evaluator, 0)
-        await self.evaluate_log(
+        await self.log_evaluation(
             metrics,
-            start_time=started,
-            end_time=time.time(),
-            generation_parameters={
-                "temperature": self.settings.held_out.temperature,
-                "max_new_tokens": self.config.max_response_length,
-                "samples_per_prompt": self.settings.held_out.samples_per_prompt,
-            },
-            samples=scorer.heard,
+            scorer.heard,
+            started,
+            temperature=self.settings.eval.temperature,
+            samples_per_prompt=self.settings.eval.samples_per_prompt,
         )
-        await self.wandb_log(dict(metrics))
         return metrics
 
 

@@ -46,8 +46,8 @@ class LocalSource:
         prompts = self.loader.take(num_groups)
         sampling = replace(self.sampling, seed=derive_seed(self.seed, "rollout", step))
         samples = self.engine.generate([prompt.token_ids for prompt in prompts], sampling, num_samples=self.group_size)
-        flat = [sample for group in samples for sample in group]
-        texts = self.tokenizer.batch_decode([sample.token_ids for sample in flat], skip_special_tokens=True)
+        flat = [sample.token_ids for group in samples for sample in group]
+        texts = self.tokenizer.batch_decode(flat, skip_special_tokens=True)
         owners = [prompt for prompt, group in zip(prompts, samples, strict=True) for _ in group]
         scores = iter(self.scorer.score(list(zip(texts, owners, strict=True))))
 
