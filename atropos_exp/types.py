@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -241,6 +242,18 @@ class SyncStats:
     canary_gap_max: float  # nats, engine versus trainer
     canary_gap_mean: float
     digests_compared: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunDescription:
+    """What a logger is told of the run before its first step."""
+
+    folder: Path
+    config: Mapping[str, Any]  # resolved, secrets and all
+    name: str
+    total_steps: int
+    resumed: bool
+    group: str | None = None  # that of the run's environments, for a tracker whose own group is null
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -18,7 +18,7 @@ from atropos_exp.parts.rollout.journaled import JournaledSource
 from atropos_exp.parts.rollout.local import LocalSource
 from atropos_exp.runs.folder import RunFolder
 from atropos_exp.runs.recorder import RunRecorder
-from atropos_exp.types import Prompt, SamplingParams, TokenIds
+from atropos_exp.types import Prompt, RunDescription, SamplingParams, TokenIds
 
 NUM_SAMPLES, SAMPLE_EVERY = 4, 10  # groups whose rollouts are shown as text, and every how many steps
 MAX_CANARY_TOKENS = 512
@@ -147,12 +147,14 @@ def start_head(
         seed=run.seed,
     )
     logger = parts.logger.start(
-        run_folder=folder.path,
-        config=resolved(checked.config),
-        name=run.name,
-        resumed=folder.resumed,
-        total_steps=parts.trainer.max_steps,
-        group=tracker_group(checked, folder) if parts.rollout.uses_atropos else None,
+        RunDescription(
+            folder=folder.path,
+            config=resolved(checked.config),
+            name=run.name,
+            total_steps=parts.trainer.max_steps,
+            resumed=folder.resumed,
+            group=tracker_group(checked, folder) if parts.rollout.uses_atropos else None,
+        )
     )
     recorder = RunRecorder(
         folder=folder.path,

@@ -10,7 +10,7 @@ from typing import IO, TYPE_CHECKING, Any, ClassVar
 
 from atropos_exp.config.settings import Count, Settings
 from atropos_exp.parts.logger.step_line import FirstTimes, LiveFigures, TimeLeft, clock, step_line
-from atropos_exp.types import SampleRecord, StepMetrics
+from atropos_exp.types import RunDescription, SampleRecord, StepMetrics
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -27,18 +27,9 @@ class Console(Settings):
     project: ClassVar[None] = None  # nothing is tracked outside the run folder
     group: ClassVar[None] = None
 
-    def start(
-        self,
-        *,
-        run_folder: Path,
-        config: Mapping[str, Any],
-        name: str,
-        resumed: bool,
-        total_steps: int,
-        group: str | None = None,
-    ) -> ConsoleLogger:
-        """Return the logger of a run with `total_steps` steps."""
-        return ConsoleLogger(self, stream=sys.stdout, name=name, run_folder=run_folder, total_steps=total_steps)
+    def start(self, run: RunDescription) -> ConsoleLogger:
+        """Return the logger of a run, which prints to standard output."""
+        return ConsoleLogger(self, stream=sys.stdout, name=run.name, run_folder=run.folder, total_steps=run.total_steps)
 
 
 class ConsoleLogger:
