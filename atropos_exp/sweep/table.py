@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 from atropos_exp.runs.files import last_step, read_metrics
@@ -100,10 +99,8 @@ class LiveTable:
         self._live: Live | None = None
         self._told: dict[int, Phase] = {}
 
-    def __enter__(self) -> LiveTable:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+    def close(self) -> None:
+        """Leave the table as it was drawn last."""
         if self._live is not None:
             self._live.stop()
 
