@@ -20,7 +20,6 @@ from atropos_exp.runs.folder import RunFolder
 from atropos_exp.runs.recorder import RunRecorder
 from atropos_exp.types import Prompt, RunDescription, SamplingParams, TokenIds
 
-NUM_SAMPLES, SAMPLE_EVERY = 4, 10  # groups whose rollouts are shown as text, and every how many steps
 MAX_CANARY_TOKENS = 512
 
 
@@ -156,19 +155,12 @@ def start_head(
             group=tracker_group(checked, folder) if parts.rollout.uses_atropos else None,
         )
     )
-    recorder = RunRecorder(
-        folder=folder.path,
-        logger=logger,
-        tokenizer=prepared.tokenizer,
-        num_samples=NUM_SAMPLES,
-        sample_every=SAMPLE_EVERY,
-    )
     return Head(
         engine=engine,
         gateway=gateway,
         source=source,
         evaluate=evaluate,
         logger=logger,
-        recorder=recorder,
+        recorder=RunRecorder(folder=folder.path, logger=logger, tokenizer=prepared.tokenizer),
         libraries=engine.libraries(),
     )
