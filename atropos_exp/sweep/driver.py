@@ -20,7 +20,6 @@ from atropos_exp.runs.sweep_folder import (
     RunRecord,
     RunState,
     SweepFolder,
-    describe_point,
     read_trial_end,
 )
 from atropos_exp.sweep.commands import run_command, worker_command
@@ -111,16 +110,14 @@ class Sweep:
         )  # fmt: skip
 
     def _trial_state(self, record: RunRecord, events: Sequence[Mapping[str, Any]]) -> RunState:
-        mine = [event for event in events if event["number"] == record.number]
-        started = [event["time"] for event in mine if event["event"] == "trial started"]
-        times: dict[str, Any] = {"started": started[-1] if started else None}
-        end = read_trial_end(self.folder.run_folder(record.number))
-        if end is not None:
-            ended = [event["time"] for event in mine if event["event"] == "trial ended"]
-            return RunState(phase=end.phase, reason=end.reason, ended=ended[-1] if ended else None, **times)
+        times = {event["event"]: event["time"] for event in events if event["number"] == record.number}  # the last ones
+        started = times.get("trial started")
+        if (end := read_trial_end(self.folder.run_folder(record.number))) is not None:
+            return RunState(phase=end.phase, reason=end.reason, started=started, ended=times.get("trial ended"))
         if trial_is_claimed(self.folder, record.number):
-            return RunState(phase=Phase.RUNNING, **times)
-        return RunState(phase=Phase.STOPPED, reason="its worker ended first; resuming the sweep continues it", **times)
+            return RunState(phase=Phase.RUNNING, started=started)
+        lost = "its worker ended first; resuming the sweep continues it"
+        return RunState(phase=Phase.STOPPED, reason=lost, started=started)
 
 
 def open_or_create(plan: Plan, command: Sequence[str]) -> SweepFolder:
@@ -212,8 +209,7 @@ def unfinished(sweep: Sweep) -> Mapping[str, str]:
     """Return label -> reason of the runs that are not done and will not be without another start."""
     states = sweep.states()
     return {
-        f"{record.folder} {describe_point(record.values)}, seed={record.seed}": f"{states[record.number].phase}: "
-        f"{states[record.number].reason or 'no reason is known'}"
+        record.label: f"{state.phase}: {state.reason or 'no reason is known'}"
         for record in sweep.folder.records()
-        if not states[record.number].phase.is_done and not states[record.number].phase.is_open
+        if not (state := states[record.number]).phase.is_done and not state.phase.is_open
     }

@@ -56,7 +56,7 @@ class Plan:
     settings: GridSweep | OptunaSweep
     settings_node: dict[str, Any]
     identity: str
-    checked: Checked  # any of its runs
+    checked: Checked  # one of its runs
     axes: list[str]
     baseline: int | None
     runs: list[PlannedRun]  # [] of a search
