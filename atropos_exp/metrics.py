@@ -91,9 +91,8 @@ METRICS: Mapping[str, str] = {
 
 
 def _pattern(name: str) -> re.Pattern[str]:
-    pieces = re.findall(r"<\w+>|[^<]+", name)
-    blanks = {"<k>": r"\d+"}
-    return re.compile("".join(blanks.get(p, r"[^/]+") if p.startswith("<") else re.escape(p) for p in pieces))
+    pattern = re.sub(r"<\w+>", "[^/]+", re.escape(name).replace("<k>", r"\d+"))
+    return re.compile(pattern)
 
 
 _PATTERNS = [(_pattern(name), said) for name, said in METRICS.items() if "<" in name]
