@@ -19,6 +19,7 @@ from atropos_exp.types import (
     Sample,
     SampleRecord,
     SamplingParams,
+    StepFacts,
     StepMetrics,
     SyncStats,
     TokenIds,
@@ -261,19 +262,7 @@ class Recorder(Protocol):
     def resume(self, step: int) -> None:
         """Forget what an interrupted process recorded after `step`: it will be done again."""
 
-    def record(
-        self,
-        *,
-        step: int,
-        groups: Sequence[RolloutGroup],
-        advantages: Sequence[Floats],
-        sync: SyncStats,
-        evaluation: Mapping[str, float],
-        seconds: Mapping[str, float],
-        dropped: Dropped | None = None,
-        update: UpdateStats | None = None,
-        counters: Mapping[str, float] | None = None,
-    ) -> None: ...
+    def record(self, facts: StepFacts) -> None: ...
 
 
 class Logger(Protocol):

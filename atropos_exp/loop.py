@@ -14,6 +14,7 @@ from atropos_exp.interfaces import (
     RolloutSource,
 )
 from atropos_exp.metrics import Clock
+from atropos_exp.types import StepFacts
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,7 +57,9 @@ def train(
     if done == 0:
         with clock("eval"):
             scores = evaluate(0)
-        recorder.record(step=0, groups=[], advantages=[], sync=sync, evaluation=scores, seconds=clock.seconds)
+        recorder.record(
+            StepFacts(step=0, groups=[], advantages=[], sync=sync, evaluation=scores, seconds=clock.seconds)
+        )
 
     clock = Clock()
     for step in range(done + 1, schedule.max_steps + 1):
@@ -75,16 +78,11 @@ def train(
         seconds, clock = clock.seconds, Clock()  # logging and saving count in the next step's line
         with clock("log"):
             recorder.record(
-                step=step,
-                groups=groups,
-                advantages=advantages,
-                dropped=dropped,
-                update=update,
-                sync=sync,
-                evaluation=scores,
-                seconds=seconds,
-                counters=source.counters(),
-            )
+                StepFacts(
+                    step=step, groups=groups, advantages=advantages, sync=sync, evaluation=scores, seconds=seconds,
+                    dropped=dropped, update=update, counters=source.counters(),
+                )
+            )  # fmt: skip
         done, stopping = step, should_stop()
         with clock("save"):
             if stopping or schedule.is_due(schedule.save_every, step):

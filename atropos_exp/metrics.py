@@ -12,7 +12,7 @@ from time import perf_counter
 
 import numpy as np
 
-from atropos_exp.types import Dropped, Finish, RolloutGroup, StepMetrics, SyncStats, UpdateStats
+from atropos_exp.types import Finish, RolloutGroup, StepFacts, StepMetrics, SyncStats, UpdateStats
 
 METRICS: Mapping[str, str] = {
     "reward/mean": "Mean reward of the rollouts.",
@@ -91,9 +91,8 @@ METRICS: Mapping[str, str] = {
 
 
 def _pattern(name: str) -> re.Pattern[str]:
-    pieces = re.findall(r"<\w+>|[^<]+", name)
-    blanks = {"<k>": r"\d+"}
-    return re.compile("".join(blanks.get(p, r"[^/]+") if p.startswith("<") else re.escape(p) for p in pieces))
+    pattern = re.sub(r"<\w+>", "[^/]+", re.escape(name).replace("<k>", r"\d+"))
+    return re.compile(pattern)
 
 
 _PATTERNS = [(_pattern(name), said) for name, said in METRICS.items() if "<" in name]
@@ -140,40 +139,25 @@ class Clock:
         return self._stages | {"step": perf_counter() - self._start}
 
 
-def summarize(
-    *,
-    step: int,
-    groups: Sequence[RolloutGroup],
-    dropped: Dropped,
-    update: UpdateStats | None,
-    sync: SyncStats | None,
-    seconds: Mapping[str, float],
-    policy_version: int,
-    eval: Mapping[str, float],
-    extra: Mapping[str, float] | None = None,
-) -> StepMetrics:
-    """One step's metrics.
-
-    `policy_version` is that of the weights before this step's update; `seconds` are a `Clock`'s; `eval` and `extra`
-    hold metrics by their full name. Without an update or a sync their metrics are left out.
-    """
-    values: dict[str, float] = {"policy/version": policy_version}
-    values |= _of_groups(groups, policy_version)
-    values |= {f"rollout/dropped_{slug(reason)}": num for reason, num in dropped.reasons.items()}
+def summarize(facts: StepFacts) -> StepMetrics:
+    """One step's metrics. Those of an update are left out if there was none."""
+    update, seconds = facts.update, facts.seconds
+    values: dict[str, float] = {"policy/version": facts.policy_version}
+    values |= _of_groups(facts.groups, facts.policy_version)
+    values |= {f"rollout/dropped_{slug(reason)}": num for reason, num in facts.dropped.reasons.items()}
     if update is not None:
         values |= _of_update(update)
     values |= {f"time/{stage}_s": spent for stage, spent in seconds.items()}
-    if sync is not None:
-        values |= _of_sync(sync)  # after the clock's, whose span of the sync holds the proof too
+    values |= _of_sync(facts.sync)  # after the clock's, whose span of the sync holds the proof too
     if seconds.get("step", 0.0) > 0.0:
         values["throughput/tokens_per_s"] = values["rollout/num_tokens"] / seconds["step"]
         values["throughput/trained_tokens_per_s"] = (update.num_trained_tokens if update else 0) / seconds["step"]
     if update is not None and seconds.get("update") and update.peak_seconds == update.peak_seconds:
         values["throughput/mfu"] = update.peak_seconds / seconds["update"]
-    values |= {**eval, **(extra or {})}
+    values |= {**facts.evaluation, **facts.counters}
     unknown = [name for name in values if sentence(name) is None]
     assert not unknown, f"metrics without a sentence in metrics.METRICS: {unknown}"
-    return StepMetrics(step=step, values={name: float(value) for name, value in values.items()})
+    return StepMetrics(step=facts.step, values={name: float(value) for name, value in values.items()})
 
 
 def markdown_table() -> str:

@@ -3,6 +3,7 @@
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from atropos_exp.assembly.check import Checked
@@ -50,8 +51,7 @@ def assemble(checked: Checked, folder: RunFolder, ranks: Ranks, stack: ExitStack
         Checkpoints(folder.path / "checkpoints", keep=run.checkpoint.keep, ranks=ranks),
         trainer=trainer,
         source=source,
-        model_folder=model_folder,
-        describe=copy_description,
+        describe=partial(copy_description, model_folder),
         is_zero=ranks.is_zero,
     )
     return Assembly(

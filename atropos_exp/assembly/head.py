@@ -19,9 +19,8 @@ from atropos_exp.parts.rollout.journaled import JournaledSource
 from atropos_exp.parts.rollout.local import LocalSource
 from atropos_exp.runs.folder import RunFolder
 from atropos_exp.runs.recorder import RunRecorder
-from atropos_exp.types import Prompt, SamplingParams, TokenIds
+from atropos_exp.types import Prompt, RunDescription, SamplingParams, TokenIds
 
-NUM_SAMPLES, SAMPLE_EVERY = 4, 10  # groups whose rollouts are shown as text, and every how many steps
 MAX_CANARY_TOKENS = 512
 
 
@@ -149,19 +148,14 @@ def start_head(
         seed=run.seed,
     )
     logger = parts.logger.start(
-        run_folder=folder.path,
-        config=resolved(checked.config),
-        name=run.name,
-        resumed=folder.resumed,
-        total_steps=parts.trainer.max_steps,
-        group=tracker_group(checked, folder) if parts.rollout.uses_atropos else None,
-    )
-    recorder = RunRecorder(
-        folder=folder.path,
-        logger=logger,
-        tokenizer=prepared.tokenizer,
-        num_samples=NUM_SAMPLES,
-        sample_every=SAMPLE_EVERY,
+        RunDescription(
+            folder=folder.path,
+            config=resolved(checked.config),
+            name=run.name,
+            total_steps=parts.trainer.max_steps,
+            resumed=folder.resumed,
+            group=tracker_group(checked, folder) if parts.rollout.uses_atropos else None,
+        )
     )
     return Head(
         engine=engine,
@@ -169,6 +163,6 @@ def start_head(
         source=source,
         evaluate=evaluate,
         logger=logger,
-        recorder=recorder,
+        recorder=RunRecorder(folder=folder.path, logger=logger, tokenizer=prepared.tokenizer),
         libraries=engine.libraries(),
     )

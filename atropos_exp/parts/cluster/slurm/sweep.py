@@ -44,7 +44,6 @@ class SlurmBackend:
                 name=job.name,
                 arguments=tuple(job.command[1:]),  # less the interpreter: the nodes may have another
                 run_folder=job.run_folder,
-                environment=job.environment,
             )
             for job in jobs
         ]
