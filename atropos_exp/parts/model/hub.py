@@ -36,13 +36,10 @@ class HubModel(ModelSettings):
             raise UserError("path: got nothing, expected a hub id such as org/name, or a folder")
         return self.path
 
-    def preflight(self, *, max_prompt_length: int, max_response_length: int, device: str) -> list[str]:
-        messages = super().preflight(
-            max_prompt_length=max_prompt_length, max_response_length=max_response_length, device=device
-        )
+    def own_problems(self) -> list[str]:
         if self.revision and self.path and not self.trust_remote_code and _as_folder(self.path).is_dir():
-            messages.append(f"revision: got {self.revision}, but model.path is a folder, which has none; remove it")
-        return messages
+            return [f"revision: got {self.revision}, but model.path is a folder, which has none; remove it"]
+        return []
 
 
 def find(path: str, *, revision: str | None) -> Path | None:
