@@ -66,9 +66,8 @@ class VerlPolicyLoss(Settings):
         A supervised token costs -advantage * logprob (its advantage is 1, or 0 where it is to teach nothing).
         """
         import torch
-        from verl.trainer.ppo import core_algos
+        from verl.trainer.ppo import core_algos as verl
 
-        verl: Any = core_algos  # only partly annotated
         assert self.kl_coef == 0 or reference_logprobs_NR is not None, "kl_coef needs the reference logprobs"
         policy_NR = mask_NR if supervised_NR is None else mask_NR & ~supervised_NR
 
