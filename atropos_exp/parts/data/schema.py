@@ -86,10 +86,11 @@ def check_rows(table: pa.Table, file: str, *, split: str) -> tuple[GoodRows, lis
     extra = table.column("extra_info").combine_chunks() if "extra_info" in table.column_names else None
     if extra is not None and pa.types.is_null(extra.type):
         extra = None
+    clean = pa.StructArray.from_arrays([roles, contents], ["role", "content"])
     conversation = pc.if_else(pc.equal(roles, "system"), "", contents)
     columns = {
         "data_source": data_source,
-        "prompt": _messages(offsets, roles, contents),
+        "prompt": pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), clean),
         "ability": pc.fill_null(_text(table.column("ability").combine_chunks()), "")
         if "ability" in table.column_names
         else pa.array([""] * table.num_rows, pa.string()),
@@ -202,13 +203,6 @@ def _any(flags: NDArray[np.bool_], offsets: NDArray[np.int64]) -> NDArray[np.boo
     """For each row, whether any of its messages is flagged."""
     counts = np.concatenate([[0], np.cumsum(flags)])
     return np.asarray(counts[offsets[1:]] > counts[offsets[:-1]], dtype=np.bool_)
-
-
-def _messages(offsets: NDArray[np.int64], roles: pa.Array, contents: pa.Array) -> pa.Array:
-    import pyarrow as pa
-
-    messages = pa.StructArray.from_arrays([roles, contents], ["role", "content"])
-    return pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), messages)
 
 
 def _joined(offsets: NDArray[np.int64], contents: pa.Array) -> pa.Array:
