@@ -125,20 +125,18 @@ class FSDP2Trainer:
 
     def logprobs(self, sequences: Sequence[TokenIds], *, temperature: float) -> list[Floats]:
         """For each sequence [T] the logprobs [T - 1] of all tokens but the first, nats, under the current weights."""
-        longer = [index for index, ids in enumerate(sequences) if len(ids) > 1]
         lengths = [len(ids) - 1 for ids in sequences]
-        flat = torch.zeros(sum(lengths), dtype=torch.float32)
-        if longer:
-            batch = scoring_batch([sequences[index] for index in longer], temperature)
-            plan = self._plan(batch, range(len(longer)))
-            scores = _score(self._backend, [self._pack(batch, micro) for micro in plan])
-            ends = np.cumsum([len(sequences[index]) - 1 for index in longer])
-            for micro, values in zip(plan, scores, strict=True):
-                where = [torch.arange(ends[i] - (len(sequences[longer[i]]) - 1), ends[i]) for i in micro]
-                if where and self._backend.is_mp_src_rank_with_outputs():
-                    flat[torch.cat(where)] = values.cpu()
-            dist.all_reduce(flat)  # each position is set on one rank and 0 on the others
-        return [part.astype(np.float32) for part in np.split(flat.numpy(), np.cumsum(lengths)[:-1])]
+        ends = np.cumsum(lengths)
+        flat = torch.zeros(int(ends[-1]), dtype=torch.float32)
+        batch = scoring_batch(sequences, temperature)
+        plan = self._plan(batch, range(len(sequences)))
+        scores = _score(self._backend, [self._pack(batch, micro) for micro in plan])
+        for micro, values in zip(plan, scores, strict=True):
+            if micro and self._backend.is_mp_src_rank_with_outputs():
+                where = torch.cat([torch.arange(ends[i] - lengths[i], ends[i]) for i in micro])
+                flat[where] = values[: len(where)].cpu()  # a stand-in has more
+        dist.all_reduce(flat)  # each position is set on one rank and 0 on the others
+        return np.split(flat.numpy(), ends[:-1])
 
     def parameters(self) -> Iterator[tuple[str, Tensor]]:
         """See `PolicyTrainer.parameters`; float32, and empty tensors on other ranks than 0."""
