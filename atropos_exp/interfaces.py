@@ -73,6 +73,9 @@ class Reward(Protocol):
 
     def __call__(self, answer: str, prompt: Prompt) -> float: ...
 
+    def warm_up(self) -> None:
+        """Import what the first call needs, before any time limit runs."""
+
 
 class Scorer(Protocol):
     """Runs a reward over many answers in killable processes (`parts/reward/pool.py`)."""
