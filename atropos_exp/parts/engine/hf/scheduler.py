@@ -52,18 +52,13 @@ class Scheduler(queue.RequestQueues[Generation]):
     ) -> None:
         """`max_batch_tokens`: rows × (prompt + answer) tokens of one batch. `batching_wait_seconds`: an idle server
         waits this long for more requests before it decodes the first."""
-        super().__init__(lambda: weights.problem, batching_wait_seconds=batching_wait_seconds)
+        super().__init__(lambda: weights.account.problem, batching_wait_seconds=batching_wait_seconds)
         self._decoder = decoder
         self._weights = weights
         self._max_batch_tokens = max_batch_tokens
         self._in_probe = False
         self.num_batches = 0
         self.num_rows = 0
-
-    @property
-    def num_waiting(self) -> int:
-        """Generations not finished yet."""
-        return len(self._generations)
 
     def run_forever(self) -> None:
         """The work of the thread that owns the model."""
@@ -78,7 +73,7 @@ class Scheduler(queue.RequestQueues[Generation]):
 
     def on_step(self) -> None:
         """Called between forward passes, where only a probe may run. (A probe's own forward passes call it too.)"""
-        if self._probes and not self._in_probe and self._weights.problem is None:
+        if self._probes and not self._in_probe and self._weights.account.problem is None:
             self._in_probe = True
             try:
                 self._run_all(self._probes)
@@ -88,7 +83,7 @@ class Scheduler(queue.RequestQueues[Generation]):
     def turn(self) -> None:
         """Do what can be done now: control first, then probes and scores, then one batch."""
         self._run_all(self._control)
-        problem = self._weights.problem
+        problem = self._weights.account.problem
         if problem is not None:
             self._refuse_waiting(problem)
             return
@@ -174,7 +169,7 @@ class Scheduler(queue.RequestQueues[Generation]):
             generation.logprobs_NR[row, :length] = decoded.logprobs_NR[index, :length]
             generation.length_N[row] = length
             generation.stopped_N[row] = decoded.stopped_N[index]
-            generation.version_N[row] = self._weights.version
+            generation.version_N[row] = self._weights.account.version
             generation.num_left -= 1
 
     def _drop(self, generation: Generation) -> None:

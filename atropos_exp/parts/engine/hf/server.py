@@ -46,8 +46,9 @@ def main() -> None:
     )
     backend = HFBackend(
         scheduler=scheduler,
-        decoder=decoder,
-        weights=weights,
+        model=decoder,
+        account=weights.account,
+        update=weights,
         source=bucket_source(options),
         vocab_size=model.config.get_text_config().vocab_size,
         max_sequence_length=options.max_sequence_length,

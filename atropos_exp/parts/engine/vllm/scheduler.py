@@ -22,8 +22,7 @@ class Scheduler(RequestQueues[Generation]):
 
     @property
     def num_waiting(self) -> int:
-        """Generations not finished yet."""
-        return len(self._generations) + len(self._running) + len(self._unscored)
+        return super().num_waiting + len(self._running) + len(self._unscored)
 
     def run_forever(self) -> None:
         """The work of the thread that owns vLLM's engine."""

@@ -13,6 +13,7 @@ import threading
 from atropos_exp.parts.engine.serving.server import bucket_source, parser, prepare, run_model_thread, serve
 from atropos_exp.parts.engine.vllm.backend import VLLMBackend
 from atropos_exp.parts.engine.vllm.core import Core
+from atropos_exp.parts.engine.vllm.scheduler import Scheduler
 from atropos_exp.parts.engine.vllm.update import WorkerUpdate
 from atropos_exp.parts.engine.vllm.worker import EXTENSION
 from atropos_exp.weights.account import UpdateAccount
@@ -87,8 +88,10 @@ def make_backend(options: argparse.Namespace) -> VLLMBackend:
         max_sequence_length=options.max_sequence_length,
     )
     return VLLMBackend(
-        account,
-        update,
+        scheduler=Scheduler(core, account),
+        model=core,
+        account=account,
+        update=update,
         vocab_size=int(engine.vllm_config.model_config.get_vocab_size()),
         max_sequence_length=options.max_sequence_length,
         step_timeout_seconds=options.step_timeout_seconds,
