@@ -57,11 +57,10 @@ class Generation(queue.Generation):
         """The answer, once every row has ended. `version`: of the policy that sampled it."""
         token_ids, lengths = flatten(self.token_ids, np.int32)
         logprobs, _ = flatten(self.logprobs, np.float32)
-        versions = np.full(self.num_rows, version, dtype=np.int64)
         return {
             "token_ids": token_ids,
             "logprobs": logprobs,
             "lengths": lengths,
             "stopped": self.stopped_N,
-            "versions": versions,
+            "versions": np.full(self.num_rows, version, dtype=np.int64),
         }

@@ -37,8 +37,7 @@ class Scheduler(RequestQueues[Generation]):
         self._expire_sampling()
         while self._control and not (self._control[0].when_idle and (self._running or self._unscored)):
             self._control.popleft().run()
-        problem = self._account.problem
-        if problem is not None:
+        if (problem := self._account.problem) is not None:
             self._refuse_waiting(problem)
             return
         self._run_all(self._probes)
