@@ -16,10 +16,14 @@ from atropos_exp.weights.account import UpdateAccount
 
 
 class Model(Protocol):
+    """What computes."""
+
     def score(self, sequences: Sequence[TokenIds], *, temperature: float, num_top: int) -> list[TokenScores]: ...
 
 
 class Update(Protocol):
+    """Weight updates, one after the other. What does not fit raises Refused."""
+
     def begin(self, version: int) -> None: ...
     def finish(self) -> None: ...
     def abort(self) -> None: ...
@@ -51,11 +55,7 @@ class QueuedBackend(Generic[G]):
     ) -> Future[Message]:
         return self.scheduler.submit(
             self.generation(
-                prompts=prompts,
-                params=params,
-                num_samples=num_samples,
-                first_prompt=first_prompt,
-                deadline=deadline,
+                prompts=prompts, params=params, num_samples=num_samples, first_prompt=first_prompt, deadline=deadline
             )
         )
 
