@@ -1,8 +1,6 @@
 """The server process of `engine=hf`, started as `python -m atropos_exp.parts.engine.hf.server --model FOLDER …`."""
 
-import argparse
 import gc
-import logging
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,12 +14,13 @@ from atropos_exp.processes.startup import no_collections
 
 PREFILL_TOKENS = {"cpu": 1024, "cuda": 32768}  # of one forward pass over prompts: bounds its memory and a probe's wait
 
-logger = logging.getLogger(__name__)
-
 
 def main() -> None:
     """Load the model and serve it until the process is killed."""
-    options = _options()
+    command_line = parser("atropos_exp.parts.engine.hf.server", __doc__)
+    command_line.add_argument("--max-batch-tokens", type=int, required=True)
+    command_line.add_argument("--batching-wait-seconds", type=float, required=True)
+    options = command_line.parse_args()
     token = prepare(options)
 
     with no_collections():
@@ -46,15 +45,15 @@ def main() -> None:
     )
     backend = HFBackend(
         scheduler=scheduler,
-        decoder=decoder,
-        weights=weights,
+        model=decoder,
+        account=weights.account,
+        update=weights,
         source=bucket_source(options),
         vocab_size=model.config.get_text_config().vocab_size,
         max_sequence_length=options.max_sequence_length,
         versions={"torch": torch.__version__, "transformers": sys.modules["transformers"].__version__},
     )
     run_model_thread(scheduler.run_forever)
-    logger.info("serving %s on %s as %s", options.model, options.device, options.dtype)
     serve(backend, options, token=token)
 
 
@@ -67,13 +66,6 @@ def load_model(folder: Path, *, device: str, dtype: str) -> Any:
         folder, dtype=getattr(torch, dtype), attn_implementation="sdpa", local_files_only=True, trust_remote_code=False
     )
     return model.to(device).eval().requires_grad_(False)
-
-
-def _options() -> argparse.Namespace:
-    options = parser("atropos_exp.parts.engine.hf.server", __doc__)
-    options.add_argument("--max-batch-tokens", type=int, required=True)
-    options.add_argument("--batching-wait-seconds", type=float, required=True)
-    return options.parse_args()
 
 
 if __name__ == "__main__":

@@ -27,9 +27,6 @@ class SGLangEngine(ServerSettings):
     seeded: bool
 
     colocate: ClassVar[bool] = False
-    gpu_memory_utilization: ClassVar[float | None] = None
-    kv_cache_gb: ClassVar[float | None] = None
-    max_batch_tokens: ClassVar[int | None] = None
 
     @property
     def _python(self) -> str:
