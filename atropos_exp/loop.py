@@ -8,12 +8,12 @@ from atropos_exp.interfaces import (
     AdvantageEstimator,
     Checkpointer,
     Evaluator,
-    PolicyTrainer,
     Publisher,
     Recorder,
     RolloutSource,
 )
 from atropos_exp.metrics import Clock
+from atropos_exp.types import TrainBatch, UpdateStats
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,7 +36,7 @@ def train(
     *,
     source: RolloutSource,
     estimate: AdvantageEstimator,
-    trainer: PolicyTrainer,
+    update: Callable[[TrainBatch], UpdateStats],
     publisher: Publisher,
     evaluate: Evaluator,
     recorder: Recorder,
@@ -67,7 +67,7 @@ def train(
         with clock("pack"):
             batch = pack(groups, advantages, temperature=schedule.temperature)
         with clock("update"):
-            update = trainer.update(batch) if batch is not None else None
+            stats = update(batch) if batch is not None else None
         with clock("sync"):
             sync = publisher.publish(step)
         with clock("eval"):
@@ -79,7 +79,7 @@ def train(
                 groups=groups,
                 advantages=advantages,
                 dropped=dropped,
-                update=update,
+                update=stats,
                 sync=sync,
                 evaluation=scores,
                 seconds=seconds,
