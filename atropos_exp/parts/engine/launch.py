@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
@@ -45,13 +45,21 @@ class ServerSettings(Settings):
         num_servers: int        servers, each with the whole model
         max_restarts: int       times that a lost server is replaced
         serves_adapter: bool    takes LoRA's matrices by themselves, so `start` needs `lora`
-        colocate: bool          gives the shared GPU to the trainer during an update
-        gpu_memory_utilization: float | None   share of the GPU that it reserves at its start
-        kv_cache_gb: float | None              GiB of keys and values, where they are set
-        max_batch_tokens: int | None           tokens decoded at once, where they are limited
 
-    An engine without a mode or limit has False or None there, as a `ClassVar`.
+    and what stands below for a type checker: a key of the engine's YAML, or a `ClassVar` of False or None where it has
+    no such mode or limit.
     """
+
+    if TYPE_CHECKING:  # pydantic lets no field of a subclass stand over a property
+
+        @property
+        def colocate(self) -> bool: ...  # gives the shared GPU to the trainer during an update
+        @property
+        def gpu_memory_utilization(self) -> float | None: ...  # share of the GPU that it reserves at its start
+        @property
+        def kv_cache_gb(self) -> float | None: ...  # GiB of keys and values, where they are set
+        @property
+        def max_batch_tokens(self) -> int | None: ...  # tokens decoded at once, where they are limited
 
     # of the served weights; auto: float32 on a CPU, bfloat16 on a GPU
     dtype: Literal["auto", "float32", "bfloat16", "float16"]
