@@ -106,19 +106,15 @@ class EngineServer(Protocol):
         """Where other processes of the run, such as the gateway, reach it."""
 
     def score(self, sequences: Sequence[TokenIds], *, temperature: float) -> list[Floats]:
-        """As `Engine.score`, by this server."""
+        """For each sequence [T] the logprobs [T - 1] of tokens 1.., nats."""
 
 
-class Engine(Protocol):
+class Engine(EngineServer, Protocol):
     """`conf/engine`: a client of a server process that samples from the policy."""
 
     @property
     def dtype(self) -> str:
         """Of the served weights: float32 | bfloat16 | float16."""
-
-    @property
-    def endpoint(self) -> Endpoint:
-        """Where other processes of the run, such as the gateway, reach the server."""
 
     @property
     def replicas(self) -> Sequence[EngineServer]:
@@ -130,9 +126,6 @@ class Engine(Protocol):
 
     def generate(self, prompts: Sequence[TokenIds], params: SamplingParams, *, num_samples: int) -> list[list[Sample]]:
         """`num_samples` completions per prompt, in order. Same call, seed and weights: same tokens."""
-
-    def score(self, sequences: Sequence[TokenIds], *, temperature: float) -> list[Floats]:
-        """For each sequence [T] the logprobs [T - 1] of tokens 1.., nats."""
 
     def version(self) -> int: ...
 

@@ -8,13 +8,12 @@ from atropos_exp.interfaces import (
     AdvantageEstimator,
     Checkpointer,
     Evaluator,
-    PolicyTrainer,
     Publisher,
     Recorder,
     RolloutSource,
 )
 from atropos_exp.metrics import Clock
-from atropos_exp.types import StepFacts
+from atropos_exp.types import StepFacts, TrainBatch, UpdateStats
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,7 +36,7 @@ def train(
     *,
     source: RolloutSource,
     estimate: AdvantageEstimator,
-    trainer: PolicyTrainer,
+    update: Callable[[TrainBatch], UpdateStats],
     publisher: Publisher,
     evaluate: Evaluator,
     recorder: Recorder,
@@ -70,7 +69,7 @@ def train(
         with clock("pack"):
             batch = pack(groups, advantages, temperature=schedule.temperature)
         with clock("update"):
-            update = trainer.update(batch) if batch is not None else None
+            stats = update(batch) if batch is not None else None
         with clock("sync"):
             sync = publisher.publish(step)
         with clock("eval"):
@@ -80,7 +79,7 @@ def train(
             recorder.record(
                 StepFacts(
                     step=step, groups=groups, advantages=advantages, sync=sync, evaluation=scores, seconds=seconds,
-                    dropped=dropped, update=update, counters=source.counters(),
+                    dropped=dropped, update=stats, counters=source.counters(),
                 )
             )  # fmt: skip
         done, stopping = step, should_stop()

@@ -40,7 +40,6 @@ class Prepared:
 class Head:
     """What rank 0 samples, evaluates and records with."""
 
-    engine: Engine
     gateway: GatewayClient | None  # None without Atropos
     source: RolloutSource
     evaluate: Evaluator
@@ -86,6 +85,15 @@ def prepare(checked: Checked, folder: RunFolder, model_folder: Path, stack: Exit
         scorer=scorer,
         outside=start_outside(checked, folder, model_folder=model_folder, stack=stack),
     )
+
+
+def preparation_problems(settings: PrepareSettings | None) -> list[str]:
+    """What stands in the way of building that data set, a line each, found without building it."""
+    if settings is None:
+        return []
+    from data_prep.prepare import preflight
+
+    return preflight(settings)
 
 
 def prepared_data(settings: PrepareSettings | None) -> Path | None:
@@ -158,7 +166,6 @@ def start_head(
         )
     )
     return Head(
-        engine=engine,
         gateway=gateway,
         source=source,
         evaluate=evaluate,

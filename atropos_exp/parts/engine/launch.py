@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
@@ -38,14 +38,21 @@ class ServerSettings(Settings):
 
         preflight(device=...)   what stands in the way of a start, one sentence each, found without starting anything
         start(...)              an `Engine` in working order
-        colocate: bool          gives the shared GPU to the trainer during an update
 
-    And where it has such a limit:
-
-        gpu_memory_utilization: float   share of the GPU that it reserves at its start
-        kv_cache_gb: float | None       GiB of keys and values
-        max_batch_tokens: int           tokens decoded at once
+    and what stands below for a type checker: a key of the engine's YAML, or a `ClassVar` of False or None where it has
+    no such mode or limit.
     """
+
+    if TYPE_CHECKING:  # pydantic lets no field of a subclass stand over a property
+
+        @property
+        def colocate(self) -> bool: ...  # gives the shared GPU to the trainer during an update
+        @property
+        def gpu_memory_utilization(self) -> float | None: ...  # share of the GPU that it reserves at its start
+        @property
+        def kv_cache_gb(self) -> float | None: ...  # GiB of keys and values, where they are set
+        @property
+        def max_batch_tokens(self) -> int | None: ...  # tokens decoded at once, where they are limited
 
     # of the served weights; auto: float32 on a CPU, bfloat16 on a GPU
     dtype: Literal["auto", "float32", "bfloat16", "float16"]

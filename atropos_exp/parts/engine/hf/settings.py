@@ -31,6 +31,8 @@ class HFEngine(ServerSettings):
     batching_wait_seconds: NotNegative
 
     colocate: ClassVar[bool] = False
+    gpu_memory_utilization: ClassVar[float | None] = None
+    kv_cache_gb: ClassVar[float | None] = None
 
     def preflight(self, *, device: str) -> list[str]:
         """Why `start` would fail, one sentence each, found without starting a server."""

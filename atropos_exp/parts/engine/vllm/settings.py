@@ -34,6 +34,8 @@ class VLLMEngine(ServerSettings):
     lora: Literal["merged", "adapter"]
     step_timeout_seconds: Seconds
 
+    max_batch_tokens: ClassVar[int | None] = None
+
     @property
     def _python(self) -> str:
         return interpreter(self.python, environment=".venv-vllm")
