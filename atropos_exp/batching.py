@@ -66,10 +66,7 @@ def pack(groups: Sequence[RolloutGroup], advantages: Sequence[Floats], *, temper
 
 def _lay_out(rollouts: Sequence[Rollout], per_rollout: Sequence[Floats | None]) -> Floats:
     """[S] float32, 0 where a token is not trained or its rollout has no values."""
-    parts = [
-        np.zeros(len(rollout.token_ids), np.float32)
-        if values is None
-        else np.where(rollout.trained, values, np.float32(0.0)).astype(np.float32)
-        for rollout, values in zip(rollouts, per_rollout, strict=True)
-    ]
-    return np.concatenate(parts)
+    zero = np.float32(0.0)
+    pairs = zip(rollouts, per_rollout, strict=True)
+    parts = [np.where(rollout.trained, zero if values is None else values, zero) for rollout, values in pairs]
+    return np.concatenate(parts).astype(np.float32)

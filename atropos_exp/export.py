@@ -11,6 +11,7 @@ import json
 import shutil
 import sys
 import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,8 +23,6 @@ from atropos_exp.runs.atomic import fsync
 from atropos_exp.runs.checkpoints import Checkpoint, find_latest, open_checkpoint
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
-
     from torch import Tensor
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -111,7 +110,7 @@ def _write_weights(model: Path, out: Path, dtype: str) -> tuple[int, int, int]:
 
     adapters = _Adapters(model)
     weight_map, num_bytes = {}, 0
-    for file in sorted(set(_weight_map(model, "model").values())):
+    for file in _files(model, "model"):
         tensors = {}
         for name, tensor in _tensors(model / file):
             tensor = adapters.merge(name, tensor)
@@ -119,8 +118,8 @@ def _write_weights(model: Path, out: Path, dtype: str) -> tuple[int, int, int]:
             num_bytes += tensors[name].nbytes
             weight_map[name] = file
         save_file(tensors, out / file, metadata={"format": "pt"})
-    if unused := adapters.unmerged():
-        raise UserError(f"{model} has an adapter for {unused[0]}, which is not a weight of the model")
+    if adapters.unmerged:
+        raise UserError(f"{model} has an adapter for {min(adapters.unmerged)}, which is not a weight of the model")
     if set(weight_map.values()) != {"model.safetensors"}:
         index = {"metadata": {"total_size": num_bytes}, "weight_map": weight_map}
         (out / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
@@ -135,14 +134,13 @@ def _tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
             yield name, opened.get_tensor(name)
 
 
-def _weight_map(folder: Path, stem: str) -> Mapping[str, str]:
-    """tensor name -> file, from the index or the only file."""
+def _files(folder: Path, stem: str) -> list[str]:
+    """The names of the files with a model's or an adapter's tensors, from the index or by the only file; [] without."""
     index = folder / f"{stem}.safetensors.index.json"
     if index.is_file():
-        weight_map: Mapping[str, str] = hf_folder.read_json(index)["weight_map"]
-        return weight_map
+        return sorted(set(hf_folder.read_json(index)["weight_map"].values()))
     only = folder / f"{stem}.safetensors"
-    return dict.fromkeys((name for name, _ in _tensors(only)), only.name) if only.is_file() else {}
+    return [only.name] if only.is_file() else []
 
 
 class _Adapters:
@@ -150,27 +148,24 @@ class _Adapters:
 
     def __init__(self, model: Path) -> None:
         self.num_merged = 0
-        self._matrices: dict[str, dict[str, Any]] = {}  # weight name -> {"A": [r, in], "B": [out, r]}
-        for file in sorted(set(_weight_map(model, "adapter").values())):
+        self.unmerged: dict[str, dict[str, Any]] = {}  # weight name -> {"A": [r, in], "B": [out, r]}
+        for file in _files(model, "adapter"):
             for name, tensor in _tensors(model / file):
                 module, _, rest = name.removeprefix("base_model.model.").partition(".lora_")
-                self._matrices.setdefault(f"{module}.weight", {})[rest[0]] = tensor.float()
+                self.unmerged.setdefault(f"{module}.weight", {})[rest[0]] = tensor.float()
         self._scaling = 0.0
-        if self._matrices:
+        if self.unmerged:
             lora = hf_folder.read_json(model / "trainer.json")["lora"]
             self._scaling = lora["alpha"] / lora["rank"]
 
     def merge(self, name: str, weight: Tensor) -> Tensor:
         """W + scaling * B @ A, in float32; `weight` itself if it has no adapter."""
-        pair = self._matrices.pop(name, None)
+        pair = self.unmerged.pop(name, None)
         if pair is None:
             return weight
         self.num_merged += 1
         merged: Tensor = weight.float() + self._scaling * (pair["B"] @ pair["A"])
         return merged
-
-    def unmerged(self) -> list[str]:
-        return sorted(self._matrices)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -19,6 +19,7 @@ from atropos_exp.types import (
     Sample,
     SampleRecord,
     SamplingParams,
+    StepFacts,
     StepMetrics,
     SyncStats,
     TokenIds,
@@ -72,6 +73,9 @@ class Reward(Protocol):
 
     def __call__(self, answer: str, prompt: Prompt) -> float: ...
 
+    def warm_up(self) -> None:
+        """Import what the first call needs, before any time limit runs."""
+
 
 class Scorer(Protocol):
     """Runs a reward over many answers in killable processes (`parts/reward/pool.py`)."""
@@ -102,19 +106,15 @@ class EngineServer(Protocol):
         """Where other processes of the run, such as the gateway, reach it."""
 
     def score(self, sequences: Sequence[TokenIds], *, temperature: float) -> list[Floats]:
-        """As `Engine.score`, by this server."""
+        """For each sequence [T] the logprobs [T - 1] of tokens 1.., nats."""
 
 
-class Engine(Protocol):
+class Engine(EngineServer, Protocol):
     """`conf/engine`: a client of a server process that samples from the policy."""
 
     @property
     def dtype(self) -> str:
         """Of the served weights: float32 | bfloat16 | float16."""
-
-    @property
-    def endpoint(self) -> Endpoint:
-        """Where other processes of the run, such as the gateway, reach the server."""
 
     @property
     def replicas(self) -> Sequence[EngineServer]:
@@ -126,9 +126,6 @@ class Engine(Protocol):
 
     def generate(self, prompts: Sequence[TokenIds], params: SamplingParams, *, num_samples: int) -> list[list[Sample]]:
         """`num_samples` completions per prompt, in order. Same call, seed and weights: same tokens."""
-
-    def score(self, sequences: Sequence[TokenIds], *, temperature: float) -> list[Floats]:
-        """For each sequence [T] the logprobs [T - 1] of tokens 1.., nats."""
 
     def version(self) -> int: ...
 
@@ -261,19 +258,7 @@ class Recorder(Protocol):
     def resume(self, step: int) -> None:
         """Forget what an interrupted process recorded after `step`: it will be done again."""
 
-    def record(
-        self,
-        *,
-        step: int,
-        groups: Sequence[RolloutGroup],
-        advantages: Sequence[Floats],
-        sync: SyncStats,
-        evaluation: Mapping[str, float],
-        seconds: Mapping[str, float],
-        dropped: Dropped | None = None,
-        update: UpdateStats | None = None,
-        counters: Mapping[str, float] | None = None,
-    ) -> None: ...
+    def record(self, facts: StepFacts) -> None: ...
 
 
 class Logger(Protocol):

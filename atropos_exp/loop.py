@@ -8,12 +8,12 @@ from atropos_exp.interfaces import (
     AdvantageEstimator,
     Checkpointer,
     Evaluator,
-    PolicyTrainer,
     Publisher,
     Recorder,
     RolloutSource,
 )
 from atropos_exp.metrics import Clock
+from atropos_exp.types import StepFacts, TrainBatch, UpdateStats
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,7 +36,7 @@ def train(
     *,
     source: RolloutSource,
     estimate: AdvantageEstimator,
-    trainer: PolicyTrainer,
+    update: Callable[[TrainBatch], UpdateStats],
     publisher: Publisher,
     evaluate: Evaluator,
     recorder: Recorder,
@@ -56,7 +56,9 @@ def train(
     if done == 0:
         with clock("eval"):
             scores = evaluate(0)
-        recorder.record(step=0, groups=[], advantages=[], sync=sync, evaluation=scores, seconds=clock.seconds)
+        recorder.record(
+            StepFacts(step=0, groups=[], advantages=[], sync=sync, evaluation=scores, seconds=clock.seconds)
+        )
 
     clock = Clock()
     for step in range(done + 1, schedule.max_steps + 1):
@@ -67,7 +69,7 @@ def train(
         with clock("pack"):
             batch = pack(groups, advantages, temperature=schedule.temperature)
         with clock("update"):
-            update = trainer.update(batch) if batch is not None else None
+            stats = update(batch) if batch is not None else None
         with clock("sync"):
             sync = publisher.publish(step)
         with clock("eval"):
@@ -75,16 +77,11 @@ def train(
         seconds, clock = clock.seconds, Clock()  # logging and saving count in the next step's line
         with clock("log"):
             recorder.record(
-                step=step,
-                groups=groups,
-                advantages=advantages,
-                dropped=dropped,
-                update=update,
-                sync=sync,
-                evaluation=scores,
-                seconds=seconds,
-                counters=source.counters(),
-            )
+                StepFacts(
+                    step=step, groups=groups, advantages=advantages, sync=sync, evaluation=scores, seconds=seconds,
+                    dropped=dropped, update=stats, counters=source.counters(),
+                )
+            )  # fmt: skip
         done, stopping = step, should_stop()
         with clock("save"):
             if stopping or schedule.is_due(schedule.save_every, step):

@@ -12,17 +12,17 @@ from time import perf_counter
 
 import numpy as np
 
-from atropos_exp.types import Dropped, Finish, RolloutGroup, StepMetrics, SyncStats, UpdateStats
+from atropos_exp.types import Finish, RolloutGroup, StepFacts, StepMetrics, SyncStats, UpdateStats
 
 METRICS: Mapping[str, str] = {
     "reward/mean": "Mean reward of the rollouts.",
     "reward/std": "Standard deviation of the reward over all rollouts of the step.",
     "group/num": "Groups that reached the step.",
-    "group/zero_variance_fraction": "Groups of several rollouts whose rewards are all equal: they teach nothing.",
-    "group/singleton_fraction": "Groups with one rollout to judge, which has nothing to be compared with.",
+    "group/zero_variance_fraction": "Share of groups of several rollouts with equal rewards, which give no signal.",
+    "group/singleton_fraction": "Share of groups with a single scored rollout, which cannot be compared with another.",
     "rollout/num": "Rollouts that reached the step.",
     "rollout/num_<source>": "Of these, sampled by this source (`local`, `atropos`).",
-    "rollout/supervised": "Of these, trained on by plain cross-entropy: compared with nobody.",
+    "rollout/supervised": "Of these, trained on by plain cross-entropy; their rewards are not compared.",
     "rollout/num_tokens": "Tokens of the rollouts, prompts included.",
     "rollout/dropped_<reason>": "Rollouts that were dropped for this reason before they reached a group.",
     "batch/num_tokens": "Packed tokens of the update, prompts included.",
@@ -41,17 +41,17 @@ METRICS: Mapping[str, str] = {
     "policy/mismatch_kl": "k3 estimate of KL(behaviour || trained policy) per trained token, nats.",
     "policy/logprob_gap_mean": "Mean |trainer - sampler| of the logprob of a trained token, nats.",
     "policy/logprob_gap_max": "Largest |trainer - sampler| of the logprob of a trained token, nats.",
-    "policy/importance_truncated_fraction": "Trained tokens whose importance weight hit its cap.",
-    "policy/clip_fraction": "Trained tokens that the policy loss clipped.",
+    "policy/importance_truncated_fraction": "Share of trained tokens whose importance weight was cut to its cap.",
+    "policy/clip_fraction": "Share of trained tokens that the policy loss clipped.",
     "policy/reference_kl": "KL to the reference model per trained token, nats; 0 without one.",
     "length/prompt_mean": "Mean tokens before the first sampled one.",
     "length/response_mean": "Mean sampled tokens of a rollout.",
     "length/response_max": "Most sampled tokens of a rollout.",
-    "length/truncated_fraction": "Rollouts that the token limit cut.",
-    "time/rollout_s": "Seconds until the groups were there.",
+    "length/truncated_fraction": "Share of rollouts cut off by the token limit.",
+    "time/rollout_s": "Seconds to get the groups: sampling, or waiting for Atropos.",
     "time/journal_s": "Seconds to write the groups to the rollout journal.",
     "time/advantage_s": "Seconds to compute advantages.",
-    "time/pack_s": "Seconds to lay the batch out.",
+    "time/pack_s": "Seconds to pack the batch.",
     "time/update_s": "Seconds of forward, backward and optimizer.",
     "time/sync_s": "Seconds to move the weights into the engine, without the proof.",
     "time/proof_s": "Seconds to prove that the weights arrived.",
@@ -62,15 +62,15 @@ METRICS: Mapping[str, str] = {
     "throughput/tokens_per_s": "`rollout/num_tokens` per second of `time/step_s`: prompt and sampled tokens.",
     "throughput/trained_tokens_per_s": "`batch/num_trained_tokens` per second of `time/step_s`.",
     "throughput/mfu": "Model FLOPs of the update over the bfloat16 peak of the devices in `time/update_s`; GPUs only.",
-    "engine/restarts": "Times that a server which died or hung was started anew and synced again, in this process.",
-    "engine/memory_awake_gb": "GiB in use on the engine's GPU before it gave its memory back (`engine.colocate`).",
-    "engine/memory_asleep_gb": "GiB in use there after that: what the trainer holds, and what the engine keeps.",
-    "engine/memory_freed_gb": "The difference: GiB that the trainer could use during the update.",
-    "sync/open_s": "Seconds of the sync until the engine had stopped sampling and took tensors.",
-    "sync/gather_s": "Seconds to gather and cast them; what a GPU has left to do of it is waited for in `sync/send_s`.",
-    "sync/send_s": "Seconds to hand them over and load them.",
-    "sync/commit_s": "Seconds until the engine had accepted them and emptied its prefix cache.",
-    "sync/digest_s": "Seconds of the proof to digest them on both sides and to compare.",
+    "engine/restarts": "Restarts of engine servers that died or hung, each followed by a new sync, in this process.",
+    "engine/memory_awake_gb": "GiB in use on the engine's GPU before it releases its memory (`engine.colocate`).",
+    "engine/memory_asleep_gb": "GiB in use there afterwards: the trainer's memory, and what the engine keeps.",
+    "engine/memory_freed_gb": "The difference: GiB that become available to the trainer for the update.",
+    "sync/open_s": "Seconds of the sync until the engine has stopped sampling and accepts tensors.",
+    "sync/gather_s": "Seconds to gather and cast the tensors; GPU work still running then counts in `sync/send_s`.",
+    "sync/send_s": "Seconds to send the tensors to the engine and load them there.",
+    "sync/commit_s": "Seconds until the engine has accepted the update and emptied its prefix cache.",
+    "sync/digest_s": "Seconds of the proof to compute the digests on both sides and compare them.",
     "sync/canary_s": "Seconds of the proof to score the canary prompts on both sides.",
     "sync/tensors": "Tensors that the engine received.",
     "sync/bytes": "Bytes that the engine received.",
@@ -91,9 +91,8 @@ METRICS: Mapping[str, str] = {
 
 
 def _pattern(name: str) -> re.Pattern[str]:
-    pieces = re.findall(r"<\w+>|[^<]+", name)
-    blanks = {"<k>": r"\d+"}
-    return re.compile("".join(blanks.get(p, r"[^/]+") if p.startswith("<") else re.escape(p) for p in pieces))
+    pattern = re.sub(r"<\w+>", "[^/]+", re.escape(name).replace("<k>", r"\d+"))
+    return re.compile(pattern)
 
 
 _PATTERNS = [(_pattern(name), said) for name, said in METRICS.items() if "<" in name]
@@ -140,40 +139,25 @@ class Clock:
         return self._stages | {"step": perf_counter() - self._start}
 
 
-def summarize(
-    *,
-    step: int,
-    groups: Sequence[RolloutGroup],
-    dropped: Dropped,
-    update: UpdateStats | None,
-    sync: SyncStats | None,
-    seconds: Mapping[str, float],
-    policy_version: int,
-    eval: Mapping[str, float],
-    extra: Mapping[str, float] | None = None,
-) -> StepMetrics:
-    """One step's metrics.
-
-    `policy_version` is that of the weights before this step's update; `seconds` are a `Clock`'s; `eval` and `extra`
-    hold metrics by their full name. Without an update or a sync their metrics are left out.
-    """
-    values: dict[str, float] = {"policy/version": policy_version}
-    values |= _of_groups(groups, policy_version)
-    values |= {f"rollout/dropped_{slug(reason)}": num for reason, num in dropped.reasons.items()}
+def summarize(facts: StepFacts) -> StepMetrics:
+    """One step's metrics. Those of an update are left out if there was none."""
+    update, seconds = facts.update, facts.seconds
+    values: dict[str, float] = {"policy/version": facts.policy_version}
+    values |= _of_groups(facts.groups, facts.policy_version)
+    values |= {f"rollout/dropped_{slug(reason)}": num for reason, num in facts.dropped.reasons.items()}
     if update is not None:
         values |= _of_update(update)
     values |= {f"time/{stage}_s": spent for stage, spent in seconds.items()}
-    if sync is not None:
-        values |= _of_sync(sync)  # after the clock's, whose span of the sync holds the proof too
+    values |= _of_sync(facts.sync)  # after the clock's, whose span of the sync holds the proof too
     if seconds.get("step", 0.0) > 0.0:
         values["throughput/tokens_per_s"] = values["rollout/num_tokens"] / seconds["step"]
         values["throughput/trained_tokens_per_s"] = (update.num_trained_tokens if update else 0) / seconds["step"]
     if update is not None and seconds.get("update") and update.peak_seconds == update.peak_seconds:
         values["throughput/mfu"] = update.peak_seconds / seconds["update"]
-    values |= {**eval, **(extra or {})}
+    values |= {**facts.evaluation, **facts.counters}
     unknown = [name for name in values if sentence(name) is None]
     assert not unknown, f"metrics without a sentence in metrics.METRICS: {unknown}"
-    return StepMetrics(step=step, values={name: float(value) for name, value in values.items()})
+    return StepMetrics(step=facts.step, values={name: float(value) for name, value in values.items()})
 
 
 def markdown_table() -> str:

@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 
 from atropos_exp.assembly.assemble import Assembly
 from atropos_exp.assembly.check import Checked, mistakes_of, validate
+from atropos_exp.assembly.head import preparation_problems
 from atropos_exp.assembly.sizes import describe
 from atropos_exp.assembly.submission import launch
 from atropos_exp.config.command_line import hydra_main
@@ -34,7 +35,8 @@ def run(config: DictConfig) -> int:
     """One experiment; returns the exit code, 0 when it finished or stopped on request. UserError is for the caller."""
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # trainer and engine take turns on the same cores
     checked = validate(config)
-    _check_preparation(checked)
+    if problems := preparation_problems(checked.parts.data.prepare):
+        raise UserError("\n".join(["Wrong configuration:", *problems]))
     code = launch(checked)
     if code is not None:
         return code
@@ -51,16 +53,6 @@ def run(config: DictConfig) -> int:
         save_config(checked.config, folder.path / "config.yaml")
         note_command(folder.path, ["python", "-m", "atropos_exp.run", *sys.argv[1:]])
     return Experiment(checked, folder, ranks).execute()
-
-
-def _check_preparation(checked: Checked) -> None:
-    prepare = checked.parts.data.prepare
-    if prepare is None:
-        return
-    from data_prep.prepare import preflight
-
-    if problems := preflight(prepare):
-        raise UserError("\n".join(["Wrong configuration:", *problems]))
 
 
 class Experiment:
@@ -110,7 +102,7 @@ class Experiment:
             parts.schedule,
             source=parts.source,
             estimate=parts.estimate,
-            trainer=parts.trainer,
+            update=parts.update,
             publisher=parts.publisher,
             evaluate=parts.evaluate,
             recorder=parts.recorder,
@@ -135,6 +127,9 @@ class Experiment:
     def _conclude(self, status: str, error: str | None) -> None:
         rows = read_rows(self._folder.path)
         parts = self._parts
+        head = parts.head if parts is not None else None
+        # the engine may live in another environment, with another torch than the trainer's
+        libraries = head.libraries if head is not None else {}
         summary = summarize_run(
             rows,
             status=status,
@@ -143,52 +138,41 @@ class Experiment:
             resumed_from=parts.checkpoints.resumed_from if parts is not None else None,
             seed=self._checked.run.seed,
             git=git_commit(),
-            versions=versions() | _engine_versions(parts),
+            versions=versions() | {f"engine: {name}": version for name, version in libraries.items()},
             config_hash=config_hash(self._checked.config),
             num_failed_syncs=parts.publisher.num_syncs - parts.publisher.num_verified if parts is not None else 0,
             num_repeated_syncs=parts.publisher.num_repeated if parts is not None else 0,
         )
         write_summary(self._folder.path, summary)
-        if parts is not None and parts.head is not None:
-            parts.head.logger.close(summary)
+        if head is not None:
+            head.logger.close(summary)
         elif error:
             print(f"{status}: {error}", file=sys.stderr)
-        report = self._write_report()
-        if report is not None:
-            print(f"Report: {report}", flush=True)
+        self._write_report()
 
-    def _write_report(self) -> Path | None:
+    def _write_report(self) -> None:
         from atropos_exp.report.page import write_report
 
         try:
-            return write_report([self._folder.path], self._folder.path / "report.html")
+            report = write_report([self._folder.path], self._folder.path / "report.html")
+            print(f"Report: {report}", flush=True)
         except Exception as error:  # the run itself is done and recorded; say so and go on
             print(f"The report could not be written ({error}); try python -m atropos_exp.report {self._folder.path}")
-            return None
-
-
-def _engine_versions(parts: Assembly | None) -> dict[str, str]:
-    """The engine may live in another environment, with another torch than the trainer's."""
-    found = {} if parts is None or parts.head is None else parts.head.libraries
-    return {f"engine: {name}": version for name, version in found.items()}
 
 
 def _open_folder(checked: Checked, ranks: Ranks) -> RunFolder:
-    opened: RunFolder | None = None
-
-    def open_it() -> tuple[str, bool]:
-        nonlocal opened
-        opened = open_run_folder(
-            output_dir=Path(checked.run.output_dir),
-            name=checked.run.name,
-            run_dir=checked.run.run_dir,
-            resume=checked.run.resume,
+    run = checked.run
+    opened = ranks.keep_on_zero(
+        lambda: open_run_folder(
+            output_dir=Path(run.output_dir),
+            name=run.name,
+            run_dir=run.run_dir,
+            resume=run.resume,
             config_hash=config_hash(checked.config),
         )
-        return str(opened.path), opened.resumed
-
-    path, resumed = ranks.on_zero(open_it)
-    return opened or RunFolder(path=Path(path), resumed=resumed, lock=None)
+    )
+    path, resumed = ranks.broadcast((opened.path, opened.resumed) if opened is not None else (Path(), False))
+    return opened or RunFolder(path=path, resumed=resumed, lock=None)
 
 
 main = hydra_main(run, start_sweep, mistakes_of)

@@ -16,9 +16,10 @@ so those of token t are read at t - 1; that shift happens in the trainer only.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -241,6 +242,38 @@ class SyncStats:
     canary_gap_max: float  # nats, engine versus trainer
     canary_gap_mean: float
     digests_compared: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunDescription:
+    """What a logger is told of the run before its first step."""
+
+    folder: Path
+    config: Mapping[str, Any]  # resolved, secrets and all
+    name: str
+    total_steps: int
+    resumed: bool
+    group: str | None = None  # that of the run's environments, for a tracker whose own group is null
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class StepFacts:
+    """What happened in a step."""
+
+    step: int
+    groups: Sequence[RolloutGroup]
+    advantages: Sequence[Floats]  # [G] of each group
+    sync: SyncStats
+    evaluation: Mapping[str, float]  # metrics by their full name; empty where none was due
+    seconds: Mapping[str, float]  # of a `metrics.Clock`
+    dropped: Dropped = field(default_factory=lambda: Dropped(reasons={}))
+    update: UpdateStats | None = None  # None: no group had a signal
+    counters: Mapping[str, float] = field(default_factory=dict)  # more metrics by their full name
+
+    @property
+    def policy_version(self) -> int:
+        """The version of the weights that the step trained, before its update."""
+        return max(0, self.step - 1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -161,7 +161,7 @@ def kill_in_the_middle(trainer: Any, engine: Any, results: Results) -> None:
     engine.restart = timed
     stats = resync.publish(engine.version() + 1)
     if resync.num_restarts == 0:  # it was quicker than its death
-        engine.replicas[0].process.wait(5.0)
+        engine.replicas[0].process.child.wait(5.0)
         stats = resync.through(lambda: resync.publish(stats.policy_version + 1))
     assert kills.killed is not None
     results.add("killed in the middle: noticed after s", noticed[0] - kills.killed)

@@ -52,7 +52,7 @@ class Loop:
             ),
             source=self.source,
             estimate=MeanBaseline(book, takes=SECONDS["advantage"]),
-            trainer=self.trainer,
+            update=self.trainer.update,
             publisher=self.publisher,
             evaluate=MemoryEvaluator(book, self.publisher, takes=SECONDS["eval"]),
             recorder=self.recorder,

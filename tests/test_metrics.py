@@ -4,7 +4,9 @@ import math
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ import pytest
 from atropos_exp import metrics
 from atropos_exp.metrics import Clock, sentence, summarize
 from atropos_exp.parts.eval.held_out import eval_metrics
-from atropos_exp.types import Dropped, Finish, Rollout, RolloutGroup, SyncStats, UpdateStats
+from atropos_exp.types import Dropped, Finish, Rollout, RolloutGroup, StepFacts, SyncStats, UpdateStats
 from tests.helpers.paths import ROOT
 
 
@@ -45,6 +47,11 @@ SYNC = SyncStats(
 )  # fmt: skip
 
 
+def summarized(**facts: Any) -> Mapping[str, float]:
+    """The metrics of a step, in which by default no time passed and nothing but a sync was done."""
+    return summarize(StepFacts(**{"advantages": [], "sync": SYNC, "evaluation": {}, "seconds": {}} | facts)).values
+
+
 def example_groups() -> list[RolloutGroup]:
     return [
         group(rollout(reward=1.0, response=3), rollout(reward=0.0, response=5, version=3, finish=Finish.LENGTH)),
@@ -58,11 +65,11 @@ def example_groups() -> list[RolloutGroup]:
 
 
 def test_numbers_by_hand() -> None:
-    values = summarize(
+    values = summarized(
         step=6, groups=example_groups(), dropped=Dropped(reasons={"timeout": 3, "error:ValueError": 1}),
-        update=UPDATE, sync=SYNC, seconds={"rollout": 1.0, "update": 0.75, "sync": 0.4, "step": 2.0}, policy_version=5,
-        eval={"eval/arithmetic/accuracy": 0.5}, extra={"atropos/retries": 2},
-    ).values  # fmt: skip
+        update=UPDATE, seconds={"rollout": 1.0, "update": 0.75, "sync": 0.4, "step": 2.0},
+        evaluation={"eval/arithmetic/accuracy": 0.5}, counters={"atropos/retries": 2},
+    )  # fmt: skip
     rewards = [1.0, 0.0, 1.0, 1.0, 0.0, 0.5, 0.5]
     mean = sum(rewards) / 7
     assert values["reward/mean"] == pytest.approx(mean)
@@ -101,10 +108,7 @@ def test_examples_are_no_silent_groups() -> None:
         group(rollout(reward=0.0), example),  # one to judge, and nothing to hold it against
         group(rollout(reward=0.0), rollout(reward=1.0)),
     ]
-    values = summarize(
-        step=1, groups=groups, dropped=Dropped(reasons={}), update=None, sync=None, seconds={}, policy_version=4,
-        eval={},
-    ).values  # fmt: skip
+    values = summarized(step=5, groups=groups)
     assert (values["rollout/num"], values["rollout/supervised"]) == (11, 6)
     assert values["group/zero_variance_fraction"] == pytest.approx(1 / 5)
     assert values["group/singleton_fraction"] == pytest.approx(1 / 5)
@@ -112,11 +116,11 @@ def test_examples_are_no_silent_groups() -> None:
 
 
 def test_every_name_has_a_sentence_and_every_value_is_a_float() -> None:
-    values = summarize(
-        step=1, groups=example_groups(), dropped=Dropped(reasons={"odd/reason here": 1}), update=UPDATE, sync=SYNC,
-        seconds=Clock().seconds | {"update": 0.75}, policy_version=0,
-        eval=eval_metrics(name="a/b", correct=np.array([True]), num_correct=np.array([3]), num_samples=4, k=2),
-    ).values  # fmt: skip
+    values = summarized(
+        step=1, groups=example_groups(), dropped=Dropped(reasons={"odd/reason here": 1}), update=UPDATE,
+        seconds=Clock().seconds | {"update": 0.75},
+        evaluation=eval_metrics(name="a/b", correct=np.array([True]), num_correct=np.array([3]), num_samples=4, k=2),
+    )  # fmt: skip
     assert all(sentence(name) for name in values)
     assert all(type(value) is float for value in values.values())
     emitted = {name for name in metrics.METRICS if name in values}
@@ -128,23 +132,17 @@ def test_every_name_has_a_sentence_and_every_value_is_a_float() -> None:
 
 def test_a_name_without_a_sentence_is_refused() -> None:
     with pytest.raises(AssertionError, match=r"\['made/up'\]"):
-        summarize(
-            step=1, groups=[], dropped=Dropped(reasons={}), update=None, sync=None, seconds={}, policy_version=0,
-            eval={}, extra={"made/up": 1.0},
-        )  # fmt: skip
+        summarized(step=1, groups=[], counters={"made/up": 1.0})
     assert sentence("eval/gsm8k/pass_at_16_ci_low")
     assert sentence("eval/gsm8k/pass_at_many") is None
     assert sentence("rollout/dropped_") is None
 
 
 def test_a_step_without_rollouts_has_no_reward() -> None:
-    values = summarize(
-        step=0, groups=[], dropped=Dropped(reasons={}), update=None, sync=None, seconds={"step": 1.0},
-        policy_version=0, eval={},
-    ).values  # fmt: skip
+    values = summarized(step=0, groups=[], seconds={"step": 1.0})
     assert math.isnan(values["reward/mean"])
     assert (values["rollout/num"], values["throughput/tokens_per_s"]) == (0, 0)
-    assert "loss/policy" not in values and "sync/bytes" not in values
+    assert "loss/policy" not in values
 
 
 def test_eval_metrics_by_hand() -> None:

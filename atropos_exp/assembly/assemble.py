@@ -3,13 +3,14 @@
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from atropos_exp.assembly.check import Checked
-from atropos_exp.assembly.colocated import ColocatedTrainer
-from atropos_exp.assembly.head import Head, Prepared, prepare, start_head
+from atropos_exp.assembly.colocated import Update, taking_turns
+from atropos_exp.assembly.head import Head, prepare, start_head
 from atropos_exp.assembly.model import TriedModel, try_model
-from atropos_exp.assembly.resync import Resync, ResyncedEvaluator, ResyncedSource
+from atropos_exp.assembly.resync import Resync, ResyncedEvaluator, ResyncedSource, of_rank_zero
 from atropos_exp.interfaces import AdvantageEstimator, Engine, Evaluator, PolicyTrainer, Recorder, RolloutSource
 from atropos_exp.loop import Schedule
 from atropos_exp.parts.model.hf_folder import copy_description
@@ -28,7 +29,7 @@ class Assembly:
     schedule: Schedule
     source: RolloutSource
     estimate: AdvantageEstimator
-    trainer: PolicyTrainer
+    update: Update
     publisher: Resync
     evaluate: Evaluator
     recorder: Recorder
@@ -43,17 +44,26 @@ def assemble(checked: Checked, folder: RunFolder, ranks: Ranks, stack: ExitStack
     tried = ranks.on_zero(lambda: try_model(checked, model_folder, stack))
     prepared = ranks.keep_on_zero(lambda: prepare(checked, folder, model_folder, stack))
     trainer, engine = _start_trainer_and_engine(checked, folder, model_folder, tried, ranks, stack)
-    head = ranks.keep_on_zero(lambda: _head(checked, folder, prepared, engine, model_folder, stack))
-    publisher = _publisher(checked, trainer, engine, prepared, ranks)
+    head = ranks.keep_on_zero(
+        lambda: start_head(checked, folder, of_rank_zero(prepared), of_rank_zero(engine), model_folder, stack)
+    )
+    publisher = WeightPublisher(
+        trainer,
+        engine,
+        is_rank_zero=ranks.is_zero,
+        bucket_bytes=run.sync.bucket_mb * 2**20,
+        canary=ranks.broadcast(prepared.canary if prepared is not None else []),
+        temperature=run.temperature,
+        tolerance=run.sync.tolerance,
+    )
     gate = head.gateway if head is not None else None
     resync = Resync(publisher, engine, ranks, max_restarts=parts.engine.max_restarts, gate=gate)
-    source = ResyncedSource(head.source if head is not None else None, resync, ranks)
+    source = ResyncedSource(head.source if head is not None else None, resync)
     checkpoints = Snapshots(
         Checkpoints(folder.path / "checkpoints", keep=run.checkpoint.keep, ranks=ranks),
         trainer=trainer,
         source=source,
-        model_folder=model_folder,
-        describe=copy_description,
+        describe=partial(copy_description, model_folder),
         is_zero=ranks.is_zero,
     )
     return Assembly(
@@ -66,25 +76,13 @@ def assemble(checked: Checked, folder: RunFolder, ranks: Ranks, stack: ExitStack
         ),
         source=source,
         estimate=parts.advantage,
-        trainer=ColocatedTrainer(trainer, resync) if parts.engine.colocate else trainer,
+        update=taking_turns(trainer.update, resync) if parts.engine.colocate else trainer.update,
         publisher=resync,
-        evaluate=ResyncedEvaluator(head.evaluate if head is not None else None, resync, ranks),
+        evaluate=ResyncedEvaluator(head.evaluate if head is not None else None, resync),
         recorder=head.recorder if head is not None else SilentRecorder(),
         checkpoints=checkpoints,
         head=head,
     )
-
-
-def _head(
-    checked: Checked,
-    folder: RunFolder,
-    prepared: Prepared | None,
-    engine: Engine | None,
-    model_folder: Path,
-    stack: ExitStack,
-) -> Head:
-    assert prepared is not None and engine is not None, "rank 0 has both"
-    return start_head(checked, folder, prepared, engine, model_folder, stack)
 
 
 def _start_trainer_and_engine(
@@ -94,7 +92,7 @@ def _start_trainer_and_engine(
     parts = checked.parts
 
     def start_engine() -> Engine:
-        return parts.engine.start(
+        engine = parts.engine.start(
             model_folder=model_folder,
             device=checked.device,
             log_folder=folder.path / "log",
@@ -102,44 +100,18 @@ def _start_trainer_and_engine(
             lora=parts.model.lora,
             twin=tried.twin,
         )
+        stack.callback(engine.stop)
+        return engine
 
-    engine = None
     with ThreadPoolExecutor(1) as background:
         starting = background.submit(start_engine) if ranks.is_zero else None
-        try:
-            trainer = parts.trainer.start(
-                model_folder=model_folder,
-                model=parts.model,
-                loss=parts.loss,
-                seed=checked.run.seed,
-                device=checked.device,
-                dump_folder=folder.path / "bad_batches",
-                layout=tried.layout,
-            )
-        finally:
-            if starting is not None and starting.exception() is None:
-                engine = starting.result()
-                stack.callback(engine.stop)
-
-    def await_engine() -> None:
-        if starting is not None:
-            starting.result()  # raises what its start raised
-
-    ranks.on_zero(await_engine)
-    return trainer, engine
-
-
-def _publisher(
-    checked: Checked, trainer: PolicyTrainer, engine: Engine | None, prepared: Prepared | None, ranks: Ranks
-) -> WeightPublisher:
-    from atropos_exp.weights.publisher import WeightPublisher
-
-    return WeightPublisher(
-        trainer,
-        engine,
-        is_rank_zero=ranks.is_zero,
-        bucket_bytes=checked.run.sync.bucket_mb * 2**20,
-        canary=ranks.broadcast(prepared.canary if prepared is not None else []),
-        temperature=checked.run.temperature,
-        tolerance=checked.run.sync.tolerance,
-    )
+        trainer = parts.trainer.start(
+            model_folder=model_folder,
+            model=parts.model,
+            loss=parts.loss,
+            seed=checked.run.seed,
+            device=checked.device,
+            dump_folder=folder.path / "bad_batches",
+            layout=tried.layout,
+        )
+    return trainer, ranks.keep_on_zero(lambda: of_rank_zero(starting).result())

@@ -84,7 +84,7 @@ def check(config: DictConfig) -> tuple[Checked | None, list[Mistake]]:
     cluster, rollout, atropos = parts.get("cluster"), parts.get("rollout"), parts.get("atropos")
     # Where a job is submitted says nothing of the machines that it will run on.
     elsewhere = None if cluster is None or "WORLD_SIZE" in os.environ else cluster.target_device
-    device = _device(run.device, mistakes) if elsewhere is None else _wanted(run.device, elsewhere)
+    device = _device(run.device, elsewhere, mistakes)
     sizes = check_sizes(
         run, cluster, parts.get("trainer"), parts.get("advantage"),
         device=device, environ=os.environ, mistakes=mistakes,
@@ -119,23 +119,17 @@ def _unknown_root_key(key: str, values: Mapping[str, Any], shared: Iterable[str]
     return unknown_key(key, [*sorted(shared), *GROUPS, *(name for name in nested if not name.endswith("._target_"))])
 
 
-def _device(wanted: str, mistakes: list[Mistake]) -> str:
-    """Which device `torch` will see, without importing it."""
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1")
-    visible = not hidden and any(Path("/dev").glob("nvidia[0-9]*"))
+def _device(wanted: str, elsewhere: str | None, mistakes: list[Mistake]) -> str:
+    """Which device `torch` will see, without importing it: here, or on a machine that has `elsewhere`."""
     for_cpu = importlib.metadata.version("torch").endswith("+cpu")
-    if wanted == "cuda" and not visible:
-        mistakes.append(Mistake(path="device", message="got cuda, but no NVIDIA GPU is visible; use device=auto"))
-    elif wanted == "cuda" and for_cpu:
-        mistakes.append(Mistake(path="device", message="got cuda, but the installed PyTorch is a CPU build"))
-    if wanted != "auto":
-        return wanted
-    return "cuda" if visible and not for_cpu else "cpu"
-
-
-def _wanted(wanted: str, elsewhere: str) -> str:
-    """The device on another machine that has `elsewhere`, under a PyTorch like this one's."""
-    for_cpu = importlib.metadata.version("torch").endswith("+cpu")
+    if elsewhere is None:
+        hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1")
+        visible = not hidden and any(Path("/dev").glob("nvidia[0-9]*"))
+        if wanted == "cuda" and not visible:
+            mistakes.append(Mistake(path="device", message="got cuda, but no NVIDIA GPU is visible; use device=auto"))
+        elif wanted == "cuda" and for_cpu:
+            mistakes.append(Mistake(path="device", message="got cuda, but the installed PyTorch is a CPU build"))
+        elsewhere = "cuda" if visible else "cpu"
     return wanted if wanted != "auto" else "cpu" if for_cpu else elsewhere
 
 
@@ -148,4 +142,4 @@ def _preflight(group: str, part: Settings, facts: Mapping[str, Any]) -> list[Mis
         problems = list(part.preflight(**{name: facts[name] for name in wanted}) or ())
     except UserError as error:
         problems = [str(error)]
-    return [mistake for text in problems for mistake in located(UserError(text), type(part), group)]
+    return [mistake for text in problems for mistake in located(text, type(part), group)]

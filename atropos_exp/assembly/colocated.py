@@ -1,56 +1,23 @@
 """Trainer and engine take turns on one GPU: the engine sleeps while the trainer updates."""
 
-from __future__ import annotations
+from collections.abc import Callable
 
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from atropos_exp.assembly.resync import Resync
+from atropos_exp.types import TrainBatch, UpdateStats
 
-from atropos_exp.interfaces import PolicyTrainer
-from atropos_exp.types import Floats, TokenIds, TrainBatch, UpdateStats
-
-if TYPE_CHECKING:
-    from torch import Tensor
+Update = Callable[[TrainBatch], UpdateStats]
 
 
-class Sleeper(Protocol):
-    """Who tells the engine to give its memory back (`assembly/resync.py`). Collective."""
+def taking_turns(update: Update, resync: Resync) -> Update:
+    """Return `update`, but with the engine asleep meanwhile. The weight sync that follows each update wakes it."""
 
-    def sleep(self) -> None: ...
+    def update_while_it_sleeps(batch: TrainBatch) -> UpdateStats:
+        import torch
 
-
-class ColocatedTrainer:
-    """A `PolicyTrainer` around another one. The engine is woken by the weight sync that follows each update."""
-
-    def __init__(self, trainer: PolicyTrainer, engine: Sleeper) -> None:
-        self._trainer = trainer
-        self._engine = engine
-
-    def update(self, batch: TrainBatch) -> UpdateStats:
-        self._engine.sleep()
-        stats = self._trainer.update(batch)
-        return_cached_memory()
+        resync.sleep()
+        stats = update(batch)
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()  # what PyTorch has freed and keeps, the engine that wakes up needs
         return stats
 
-    def logprobs(self, sequences: Sequence[TokenIds], *, temperature: float) -> list[Floats]:
-        return self._trainer.logprobs(sequences, temperature=temperature)
-
-    def parameters(self) -> Iterator[tuple[str, Tensor]]:
-        return self._trainer.parameters()
-
-    def adapter(self, *, with_base: bool) -> Iterator[tuple[str, Tensor]]:
-        return self._trainer.adapter(with_base=with_base)
-
-    def save(self, folder: Path) -> None:
-        self._trainer.save(folder)
-
-    def load(self, folder: Path) -> None:
-        self._trainer.load(folder)
-
-
-def return_cached_memory() -> None:
-    """PyTorch keeps what it has freed; the engine that wakes up is another process and needs it."""
-    import torch
-
-    if torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
+    return update_while_it_sleeps

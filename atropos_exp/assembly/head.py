@@ -13,14 +13,14 @@ from atropos_exp.assembly.check import Checked
 from atropos_exp.config.freeze import resolved
 from atropos_exp.interfaces import Engine, Evaluator, Logger, PromptLoader, RolloutSource, Scorer
 from atropos_exp.parts.data.settings import PrepareSettings
+from atropos_exp.parts.eval.held_out import HeldOutEvaluator
 from atropos_exp.parts.gateway.client import GatewayClient
 from atropos_exp.parts.rollout.journaled import JournaledSource
 from atropos_exp.parts.rollout.local import LocalSource
 from atropos_exp.runs.folder import RunFolder
 from atropos_exp.runs.recorder import RunRecorder
-from atropos_exp.types import Prompt, SamplingParams, TokenIds
+from atropos_exp.types import Prompt, RunDescription, SamplingParams, TokenIds
 
-NUM_SAMPLES, SAMPLE_EVERY = 4, 10  # groups whose rollouts are shown as text, and every how many steps
 MAX_CANARY_TOKENS = 512
 
 
@@ -40,7 +40,6 @@ class Prepared:
 class Head:
     """What rank 0 samples, evaluates and records with."""
 
-    engine: Engine
     gateway: GatewayClient | None  # None without Atropos
     source: RolloutSource
     evaluate: Evaluator
@@ -86,6 +85,15 @@ def prepare(checked: Checked, folder: RunFolder, model_folder: Path, stack: Exit
         scorer=scorer,
         outside=start_outside(checked, folder, model_folder=model_folder, stack=stack),
     )
+
+
+def preparation_problems(settings: PrepareSettings | None) -> list[str]:
+    """What stands in the way of building that data set, a line each, found without building it."""
+    if settings is None:
+        return []
+    from data_prep.prepare import preflight
+
+    return preflight(settings)
 
 
 def prepared_data(settings: PrepareSettings | None) -> Path | None:
@@ -137,7 +145,8 @@ def start_head(
         mask_truncated=parts.rollout.mask_truncated,
     )
     source = JournaledSource(parts.rollout.choose(local=local, remote=remote), folder.path / "rollouts")
-    evaluate = parts.eval.start(
+    evaluate = HeldOutEvaluator(
+        settings=parts.eval,
         prompts=prepared.held_out,
         engine=engine,
         scorer=prepared.scorer,
@@ -147,26 +156,20 @@ def start_head(
         seed=run.seed,
     )
     logger = parts.logger.start(
-        run_folder=folder.path,
-        config=resolved(checked.config),
-        name=run.name,
-        resumed=folder.resumed,
-        total_steps=parts.trainer.max_steps,
-        group=tracker_group(checked, folder) if parts.rollout.uses_atropos else None,
-    )
-    recorder = RunRecorder(
-        folder=folder.path,
-        logger=logger,
-        tokenizer=prepared.tokenizer,
-        num_samples=NUM_SAMPLES,
-        sample_every=SAMPLE_EVERY,
+        RunDescription(
+            folder=folder.path,
+            config=resolved(checked.config),
+            name=run.name,
+            total_steps=parts.trainer.max_steps,
+            resumed=folder.resumed,
+            group=tracker_group(checked, folder) if parts.rollout.uses_atropos else None,
+        )
     )
     return Head(
-        engine=engine,
         gateway=gateway,
         source=source,
         evaluate=evaluate,
         logger=logger,
-        recorder=recorder,
+        recorder=RunRecorder(folder=folder.path, logger=logger, tokenizer=prepared.tokenizer),
         libraries=engine.libraries(),
     )

@@ -4,7 +4,7 @@
 that makes it. An option of one's own satisfies the Protocol of its group (docs/extending.md).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,7 +20,7 @@ from atropos_exp.interfaces import (
 from atropos_exp.parts.data.settings import PrepareSettings
 from atropos_exp.runs.sweep_backend import Backend
 from atropos_exp.runs.sweep_folder import SweepFolder
-from atropos_exp.types import Prompt
+from atropos_exp.types import Prompt, RunDescription
 
 
 class DataPart(Protocol):
@@ -138,14 +138,4 @@ class LoggerPart(Protocol):
     @property
     def group(self) -> str | None: ...  # the tracker's group of runs; None: none was chosen
 
-    def start(
-        self,
-        *,
-        run_folder: Path,
-        config: Mapping[str, Any],
-        name: str,
-        resumed: bool,
-        total_steps: int,
-        group: str | None,
-    ) -> Logger:
-        """`group`: that of the run's environments, for a tracker whose own `group` is null."""
+    def start(self, run: RunDescription) -> Logger: ...

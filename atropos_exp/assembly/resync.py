@@ -2,10 +2,11 @@
 
 import logging
 from collections.abc import Callable, Mapping
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 from atropos_exp.errors import EngineError, EngineLost
 from atropos_exp.interfaces import JSON, Engine, Evaluator, Publisher, RolloutSource
+from atropos_exp.parts.gateway.client import GatewayClient
 from atropos_exp.processes.ranks import Ranks
 from atropos_exp.types import Dropped, RolloutGroup, SyncStats
 
@@ -14,12 +15,10 @@ log = logging.getLogger(__name__)
 Value = TypeVar("Value")
 
 
-class Gate(Protocol):
-    """What requests of environments go through. Both raise EngineError."""
-
-    def hold(self) -> None: ...
-
-    def release(self) -> None: ...
+def of_rank_zero(part: Value | None) -> Value:
+    """Return what rank 0 has and the other ranks have not."""
+    assert part is not None, "rank 0 has it"
+    return part
 
 
 class Resync:
@@ -38,12 +37,12 @@ class Resync:
         ranks: Ranks,
         *,
         max_restarts: int,
-        gate: Gate | None = None,
+        gate: GatewayClient | None = None,
     ) -> None:
-        """`gate`: rank 0's, if environments sample from the engine."""
+        """`gate`: what requests of environments go through; rank 0's, if there are environments."""
         self._publisher = publisher
         self._engine = engine
-        self._ranks = ranks
+        self.ranks = ranks
         self._max_restarts = max_restarts
         self._gate = gate
         self._version: int | None = None  # published last
@@ -70,7 +69,7 @@ class Resync:
     def sleep(self) -> None:
         """The engine gives its memory back until the next `publish`, and the gate is shut until then."""
         self._order(lambda gate: gate.hold())
-        before, after = self.through(lambda: self._ranks.on_zero(self._sleep_engine))
+        before, after = self.on_zero(lambda: of_rank_zero(self._engine).sleep())
         self._memory = {
             "engine/memory_awake_gb": before / 2**30,
             "engine/memory_asleep_gb": after / 2**30,
@@ -80,7 +79,7 @@ class Resync:
     def counters(self) -> dict[str, float]:
         return {"engine/restarts": self.num_restarts, **self._memory}
 
-    def _order(self, order: Callable[[Gate], None]) -> None:
+    def _order(self, order: Callable[[GatewayClient], None]) -> None:
         """A gateway that is down is no reason to stop: nobody gets tokens from it."""
         if self._gate is not None:
             try:
@@ -88,9 +87,9 @@ class Resync:
             except EngineError as error:
                 log.warning("the gateway did not take an order: %s", error)
 
-    def _sleep_engine(self) -> tuple[int, int]:
-        assert self._engine is not None, "rank 0 has the engine"
-        return self._engine.sleep()
+    def on_zero(self, work: Callable[[], Value], *, undo: Callable[[], None] = lambda: None) -> Value:
+        """`through`, for `work` of rank 0 alone, whose result every rank gets."""
+        return self.through(lambda: self.ranks.on_zero(work), undo=undo)
 
     def through(self, work: Callable[[], Value], *, undo: Callable[[], None] = lambda: None) -> Value:
         """What `work` returns. If the engine is lost in it, `undo` comes before the repetition. `work` must fail on
@@ -99,7 +98,7 @@ class Resync:
             try:
                 return work()
             except Exception as error:  # raised again unless rank 0 lost its engine
-                if not self._ranks.any(isinstance(error, EngineLost)):
+                if not self.ranks.any(isinstance(error, EngineLost)):
                     raise
                 self._restart(error)
             if self._version is not None:
@@ -112,14 +111,13 @@ class Resync:
             error.add_note(f"the engine was started anew {self.num_restarts} times (engine.max_restarts)")
             raise error
         self.num_restarts += 1
-        if self._ranks.is_zero:
+        if self.ranks.is_zero:
             log.warning("engine lost, restart %d of %d: %s", self.num_restarts, self._max_restarts, error)
-        self._ranks.on_zero(self._restart_engine)
+        self.ranks.on_zero(self._restart_engine)
 
     def _restart_engine(self) -> None:
-        assert self._engine is not None, "rank 0 has the engine"
         try:
-            self._engine.restart()
+            of_rank_zero(self._engine).restart()
         except EngineLost as error:  # a fresh server that is lost at once would be lost again
             raise EngineError(f"the engine was lost, and its new server too: {error}") from error
 
@@ -128,16 +126,14 @@ class ResyncedSource:
     """A `RolloutSource` for all ranks around the one of rank 0 (None elsewhere): every rank gets the same groups, and a
     step is sampled again if the engine is lost in it. Collective."""
 
-    def __init__(self, inner: RolloutSource | None, resync: Resync, ranks: Ranks) -> None:
+    def __init__(self, inner: RolloutSource | None, resync: Resync) -> None:
         self._inner = inner
         self._resync = resync
-        self._ranks = ranks
 
     def take(self, num_groups: int, *, step: int) -> tuple[list[RolloutGroup], Dropped]:
         state = self.state()
-        return self._resync.through(
-            lambda: self._ranks.on_zero(lambda: self._of_rank_zero().take(num_groups, step=step)),
-            undo=lambda: self.restore(state),
+        return self._resync.on_zero(
+            lambda: of_rank_zero(self._inner).take(num_groups, step=step), undo=lambda: self.restore(state)
         )
 
     def counters(self) -> Mapping[str, float]:
@@ -148,24 +144,15 @@ class ResyncedSource:
         return self._inner.state() if self._inner is not None else {}
 
     def restore(self, state: JSON) -> None:
-        self._ranks.on_zero(lambda: self._of_rank_zero().restore(state))
-
-    def _of_rank_zero(self) -> RolloutSource:
-        assert self._inner is not None, "rank 0 has the source"
-        return self._inner
+        self._resync.ranks.on_zero(lambda: of_rank_zero(self._inner).restore(state))
 
 
 class ResyncedEvaluator:
-    """An `Evaluator` that asks again if the engine is lost. Every rank gets rank 0's metrics."""
+    """An `Evaluator` that asks again if the engine is lost. Every rank gets the metrics of rank 0's `inner`."""
 
-    def __init__(self, inner: Evaluator | None, resync: Resync, ranks: Ranks) -> None:
+    def __init__(self, inner: Evaluator | None, resync: Resync) -> None:
         self._inner = inner
         self._resync = resync
-        self._ranks = ranks
 
     def __call__(self, policy_version: int) -> dict[str, float]:
-        return self._resync.through(lambda: self._ranks.on_zero(lambda: self._of_rank_zero()(policy_version)))
-
-    def _of_rank_zero(self) -> Evaluator:
-        assert self._inner is not None, "rank 0 has the evaluator"
-        return self._inner
+        return self._resync.on_zero(lambda: of_rank_zero(self._inner)(policy_version))

@@ -41,6 +41,10 @@ def check_sizes(
 
     A part is None where its own settings are wrong already; what depends on it is not judged then.
     """
+
+    def wrong(path: str, message: str) -> None:
+        mistakes.append(Mistake(path=path, message=message))
+
     longest = run.max_prompt_length + run.max_response_length
     world_size = int(environ.get("WORLD_SIZE", cluster.num_processes if cluster else 1))  # torchrun, srun set it
     per_sequence = max(1, trainer.sequence_parallel_size) if trainer else 1
@@ -48,34 +52,28 @@ def check_sizes(
     budget = trainer.max_tokens_per_micro_batch if trainer else longest
     if world_size % per_sequence:
         message = f"got {per_sequence}, which does not divide the {world_size} trainer processes"
-        mistakes.append(Mistake(path="trainer.sequence_parallel_size", message=message))
+        wrong("trainer.sequence_parallel_size", message)
     data_parallel = max(1, world_size // per_sequence)
     sequences = run.batch_size * run.group_size
     if sequences % (data_parallel * num_mini_batches):
-        over = f"{data_parallel} ranks" + (
-            f" x {num_mini_batches} mini-batches (trainer.num_mini_batches)" if num_mini_batches > 1 else ""
+        mini_batches = f" x {num_mini_batches} mini-batches (trainer.num_mini_batches)" if num_mini_batches > 1 else ""
+        wrong(
+            "batch_size",
+            f"{run.batch_size} prompts x {run.group_size} rollouts (group_size) = {sequences} sequences do not divide "
+            f"over {data_parallel} ranks{mini_batches}; "
+            + _nearest(run.batch_size, run.group_size, data_parallel * num_mini_batches),
         )
-        nearest = _nearest(run.batch_size, run.group_size, data_parallel * num_mini_batches)
-        message = (
-            f"{run.batch_size} prompts x {run.group_size} rollouts (group_size) = {sequences} sequences "
-            f"do not divide over {over}; {nearest}"
-        )
-        mistakes.append(Mistake(path="batch_size", message=message))
     if advantage is not None and run.group_size < advantage.min_group_size:
-        mistakes.append(
-            Mistake(
-                path="group_size",
-                message=f"got {run.group_size}, but {type(advantage).__name__} (advantage) compares the "
-                f"rollouts of a group: expected at least {advantage.min_group_size}",
-            )
+        wrong(
+            "group_size",
+            f"got {run.group_size}, but {type(advantage).__name__} (advantage) compares the rollouts of a group: "
+            f"expected at least {advantage.min_group_size}",
         )
     if longest > budget:
-        mistakes.append(
-            Mistake(
-                path="trainer.max_tokens_per_micro_batch",
-                message=f"got {budget}, but one sequence may have max_prompt_length + max_response_length = "
-                f"{run.max_prompt_length} + {run.max_response_length} = {longest} tokens; raise it or shorten them",
-            )
+        wrong(
+            "trainer.max_tokens_per_micro_batch",
+            f"got {budget}, but one sequence may have max_prompt_length + max_response_length = "
+            f"{run.max_prompt_length} + {run.max_response_length} = {longest} tokens; raise it or shorten them",
         )
     per_rank = -(-sequences // data_parallel)
     return Sizes(
@@ -97,7 +95,7 @@ def describe(sizes: Sizes) -> str:
     """The table that a run prints when it starts."""
     rows = [
         ("device", sizes.device),
-        ("trainer processes", f"{sizes.world_size:,} ({sizes.data_parallel:,} with data of their own)"),
+        ("trainer processes", f"{sizes.world_size:,} (data-parallel {sizes.data_parallel:,})"),
         ("prompts a step", f"{sizes.prompts:,}"),
         ("sequences a step", f"{sizes.sequences:,} ({sizes.sequences_per_rank:,} a rank)"),
         ("tokens a sequence", f"{sizes.tokens_per_sequence:,} at most"),

@@ -68,7 +68,7 @@ def _translated(one: ErrorDetails, cls: type[BaseModel], values: Mapping[str, An
     if isinstance(cause, SettingsError):  # of settings inside these
         return [mistake.below(path) for mistake in cause.mistakes]
     if isinstance(cause, Exception):  # of a validator of the class
-        return [Mistake(path=path, message=str(cause))] if path else located(UserError(str(cause)), cls, "")
+        return [Mistake(path=path, message=str(cause))] if path else located(str(cause), cls, "")
     if one["type"] == "extra_forbidden":
         return [unknown_key(path, cls.model_fields)]
     if one["type"] == "missing":
@@ -102,9 +102,9 @@ def join(path: str, key: object) -> str:
     return f"{path}.{key}".strip(".")
 
 
-def located(error: UserError, cls: type[BaseModel], path: str) -> Iterator[Mistake]:
-    """One mistake per line of a part's error. A line that starts with one of the part's keys belongs to that key."""
-    for line in str(error).removeprefix(f"{path}: ").splitlines():
+def located(text: str, cls: type[BaseModel], path: str) -> Iterator[Mistake]:
+    """One mistake per line of a part's `text`. A line that starts with one of the part's keys belongs to that key."""
+    for line in text.removeprefix(f"{path}: ").splitlines():
         word = line.split(maxsplit=1)[0].rstrip(":,") if line.strip() else ""
         key = word.removeprefix(path + ".") if path else word
         if key.split(".")[0] in cls.model_fields:

@@ -1,6 +1,6 @@
 """A run explained from its folder: how it ended, what its metrics show, where its time went, what it lost."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -41,15 +41,15 @@ def explain(folder: Path, *, patience: float | None = None) -> list[Line]:
     if not (data.rows or data.summary or (folder / "run.json").is_file()):
         return [fail("run", f"{folder} is no run folder", "give outputs/<name>/<date>/<time>")]
     rows = [row for row in data.rows if row.step]
-    config = dict(data.config)
-    lines = look_at_running(folder, data.rows, patience=patience) if is_held(folder / "lock") else [_end(data)]
-    lines += judge_curves(data.rows, config)
-    lines += _time(rows)
-    lines += _drops(rows)
-    lines += _fallbacks(rows, config)
-    lines += _atropos(rows)
-    lines += _syncs(data)
-    return lines
+    return [
+        *(look_at_running(folder, data.rows, patience=patience) if is_held(folder / "lock") else [_end(data)]),
+        *judge_curves(data.rows, data.config),
+        *_time(rows),
+        *_drops(rows),
+        *_fallbacks(rows, data.config),
+        *_atropos(rows),
+        *_syncs(data.summary.get("sync") or {}),
+    ]
 
 
 def _end(data: RunData) -> Line:
@@ -77,8 +77,7 @@ def _time(rows: Sequence[Row]) -> list[Line]:
     total = sum(float(row.get("time/step_s") or 0) for row in rows)
     if not total:
         return []
-    names = sorted({name for row in rows for name in row if name.startswith("time/") and name != "time/step_s"})
-    names.remove("time/log_s") if "time/log_s" in names else None
+    names = sorted({name for row in rows for name in row if name.startswith("time/")} - {"time/step_s", "time/log_s"})
     spent = {name[5:-2]: sum(float(row.get(name) or 0) for row in rows) / total for name in names}
     shares = sorted(spent.items(), key=lambda item: -item[1])
     told = ", ".join(f"{name} {share:.0%}" for name, share in shares if share >= 0.005)
@@ -94,56 +93,46 @@ def _time(rows: Sequence[Row]) -> list[Line]:
     if slow:
         row, seconds = max(slow, key=lambda item: item[1])
         part = max(names, key=lambda name: float(row.get(name) or 0))
-        places = spans([one.step for one, _ in slow])
-        lines.append(
-            warn(
-                "time",
-                f"steps {places} took more than three times the usual {usual:.2f} s; the slowest, {row.step}, "
-                f"{seconds:.2f} s, of it {float(row.get(part) or 0):.2f} s in {part[5:-2]}",
-                "look into log/ at that time: a restart, another program on the machine, one very long answer",
-            )
+        text = (
+            f"steps {spans([one.step for one, _ in slow])} took more than three times the usual {usual:.2f} s; the "
+            f"slowest, {row.step}, {seconds:.2f} s, of it {float(row.get(part) or 0):.2f} s in {part[5:-2]}"
         )
+        remedy = "look into log/ at that time: a restart, another program on the machine, one very long answer"
+        lines.append(warn("time", text, remedy))
     return lines or [ok("time", f"{usual:.2f} s a step: {told}")]
 
 
 def _drops(rows: Sequence[Row]) -> list[Line]:
     """Rollouts that reached no group."""
-    dropped: dict[str, float] = {}
-    steps: dict[str, list[int]] = {}
+    dropped: dict[str, dict[int, float]] = {}  # reason -> step -> rollouts
     for row in rows:
         for name, value in row.items():
             if name.startswith("rollout/dropped_") and value:
-                reason = name.removeprefix("rollout/dropped_")
-                dropped[reason] = dropped.get(reason, 0) + value
-                steps.setdefault(reason, []).append(row.step)
+                dropped.setdefault(name.removeprefix("rollout/dropped_"), {})[row.step] = value
     kept = sum(float(row.get("rollout/num") or 0) for row in rows)
     if not dropped:
         return [ok("drops", f"none of {kept:.0f} rollouts")] if kept else []
-    text = ", ".join(f"{num:.0f} {reason} (steps {spans(steps[reason])})" for reason, num in dropped.items())
-    share = sum(dropped.values()) / (kept + sum(dropped.values()))
-    text = f"{share:.1%} of the rollouts: {text}"
+    nums = {reason: sum(found.values()) for reason, found in dropped.items()}
+    share = sum(nums.values()) / (kept + sum(nums.values()))
+    reasons = ", ".join(f"{num:.0f} {reason} (steps {spans([*dropped[reason]])})" for reason, num in nums.items())
+    text = f"{share:.1%} of the rollouts: {reasons}"
     if share < 0.01:
         return [ok("drops", text)]
-    remedy = (
-        "a larger reward.timeout_seconds" if any("timeout" in name for name in dropped) else "see samples/ and log/"
-    )
+    slow = any("timeout" in reason for reason in dropped)
+    remedy = "a larger reward.timeout_seconds" if slow else "see samples/ and log/"
     return [warn("drops", text, f"{remedy}; docs/metrics.md explains the reasons")]
 
 
-def _fallbacks(rows: Sequence[Row], config: dict[str, Any]) -> list[Line]:
+def _fallbacks(rows: Sequence[Row], config: Mapping[str, Any]) -> list[Line]:
     """Steps that rollout=auto sampled itself."""
     if "Auto" not in str((config.get("rollout") or {}).get("_target_")):
         return []
     local = [row.step for row in rows if row.get("rollout/num_local")]
     if not local:
         return [ok("source", f"all {len(rows)} steps from Atropos")] if rows else []
-    return [
-        warn(
-            "source",
-            f"{len(local)} of {len(rows)} steps were sampled locally, Atropos gave nothing: steps {spans(local)}",
-            "log/atropos_api.log and log/environment_*.log tell why; `doctor` with the run's overrides asks the API",
-        )
-    ]
+    text = f"{len(local)} of {len(rows)} steps were sampled locally, Atropos gave nothing: steps {spans(local)}"
+    remedy = "log/atropos_api.log and log/environment_*.log tell why; `doctor` with the run's overrides asks the API"
+    return [warn("source", text, remedy)]
 
 
 def _atropos(rows: Sequence[Row]) -> list[Line]:
@@ -158,24 +147,17 @@ def _atropos(rows: Sequence[Row]) -> list[Line]:
             meaning = f"groups refused ({short.removeprefix('groups_dropped_')})"
         if meaning and total:
             first = next(step for step, value in values if value)
-            lines.append(
-                warn("atropos", f"{total:.0f} {meaning}, first at step {first}", "see log/ and docs/atropos.md")
-            )
+            text = f"{total:.0f} {meaning}, first at step {first}"
+            lines.append(warn("atropos", text, "see log/ and docs/atropos.md"))
     return lines
 
 
-def _syncs(data: RunData) -> list[Line]:
-    sync = data.summary.get("sync") or {}
+def _syncs(sync: Mapping[str, Any]) -> list[Line]:
     count, verified = sync.get("count"), sync.get("verified")
     if count is None:
         return []
     if verified != count:
-        return [
-            fail(
-                "sync",
-                f"{count - verified} of {count} weight syncs were not proven",
-                "see the error above, log/engine.log",
-            )
-        ]
+        text = f"{count - verified} of {count} weight syncs were not proven"
+        return [fail("sync", text, "see the error above, log/engine.log")]
     gap = sync.get("canary_gap_max")
     return [ok("sync", f"{count} proven" + (f", largest canary gap {gap:.2g} nats" if gap is not None else ""))]

@@ -7,6 +7,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from atropos_exp.assembly.check import Checked, check
+from atropos_exp.assembly.head import preparation_problems
 from atropos_exp.config.origin import Origin
 from atropos_exp.config.typed import Mistake
 from atropos_exp.doctor.line import Line, fail, ok, split_remedy, warn
@@ -26,8 +27,8 @@ def examine(config: DictConfig) -> Iterator[Line]:
     if checked is None:
         yield from _mistakes(mistakes)
         return
-    if problems := _preparation(checked):
-        yield from problems
+    if problems := preparation_problems(checked.parts.data.prepare):
+        yield from (fail("data", *split_remedy(problem)) for problem in problems)
         return
     yield ok("config", f"{checked.sizes.sequences:,} sequences a step, {checked.sizes.trained_tokens:,} tokens at most")
     yield from _looks(checked)
@@ -78,11 +79,3 @@ def _mistakes(mistakes: list[Mistake]) -> Iterator[Line]:
         text = f"{mistake.path}: {text}" if mistake.path else text
         yield fail(topic, f"{text} [{place}]" if place else text, remedy)
     yield warn("config", "the rest was not looked at", "mend the configuration, then ask again")
-
-
-def _preparation(checked: Checked) -> list[Line]:
-    from data_prep.prepare import preflight
-
-    settings = checked.parts.data.prepare
-    problems = preflight(settings) if settings is not None else []
-    return [fail("data", *split_remedy(problem)) for problem in problems]

@@ -5,13 +5,15 @@ import resource
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from atropos_exp.assembly.check import Checked
 from atropos_exp.doctor import memory
-from atropos_exp.doctor.line import Line, fail, ok, warn
+from atropos_exp.doctor.line import Level, Line, fail, ok, warn
 from atropos_exp.doctor.memory import human
+from atropos_exp.parts.engine.launch import ServerSettings
 
 _OPEN_FILES = 1024
 _LOOK_SECONDS = 15.0
@@ -59,40 +61,23 @@ def check_devices(checked: Checked) -> list[Line]:
     if checked.device == "cpu":
         lines = [ok("devices", f"{cores} CPU cores for {ranks} trainer process{'es' if ranks > 1 else ''}")]
         if found and checked.run.device != "cpu":
-            lines = [
-                warn("devices", f"{len(found)} NVIDIA GPU present, but PyTorch is a CPU build", "install a CUDA build")
-            ]
+            text = f"{len(found)} NVIDIA GPU present, but PyTorch is a CPU build"
+            lines = [warn("devices", text, "install a CUDA build")]
         if ranks > cores:
-            lines.append(
-                warn(
-                    "devices",
-                    f"{ranks} trainer processes share {cores} cores",
-                    f"cluster.num_processes={cores} or fewer",
-                )
-            )
+            text = f"{ranks} trainer processes share {cores} cores"
+            lines.append(warn("devices", text, f"cluster.num_processes={cores} or fewer"))
         return lines
     if len(found) < ranks:
-        return [
-            fail(
-                "devices",
-                f"{len(found)} GPUs are visible for {ranks} trainer processes",
-                f"cluster.num_processes={max(1, len(found))}, or make more visible (CUDA_VISIBLE_DEVICES)",
-            )
-        ]
+        remedy = f"cluster.num_processes={max(1, len(found))}, or make more visible (CUDA_VISIBLE_DEVICES)"
+        return [fail("devices", f"{len(found)} GPUs are visible for {ranks} trainer processes", remedy)]
     lines = [ok("devices", f"{len(found)} x {found[0].name} ({human(found[0].total)})")]
     for number, gpu in enumerate(found):
         if gpu.used > 0.1 * gpu.total:
-            lines.append(
-                warn(
-                    "devices",
-                    f"GPU {number} holds {human(gpu.used)} of somebody else's",
-                    "nvidia-smi shows whose; wait for it, or choose another device with CUDA_VISIBLE_DEVICES",
-                )
-            )
+            remedy = "nvidia-smi shows whose; wait for it, or choose another device with CUDA_VISIBLE_DEVICES"
+            lines.append(warn("devices", f"GPU {number} holds {human(gpu.used)} of somebody else's", remedy))
     if ranks > 1 and (shared := shutil.disk_usage("/dev/shm").total) < memory.GIB:
-        lines.append(
-            warn("devices", f"/dev/shm has {human(shared)}; NCCL wants more", "in a container: --shm-size=8g (docker)")
-        )
+        text = f"/dev/shm has {human(shared)}; NCCL wants more"
+        lines.append(warn("devices", text, "in a container: --shm-size=8g (docker)"))
     return lines
 
 
@@ -106,52 +91,49 @@ def check_memory(checked: Checked, model_folder: Path) -> list[Line]:
     )
     if is_elsewhere(checked):
         return [ok("memory", f"{told}; whether the nodes have it cannot be seen from here")]
-    if checked.device == "cpu":
-        return [_host_memory(checked, needs, told)]
-    return [_gpu_memory(checked, needs, told)]
+    return [(_host_memory if checked.device == "cpu" else _gpu_memory)(checked, needs, told)]
 
 
 def _host_memory(checked: Checked, needs: memory.Estimate, told: str) -> Line:
-    servers = getattr(checked.parts.engine, "data_parallel_size", 1)
+    engine = checked.parts.engine
+    servers = engine.data_parallel_size if isinstance(engine, ServerSettings) else 1
     fixed = checked.sizes.world_size * memory.TRAINER_BYTES + servers * memory.ENGINE_BYTES
     fixed += memory.WORKER_BYTES * checked.parts.reward.num_workers
     fixed += memory.ATROPOS_BYTES if checked.parts.rollout.uses_atropos else 0
     total = fixed + checked.sizes.world_size * needs.trainer_total + servers * needs.engine_total
     free = available_memory()
     text = f"{told}, programs {human(fixed)}: about {human(total)} of {human(free)} that are free"
-    if total > free:
-        return fail("memory", text, _shrink(needs))
-    if total > _CPU_SHARE * free:
-        return warn("memory", text, _shrink(needs))
-    return ok("memory", text)
+    return _compared("memory", text, _shrink(needs), wanted=total, there=free, comfortable=_CPU_SHARE * free)
 
 
 def _gpu_memory(checked: Checked, needs: memory.Estimate, told: str) -> Line:
     found = gpus()
     if not found:
         return warn("memory", f"{told}; nvidia-smi does not tell what there is", "see why nvidia-smi does not run")
-    engine = checked.parts.engine
-    share = getattr(engine, "gpu_memory_utilization", None)
-    shared = not getattr(engine, "gpus", None)
-    beside = 0 if not shared else int(share * found[0].total) if share is not None else needs.engine_total
+    engine, there, beside, too_little = checked.parts.engine, found[0].total, needs.engine_total, False
+    if isinstance(engine, ServerSettings):
+        if engine.gpus:
+            beside = 0
+        elif engine.gpu_memory_utilization is not None:
+            beside = int(engine.gpu_memory_utilization * there)
+            too_little = needs.engine["weights"] > beside
     total = needs.peak(engine=beside, takes_turns=engine.colocate)
-    text = f"{told}: about {human(total)} on the fullest of {human(found[0].total)}"
-    if shared and share is not None and needs.engine["weights"] > beside:
+    text = f"{told}: about {human(total)} on the fullest of {human(there)}"
+    if too_little:
         return fail("memory", f"{text}; the engine's share does not hold its weights", "raise the engine's share")
-    if total > found[0].total:
-        return fail("memory", text, _shrink(needs))
-    if total > _GPU_SHARE * found[0].total:
-        return warn("memory", text, _shrink(needs))
-    return ok("memory", text)
+    return _compared("memory", text, _shrink(needs), wanted=total, there=there, comfortable=_GPU_SHARE * there)
+
+
+def _compared(topic: str, text: str, remedy: str, *, wanted: int, there: int, comfortable: float) -> Line:
+    if wanted > there:
+        return fail(topic, text, remedy)
+    return warn(topic, text, remedy) if wanted > comfortable else ok(topic, text)
 
 
 def available_memory() -> int:
     """Return the bytes that processes can still get: of the machine, or fewer where a control group limits them."""
-    free = next(
-        int(line.split()[1]) * 1024
-        for line in Path("/proc/meminfo").read_text().splitlines()
-        if line.startswith("MemAvailable")
-    )
+    meminfo = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    free = int(meminfo["MemAvailable"].split()[0]) * 1024
     for limit, used in (
         ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
         ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
@@ -165,14 +147,13 @@ def available_memory() -> int:
     return free
 
 
-def _largest(parts: object) -> str:
-    assert isinstance(parts, dict)
+def _largest(parts: Mapping[str, int]) -> str:
     name, size = max(parts.items(), key=lambda item: item[1])
     return f"most of it {name}, {human(size)}"
 
 
 def _shrink(needs: memory.Estimate) -> str:
-    largest = max(needs.trainer, key=lambda name: needs.trainer[name])
+    largest = max(needs.trainer, key=needs.trainer.__getitem__)
     if needs.engine.get("keys and values", 0) > needs.trainer_total:
         return "lower engine.max_batch_tokens (hf) or engine.kv_cache_gb, or max_response_length"
     if largest in ("activations", "logits"):
@@ -189,21 +170,22 @@ def check_disk(checked: Checked, model_folder: Path | None) -> list[Line]:
             pass
     except OSError as error:
         return [fail("disk", f"{place} cannot be written to ({error.strerror})", "output_dir=SOME/FOLDER of yours")]
+    sizes = checked.sizes
     parameters = memory.count_parameters(model_folder) if model_folder is not None else 0
     checkpoints = (run.checkpoint.keep + 1) * 12 * parameters
-    steps = checked.parts.trainer.max_steps
-    journals = steps * checked.sizes.sequences * checked.sizes.tokens_per_sequence * 10
+    journals = checked.parts.trainer.max_steps * sizes.sequences * sizes.tokens_per_sequence * 10
     needed, free = checkpoints + journals, shutil.disk_usage(place).free
     text = (
         f"{human(free)} free in {place}; up to {human(needed)} wanted ({run.checkpoint.keep + 1} checkpoints "
         f"{human(checkpoints)}, rollouts {human(journals)})"
     )
     remedy = "output_dir=ANOTHER/DISK, checkpoint.keep=1, or make room"
-    lines = [fail("disk", text, remedy)] if free < needed else [warn("disk", text, remedy)] if free < 2 * needed else []
+    room = _compared("disk", text, remedy, wanted=needed, there=free, comfortable=free / 2)
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != resource.RLIM_INFINITY and soft < _OPEN_FILES:
-        lines.append(warn("disk", f"at most {soft} files may be open", f"ulimit -n {4 * _OPEN_FILES}"))
-    return lines or [ok("disk", text)]
+    if soft == resource.RLIM_INFINITY or soft >= _OPEN_FILES:
+        return [room]
+    few = warn("disk", f"at most {soft} files may be open", f"ulimit -n {4 * _OPEN_FILES}")
+    return [few] if room.level is Level.ok else [room, few]
 
 
 def _existing(path: Path) -> Path:

@@ -30,12 +30,10 @@ def check_model(checked: Checked) -> tuple[list[Line], Path | None]:
     if folder is None:
         path, remedy = model.path, f"once, with a network: hf download {model.path}"
         if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
-            return [
-                fail("model", f"{path} is not on this machine, and HF_HUB_OFFLINE forbids to fetch it", remedy)
-            ], None
-        return [
-            warn("model", f"{path} is not on this machine; the run downloads it while it holds devices", remedy)
-        ], None
+            text = f"{path} is not on this machine, and HF_HUB_OFFLINE forbids to fetch it"
+            return [fail("model", text, remedy)], None
+        text = f"{path} is not on this machine; the run downloads it while it holds devices"
+        return [warn("model", text, remedy)], None
     try:
         folder = Path(model.fetch())
     except UserError as error:
@@ -55,7 +53,7 @@ def check_material(checked: Checked, folder: Path) -> list[Line]:
     if loader is None:
         return lines
     prompts = loader.take(_ROWS)
-    return [*lines, *check_bos(checked, tokenizer, prompts), *check_reward(checked, prompts)]
+    return [*lines, *check_bos(tokenizer, prompts), *check_reward(checked, prompts)]
 
 
 def check_tokenizer(checked: Checked, folder: Path, tokenizer: Any) -> list[Line]:
@@ -64,16 +62,15 @@ def check_tokenizer(checked: Checked, folder: Path, tokenizer: Any) -> list[Line
     """
     from atropos_exp.parts.model.hf_folder import vocab_size
 
-    lines: list[Line] = []
+    lines = []
     try:
         stops = checked.parts.model.stop_token_ids(folder)
     except UserError as error:
         return [fail("tokenizer", str(error), "set eos_token_id in generation_config.json")]
     rows = vocab_size(folder)
     # a special token of the tokenizer's class that no text of the model holds is common, and harmless
-    beyond = [
-        token for token, at in tokenizer.get_vocab().items() if at >= rows and at not in tokenizer.all_special_ids
-    ]
+    known = {*range(rows), *tokenizer.all_special_ids}
+    beyond = [token for token, at in tokenizer.get_vocab().items() if at not in known]
     if beyond:
         text = f"{len(beyond)} of its tokens, such as {beyond[0]!r}, have no row among the model's {rows}"
         lines.append(fail("tokenizer", text, "use the tokenizer of this model"))
@@ -88,35 +85,27 @@ def _turn_end(tokenizer: Any, stops: Sequence[int]) -> list[Line]:
     try:
         text = tokenizer.apply_chat_template(conversation, tokenize=False)
     except Exception as error:  # Jinja's and the template's own errors: the finding itself
-        return [
-            fail("tokenizer", f"the chat template fails: {error}", "mend chat_template.jinja, or data.format=plain")
-        ]
+        remedy = "mend chat_template.jinja, or data.format=plain"
+        return [fail("tokenizer", f"the chat template fails: {error}", remedy)]
     tail = tokenizer.encode(text.rpartition(_PROBE)[2], add_special_tokens=False)
     if tail and tail[0] in stops:
         return []
     after = repr(tokenizer.decode(tail[:1])) if tail else "nothing"
+    text = f"the chat template ends an answer with {after}, at which sampling does not stop: answers run to the limit"
     return [
-        fail(
-            "tokenizer",
-            f"the chat template ends an answer with {after}, at which sampling does not stop: answers run to the limit",
-            "add the id of the template's end of turn to eos_token_id in generation_config.json",
-        )
+        fail("tokenizer", text, "add the id of the template's end of turn to eos_token_id in generation_config.json")
     ]
 
 
-def check_bos(checked: Checked, tokenizer: Any, prompts: Sequence[Prompt]) -> list[Line]:
+def check_bos(tokenizer: Any, prompts: Sequence[Prompt]) -> list[Line]:
     """Examine whether both the template and the tokenizer add a beginning-of-sequence token."""
     bos = tokenizer.bos_token_id
     twice = [prompt for prompt in prompts if bos is not None and list(prompt.token_ids[:2]) == [bos, bos]]
     if not twice:
         return []
-    return [
-        fail(
-            "tokenizer",
-            f"{len(twice)} of {len(prompts)} prompts begin with {tokenizer.bos_token!r} twice",
-            "take it out of the chat template or the rows, or add_bos_token: false in tokenizer_config.json",
-        )
-    ]
+    text = f"{len(twice)} of {len(prompts)} prompts begin with {tokenizer.bos_token!r} twice"
+    remedy = "take it out of the chat template or the rows, or add_bos_token: false in tokenizer_config.json"
+    return [fail("tokenizer", text, remedy)]
 
 
 def _load(checked: Checked, tokenizer: Any) -> tuple[PromptLoader | None, list[Line]]:
@@ -144,11 +133,8 @@ def _load(checked: Checked, tokenizer: Any) -> tuple[PromptLoader | None, list[L
         share = total.num_overlong / total.num_rows
         return loader, [warn("data", f"{share:.0%} of the rows are too long: {text}", "raise max_prompt_length")]
     if total.num_prompts < run.batch_size:
-        return loader, [
-            warn(
-                "data", f"{text}: fewer prompts than a step has ({run.batch_size})", "more data, or a lower batch_size"
-            )
-        ]
+        text = f"{text}: fewer prompts than a step has ({run.batch_size})"
+        return loader, [warn("data", text, "more data, or a lower batch_size")]
     return loader, [ok("data", text)]
 
 

@@ -8,9 +8,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from atropos_exp.assembly.check import Checked
+from atropos_exp.config.lora import LoraSettings
+from atropos_exp.parts.engine.launch import ServerSettings
 from atropos_exp.parts.trainer.settings import MAX_CHUNK_LOGITS
 from atropos_exp.weights.tensors import safetensors_header
 
@@ -53,10 +54,8 @@ class Shape:
 
 def count_parameters(folder: Path) -> int:
     """Count the parameters in the headers of all safetensors files of `folder`."""
-    total = 0
-    for path in folder.glob("*.safetensors"):
-        total += sum(math.prod(entry["shape"]) for entry in safetensors_header(path).values())
-    return total
+    headers = [safetensors_header(path) for path in folder.glob("*.safetensors")]
+    return sum(math.prod(entry["shape"]) for header in headers for entry in header.values())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,7 +97,7 @@ def _trainer(checked: Checked, shape: Shape) -> dict[str, int]:
     model, trainer = parts.model, parts.trainer
     width = BYTES[model.compute_dtype(checked.device)]
     ranks = sizes.world_size
-    trained = _lora_parameters(model, shape) if model.lora.rank else shape.parameters
+    trained = _lora_parameters(model.lora, shape) if model.lora.rank else shape.parameters
     state = {
         "weights": 4 * shape.parameters // ranks,
         "gradients": 4 * trained // ranks,
@@ -106,9 +105,8 @@ def _trainer(checked: Checked, shape: Shape) -> dict[str, int]:
     }
     if width < 4 or ranks > 1:  # the layer at work, gathered in the compute dtype, and the next one
         layer = 2 * (shape.parameters - shape.vocabulary * shape.hidden) // max(1, shape.layers)
-        gathered = shape.vocabulary * shape.hidden + layer
-        everything = not trainer.reshard_after_forward
-        state["gathered"] = width * (shape.parameters if everything else min(gathered, shape.parameters))
+        gathered = min(shape.vocabulary * shape.hidden + layer, shape.parameters)
+        state["gathered"] = width * (gathered if trainer.reshard_after_forward else shape.parameters)
     if parts.loss.kl_coef and not model.lora.rank:
         state["reference"] = width * shape.parameters // ranks
     tokens = min(
@@ -126,18 +124,17 @@ def _trainer(checked: Checked, shape: Shape) -> dict[str, int]:
 def activation_width(shape: Shape, *, checkpointing: bool) -> int:
     """Return how many numbers are kept per token for the backward pass."""
     layer = 6 * shape.hidden + 3 * shape.query + 4 * shape.key_value + 4 * shape.intermediate
-    if checkpointing:  # the input of each layer, and all of one
-        return shape.layers * shape.hidden + layer
-    return shape.layers * layer
+    # with checkpointing the input of each layer, and all of one
+    return shape.layers * shape.hidden + layer if checkpointing else shape.layers * layer
 
 
-def _lora_parameters(model: Any, shape: Shape) -> int:
+def _lora_parameters(lora: LoraSettings, shape: Shape) -> int:
     sides = {
         "q_proj": shape.hidden + shape.query, "k_proj": shape.hidden + shape.key_value,
         "v_proj": shape.hidden + shape.key_value, "o_proj": shape.hidden + shape.query,
     }  # fmt: skip
     wide = shape.hidden + shape.intermediate
-    return int(shape.layers * model.lora.rank * sum(sides.get(name, wide) for name in model.lora.target_modules))
+    return shape.layers * lora.rank * sum(sides.get(name, wide) for name in lora.target_modules)
 
 
 def _engine(checked: Checked, shape: Shape) -> dict[str, int]:
@@ -145,10 +142,10 @@ def _engine(checked: Checked, shape: Shape) -> dict[str, int]:
     engine = checked.parts.engine
     width = BYTES.get(engine.dtype) or (4 if checked.device == "cpu" else 2)
     tokens = checked.sizes.sequences * checked.sizes.tokens_per_sequence
-    limit = getattr(engine, "max_batch_tokens", None)
-    cache = 2 * shape.layers * shape.key_value * width * (min(tokens, limit) if limit else tokens)
-    if (given := getattr(engine, "kv_cache_gb", None)) is not None:
-        cache = int(given * GIB)
+    given = None
+    if isinstance(engine, ServerSettings):
+        tokens, given = min(tokens, engine.max_batch_tokens or tokens), engine.kv_cache_gb
+    cache = 2 * shape.layers * shape.key_value * width * tokens if given is None else int(given * GIB)
     return {"weights": width * shape.parameters, "keys and values": cache}
 
 

@@ -57,10 +57,10 @@ def _state(checked: Checked, client: AtroposClient) -> Line:
         if client.has_example():
             return warn(
                 "atropos",
-                f"{client.url} serves nobody, yet groups have arrived: unless it was reset since, it is poisoned "
-                "and ignores every registration",
-                "nothing: the run resets it when it registers, which ends environments that wait there; "
-                f"or do it yourself: curl {client.url}/reset_data",
+                f"{client.url} serves nobody, yet groups have arrived: unless it was reset since, it is poisoned and "
+                "ignores every registration",
+                "nothing: the run resets it when it registers, which ends environments that wait there; or do it "
+                f"yourself: curl {client.url}/reset_data",
             )
         return ok("atropos", f"{client.url} is free")
     mine = (run.batch_size * run.group_size, checked.max_sequence_length + 1)
@@ -72,11 +72,8 @@ def _state(checked: Checked, client: AtroposClient) -> Line:
     )
     if checked.parts.atropos.take_over:
         return warn("atropos", f"{text}; atropos.take_over=true ends it", "leave take_over out if that run is wanted")
-    return fail(
-        "atropos",
-        text,
-        "wait for that run, use another API (atropos.api_url), or, if nobody needs it, atropos.take_over=true",
-    )
+    remedy = "wait for that run, use another API (atropos.api_url), or, if nobody needs it, atropos.take_over=true"
+    return fail("atropos", text, remedy)
 
 
 def _own_groups(checked: Checked) -> set[str]:

@@ -5,7 +5,8 @@ import subprocess
 import sys
 
 from atropos_exp.assembly.check import Checked
-from atropos_exp.doctor.line import Line, fail, ok, split_remedy
+from atropos_exp.doctor.line import Line, fail, ok
+from atropos_exp.parts.engine.launch import ServerSettings
 from atropos_exp.processes.child import child_environment
 
 _IMPORT_SECONDS = 90.0
@@ -18,12 +19,10 @@ _TRY = (
 
 
 def check_engine(checked: Checked) -> list[Line]:
-    """Examine the interpreter of the engine, beyond what the part's own `preflight` has examined already."""
+    """Tell the interpreter of the engine, which its `preflight` has examined with the configuration."""
     engine = checked.parts.engine
-    problems = engine.preflight(device=checked.device) if hasattr(engine, "preflight") else []
-    if problems:
-        return [fail("engine", *split_remedy(problem)) for problem in problems]
-    return [ok("engine", f"{type(engine).__name__}, run by {getattr(engine, 'python', None) or sys.executable}")]
+    python = engine.python if isinstance(engine, ServerSettings) else None
+    return [ok("engine", f"{type(engine).__name__}, run by {python or sys.executable}")]
 
 
 def check_environment(checked: Checked) -> list[Line]:
@@ -45,9 +44,8 @@ def check_environment(checked: Checked) -> list[Line]:
     if done.returncode == 0:
         return [ok("environment", f"{env.name}: {python} has {there}")]
     reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
-    packages = '"atroposlib==0.4.0" "transformers<5"'
     remedy = (
-        f"most published environments want transformers<5: python3 -m venv .venv-env && .venv-env/bin/pip install "
-        f"{packages}, then env.python=.venv-env/bin/python"
+        "most published environments want transformers<5: python3 -m venv .venv-env && .venv-env/bin/pip install "
+        '"atroposlib==0.4.0" "transformers<5", then env.python=.venv-env/bin/python'
     )
     return [fail("environment", f"{python} cannot import atroposlib's environments ({reason}); it has {there}", remedy)]

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import NamedTuple
 
 from atropos_exp.doctor.line import Line, fail, ok
 from atropos_exp.runs.files import Row, last_step
@@ -74,29 +75,22 @@ def look_at_running(folder: Path, rows: Sequence[Row], *, patience: float | None
     culprit = _culprit(processes, partner)
     log = _log_of(folder, culprit.role) if culprit else ""
     who = str(culprit) if culprit else f"there is no {partner} among its processes: it has died"
-    lines = [
-        fail(
-            "stalled",
-            f"no news for {age:.0f} s (patience {patience:.0f} s) in step {done + 1}, while {stage}: {who}{log}",
-            _remedy(culprit, pid),
-        )
-    ]
-    return lines + [ok("process", str(process)) for process in processes if process is not culprit]
+    text = f"no news for {age:.0f} s (patience {patience:.0f} s) in step {done + 1}, while {stage}: {who}{log}"
+    others = [ok("process", str(process)) for process in processes if process is not culprit]
+    return [fail("stalled", text, _remedy(culprit, pid)), *others]
 
 
 def watch(pid: int) -> list[Process]:
     """Look at the process `pid` and everything below it, over half a second."""
-    tree = _tree(pid)
-    before = {one: _ticks(one) for one in tree}
+    before = {one: _stat(one) for one in _tree(pid)}
     time.sleep(_WATCH_SECONDS)
     found = []
-    for one in tree:
-        role = "trainer" if one == pid else _role(one)
-        state, ticks = _state(one), _ticks(one)
-        if state is None or role is None or ticks is None:
+    for one, was in before.items():
+        role, now = "trainer" if one == pid else _role(one), _stat(one)
+        if role is None or now is None:
             continue
-        busy = (ticks - (before[one] or 0)) / _TICKS / _WATCH_SECONDS
-        found.append(Process(pid=one, role=role, state=state, waits_in=_text(one, "wchan"), busy=busy))
+        busy = (now.ticks - (was.ticks if was else 0)) / _TICKS / _WATCH_SECONDS
+        found.append(Process(pid=one, role=role, state=now.state, waits_in=_text(one, "wchan"), busy=busy))
     return found
 
 
@@ -113,11 +107,8 @@ def _stage(folder: Path, done: int) -> tuple[str, str]:
 
 def _culprit(processes: Sequence[Process], partner: str) -> Process | None:
     """Stopped or dead ones first, then who is stuck in a device, then who does the stage's work."""
-    for states in ("Tt", "Z", "D"):
-        for process in processes:
-            if process.state in states:
-                return process
-    return next((process for process in processes if process.role == partner), None)
+    stuck = (process for states in ("Tt", "Z", "D") for process in processes if process.state in states)
+    return next(stuck, next((process for process in processes if process.role == partner), None))
 
 
 def _remedy(culprit: Process | None, pid: int) -> str:
@@ -159,9 +150,8 @@ def _log_of(folder: Path, role: str) -> str:
 def _tree(pid: int) -> list[int]:
     children: dict[int, list[int]] = {}
     for path in Path("/proc").glob("[0-9]*"):
-        fields = _stat(int(path.name))
-        if fields:
-            children.setdefault(int(fields[1]), []).append(int(path.name))
+        if stat := _stat(int(path.name)):
+            children.setdefault(stat.parent, []).append(int(path.name))
     found, todo = [], [pid]
     while todo:
         one = todo.pop()
@@ -178,18 +168,16 @@ def _role(pid: int) -> str | None:
     return next((role for word, role, _ in ROLES if word in command), f"{command.strip()[:60] or 'a dead child'}")
 
 
-def _stat(pid: int) -> list[str]:
-    return _text(pid, "stat").rpartition(")")[2].split()
+class _Stat(NamedTuple):
+    state: str
+    parent: int
+    ticks: int  # of computation
 
 
-def _state(pid: int) -> str | None:
-    fields = _stat(pid)
-    return fields[0] if fields else None
-
-
-def _ticks(pid: int) -> int | None:
-    fields = _stat(pid)
-    return int(fields[11]) + int(fields[12]) if fields else None
+def _stat(pid: int) -> _Stat | None:
+    """None: it is gone."""
+    fields = _text(pid, "stat").rpartition(")")[2].split()
+    return _Stat(fields[0], int(fields[1]), int(fields[11]) + int(fields[12])) if fields else None
 
 
 def _text(pid: int, name: str) -> str:

@@ -2,10 +2,11 @@
 
 import importlib.metadata
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from atropos_exp.doctor.line import Line, fail, ok, warn
-from atropos_exp.runs.provenance import PACKAGES
+from atropos_exp.runs.provenance import versions
 
 _ROOT = Path(__file__).resolve().parents[2]
 NAME = "atropos-exp"
@@ -15,21 +16,15 @@ def check_versions() -> list[Line]:
     """Compare Python and every requirement with its range, and what decides the numbers with the tested versions."""
     lines = [_python()]
     wrong = [text for requirement in requirements() if (text := _problem(requirement))]
-    lines += [
-        fail("versions", text, f"pip install -c constraints.txt {requirement!r}" if requirement else "make again")
-        for text, requirement in wrong
-    ]
-    moved = _moved()
+    lines += [fail("versions", text, f"pip install -c constraints.txt {wanted!r}") for text, wanted in wrong]
+    deciding = versions()
+    del deciding["python"], deciding["atropos_exp"]
+    moved = _moved(deciding)
     if moved:
-        lines.append(
-            warn(
-                "versions",
-                f"not the tested set: {', '.join(moved)}",
-                "install what constraints.txt lists, or run `make test` to see whether these do",
-            )
-        )
+        remedy = "install what constraints.txt lists, or run `make test` to see whether these do"
+        lines.append(warn("versions", f"not the tested set: {', '.join(moved)}", remedy))
     if not wrong and not moved:
-        lines.append(ok("versions", ", ".join(f"{name} {version}" for name, version in _deciding().items())))
+        lines.append(ok("versions", ", ".join(f"{name} {version}" for name, version in deciding.items())))
     return lines
 
 
@@ -71,7 +66,7 @@ def _problem(requirement: str) -> tuple[str, str] | None:
     return f"{wanted.name} is {found}, expected {wanted.specifier}", str(wanted)
 
 
-def _moved() -> list[str]:
+def _moved(deciding: Mapping[str, str]) -> list[str]:
     """Libraries that decide the numbers and are not at their tested version."""
     tested = _ROOT / "constraints.txt"
     if not tested.is_file():
@@ -80,16 +75,6 @@ def _moved() -> list[str]:
     pins = {name.lower().replace("_", "-"): version.split(";")[0].strip() for name, version in pins.items()}
     return [
         f"{name} {version} (tested: {pins[name]})"
-        for name, version in _deciding().items()
+        for name, version in deciding.items()
         if name in pins and version.split("+")[0] != pins[name]
     ]
-
-
-def _deciding() -> dict[str, str]:
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found

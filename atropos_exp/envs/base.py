@@ -6,19 +6,19 @@ import json
 import logging
 import os
 import sys
+import time
 from collections import Counter
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar
 from urllib.parse import urlsplit
 
-import yaml
 from atroposlib.envs.base import APIServerConfig, BaseEnv, BaseEnvConfig
 from atroposlib.utils.cli import get_double_dash_flags
 from pydantic import Field
 
 from atropos_exp.envs.episode import Episode, scored_group
-from atropos_exp.envs.run_settings import RunSettings
+from atropos_exp.envs.run_settings import RunSettings, read_yaml
 from atropos_exp.envs.sampler import EnvSampler, SampledTurn
 from atropos_exp.envs.stream import Stream, StreamPosition
 from atropos_exp.errors import UserError
@@ -204,6 +204,23 @@ class RunEnv(BaseEnv):  # type: ignore[misc]
             return super()._post_json_with_compression(session, url, payload, minimum_size=minimum_size)
         return session.post(url, data=json.dumps(payload).encode(), headers={"Content-Type": "application/json"})
 
+    async def log_evaluation(
+        self, metrics: dict[str, float], samples: list[dict[str, Any]], started: float, temperature: float, **more: int
+    ) -> None:
+        """Log an evaluation that began at `started` (of time.time()), with `temperature` and `more` as parameters."""
+        await self.evaluate_log(
+            metrics,
+            start_time=started,
+            end_time=time.time(),
+            generation_parameters={
+                "temperature": temperature,
+                "max_new_tokens": self.config.max_response_length,
+                **more,
+            },
+            samples=samples,
+        )
+        await self.wandb_log(dict(metrics))
+
     async def wandb_log(self, wandb_metrics: dict[str, Any] | None = None) -> None:
         dropped = {f"train/dropped_{reason}": float(num) for reason, num in self.dropped.items()}
         await super().wandb_log({**(wandb_metrics or {}), **dropped})
@@ -227,12 +244,8 @@ def _is_this_machine(url: str) -> bool:
 def _given() -> tuple[dict[str, Any], dict[str, Any]]:
     """The flags of the command line, and the contents of the YAML file that --config names."""
     flags = get_double_dash_flags()
-    file: Any = {}
-    if isinstance(name := flags.get("config"), str):
-        try:
-            file = yaml.safe_load(Path(name).read_text(encoding="utf-8"))
-        except (OSError, yaml.YAMLError) as error:
-            raise UserError(f"config: {name} cannot be read: {error}") from error
+    name = flags.get("config")
+    file = read_yaml(Path(name), "config") if isinstance(name, str) else {}
     return flags, file if isinstance(file, dict) else {}
 
 

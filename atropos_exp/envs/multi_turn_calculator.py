@@ -135,7 +135,7 @@ class CalculatorEnv(RunEnv):
         started = time.time()
         chains = [
             draw_chain(derive_seed(0, "held-out calculator", index), self.config.num_sums, held_out=True)
-            for index in range(self.settings.held_out.num_prompts)
+            for index in range(self.settings.eval.num_prompts)
         ]
         params = replace(self.training_params(StreamPosition(position=0, seed=0)), temperature=0.0, top_p=1.0, top_k=0)
         async with asyncio.timeout(self.config.worker_timeout):
@@ -152,14 +152,7 @@ class CalculatorEnv(RunEnv):
              "text": self.tokenizer.decode(episode.tokens)}
             for ((episode, dialogue),) in played
         ]  # fmt: skip
-        await self.evaluate_log(
-            metrics,
-            start_time=started,
-            end_time=time.time(),
-            generation_parameters={"temperature": 0.0, "max_new_tokens": self.config.max_response_length},
-            samples=samples,
-        )
-        await self.wandb_log(dict(metrics))
+        await self.log_evaluation(metrics, samples, started, temperature=0.0)
         return metrics
 
 

@@ -29,13 +29,15 @@ class RunSettings:
     model: ModelSettings
     data: VerlData
     reward: PooledReward
-    held_out: HeldOut
+    eval: HeldOut
     mask_truncated: bool
 
     @classmethod
     def read(cls, path: Path) -> RunSettings:
         """Read a resolved configuration. Raises UserError that lists every mistake in the part that is used."""
-        values = _read_yaml(path)
+        values = read_yaml(path, "env.run_config")
+        if not isinstance(values, dict):
+            raise UserError(f"env.run_config: {path} is no configuration; give config.yaml of a run folder")
         mistakes: list[Mistake] = []
         shared = {key: item for key, item in values.items() if key in RunConfig.model_fields}
         run = construct(RunConfig, shared, "", mistakes)
@@ -53,14 +55,7 @@ class RunSettings:
             lines = [f"{mistake.path}: {mistake.message}" for mistake in mistakes]
             raise UserError("\n  ".join([f"{path} is not the configuration of a run of this version:", *lines]))
         assert isinstance(mask_truncated, bool)
-        return cls(
-            run=run,
-            model=parts["model"],
-            data=parts["data"],
-            reward=parts["reward"],
-            held_out=parts["eval"],
-            mask_truncated=mask_truncated,
-        )
+        return cls(run=run, mask_truncated=mask_truncated, **parts)
 
     def model_folder(self) -> Path:
         """The model's folder, for its tokenizer: the copy that the trainer fetched, or a new download."""
@@ -68,11 +63,9 @@ class RunSettings:
         return folder if folder is not None and folder.is_dir() else self.model.fetch()
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path, key: str) -> Any:
+    """The contents of the file that the flag `key` names. Raises UserError if it cannot be read."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
-        raise UserError(f"env.run_config: {path} cannot be read: {error}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"env.run_config: {path} is no configuration; give config.yaml of a run folder")
-    return values
+        raise UserError(f"{key}: {path} cannot be read: {error}") from error

@@ -12,7 +12,6 @@ from atropos_exp.runs.seeds import derive_seed
 from atropos_exp.types import Finish, Sample, SamplingParams, TokenIds
 
 MAX_COMPLETIONS = 8  # per call: atroposlib would split a larger one into calls with equal seeds
-UNKNOWN_VERSION = 0  # environments do not learn which weights answered; the gateway's ledger knows
 Ids = Sequence[int]
 
 
@@ -42,9 +41,7 @@ class EnvSampler:
         """`num_samples` completions of one prompt [P]. Each call that this takes has a seed of its own.
 
         Raises SamplerError if the server's answer cannot be used."""
-        sizes = [MAX_COMPLETIONS] * (num_samples // MAX_COMPLETIONS)
-        if num_samples % MAX_COMPLETIONS:
-            sizes.append(num_samples % MAX_COMPLETIONS)
+        sizes = [min(MAX_COMPLETIONS, num_samples - done) for done in range(0, num_samples, MAX_COMPLETIONS)]
         calls = [
             self._call(prompt_ids, replace(params, seed=derive_seed(params.seed, call)), size, split)
             for call, size in enumerate(sizes)
@@ -118,5 +115,5 @@ def _sample(completion: SampledTurn) -> Sample:
         token_ids=np.array(completion.token_ids, dtype=np.int32),
         logprobs=np.array(completion.logprobs, dtype=np.float32),
         finish=completion.finish,
-        policy_version=UNKNOWN_VERSION,
+        policy_version=0,  # environments do not learn which weights answered; the gateway's ledger knows
     )

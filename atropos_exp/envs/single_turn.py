@@ -23,6 +23,7 @@ from atropos_exp.envs.episode import Episode
 from atropos_exp.envs.sampler import SampledTurn, SamplerEngine
 from atropos_exp.envs.stream import StreamPosition
 from atropos_exp.interfaces import PromptLoader, Scorer
+from atropos_exp.parts.eval.held_out import HeldOutEvaluator
 from atropos_exp.types import Prompt, RewardFailure
 
 
@@ -41,6 +42,7 @@ class SingleTurnEnv(RunEnv):
 
     def prepare(self) -> None:
         from atropos_exp.parts.reward.pool import RewardPool
+        from data_prep.prepare import ensure
 
         settings, run = self.settings, self.settings.run
         self.scorer: Scorer = RewardPool(
@@ -48,7 +50,8 @@ class SingleTurnEnv(RunEnv):
             num_workers=settings.reward.num_workers,
             timeout_seconds=settings.reward.timeout_seconds,
         )
-        prepared_folder = _prepared(settings.data.prepare)
+        # The first process builds it, the others wait.
+        prepared_folder = None if settings.data.prepare is None else ensure(settings.data.prepare)
         with tempfile.TemporaryDirectory() as folder:  # the trainer lists the bad rows, which are the same
             self.loader: PromptLoader = settings.data.loader(
                 self.tokenizer,
@@ -59,10 +62,10 @@ class SingleTurnEnv(RunEnv):
                 prepared_folder=prepared_folder,
             )
         self.held_out: list[Prompt] = []
-        if settings.held_out.num_prompts and settings.data.has_eval:
+        if settings.eval.num_prompts and settings.data.has_eval:
             self.held_out = settings.data.eval_prompts(
                 self.tokenizer,
-                num_prompts=settings.held_out.num_prompts,
+                num_prompts=settings.eval.num_prompts,
                 max_prompt_length=run.max_prompt_length,
                 prepared_folder=prepared_folder,
             )
@@ -103,7 +106,8 @@ class SingleTurnEnv(RunEnv):
     async def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """The trainer's held-out evaluation, through the server that this environment samples from."""
         started, scorer = time.time(), _Listener(self.scorer)
-        evaluator = self.settings.held_out.start(
+        evaluator = HeldOutEvaluator(
+            settings=self.settings.eval,
             prompts=self.held_out,
             engine=SamplerEngine(  # type: ignore[arg-type]
                 self.sampler, asyncio.get_running_loop(), timeout_seconds=self.config.worker_timeout
@@ -115,18 +119,13 @@ class SingleTurnEnv(RunEnv):
             seed=self.settings.run.seed,
         )
         metrics = await asyncio.to_thread(evaluator, 0)
-        await self.evaluate_log(
+        await self.log_evaluation(
             metrics,
-            start_time=started,
-            end_time=time.time(),
-            generation_parameters={
-                "temperature": self.settings.held_out.temperature,
-                "max_new_tokens": self.config.max_response_length,
-                "samples_per_prompt": self.settings.held_out.samples_per_prompt,
-            },
-            samples=scorer.heard,
+            scorer.heard,
+            started,
+            temperature=self.settings.eval.temperature,
+            samples_per_prompt=self.settings.eval.samples_per_prompt,
         )
-        await self.wandb_log(dict(metrics))
         return metrics
 
 
@@ -140,27 +139,18 @@ class _Listener:
     def score(self, items: Sequence[tuple[str, Prompt]]) -> list[float | RewardFailure]:
         scores = self._scorer.score(items)
         for (answer, prompt), score in zip(items, scores, strict=True):
-            failed = isinstance(score, RewardFailure)
+            failure = score.reason if isinstance(score, RewardFailure) else None
             self.heard.append(
                 {
                     "prompt_id": prompt.prompt_id,
                     "question": prompt.text,
                     "ground_truth": prompt.ground_truth,
                     "answer": answer,
-                    "score": None if failed else score,
-                    "failure": score.reason if isinstance(score, RewardFailure) else None,
+                    "score": None if failure else score,
+                    "failure": failure,
                 }
             )
         return scores
-
-
-def _prepared(prepare: Any) -> Path | None:
-    """The folder of the data set that the run builds. The first process builds it, the others wait."""
-    if prepare is None:
-        return None
-    from data_prep.prepare import ensure
-
-    return ensure(prepare)
 
 
 if __name__ == "__main__":

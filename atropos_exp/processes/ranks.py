@@ -75,14 +75,9 @@ class Ranks:
 
     def keep_on_zero(self, make: Callable[[], Value]) -> Value | None:
         """Make something on rank 0 alone, which keeps it; None on the others. An error is raised on every rank."""
-        kept: Value | None = None
-
-        def work() -> None:
-            nonlocal kept
-            kept = make()
-
-        self.on_zero(work)
-        return kept
+        kept: list[Value] = []
+        self.on_zero(lambda: kept.append(make()))
+        return kept[0] if kept else None
 
     @contextlib.contextmanager
     def same_outcome(self, what: str) -> Iterator[None]:

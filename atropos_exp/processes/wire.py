@@ -62,9 +62,7 @@ def split(flat: NDArray[Scalar], lengths: NDArray[np.int64]) -> list[NDArray[Sca
     """Undo `flatten`. Raises WireError if the lengths do not add up to the array's."""
     if flat.ndim != 1 or lengths.ndim != 1 or (lengths < 0).any() or int(lengths.sum()) != len(flat):
         raise WireError(f"{len(flat)} entries do not split into rows of lengths {lengths.tolist()[:8]}")
-    ends = np.cumsum(lengths).tolist()
-    starts = [0, *ends][:-1]
-    return [flat[start:end] for start, end in zip(starts, ends, strict=True)]
+    return np.split(flat, np.cumsum(lengths))[:-1]  # after the last row comes nothing
 
 
 def _pack_array(value: object) -> Any:

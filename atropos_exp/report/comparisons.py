@@ -6,7 +6,7 @@ than either of them. The prompts of one evaluation are not independent runs and 
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -32,15 +32,19 @@ class Comparison:
     difference: float  # mean over seeds of point minus baseline; NaN without a common seed
     interval: Bounds | None  # 95 %, of this comparison alone
     p: float | None  # two-sided, paired t-test; None with fewer than two common seeds
-    p_holm: float | None  # the same after Holm's correction for all comparisons of the report
-    supported: bool  # p_holm is below ALPHA
+    p_holm: float | None = None  # the same after Holm's correction for all comparisons of the report
+
+    @property
+    def significant(self) -> bool:
+        """Whether the difference is more than chance explains."""
+        return self.p_holm is not None and self.p_holm < ALPHA
 
     @property
     def word(self) -> str:
         """The verdict in a word or two."""
         if self.p is None:
             return "one seed" if self.seeds else "no seed in common"
-        return ("better" if self.difference > 0 else "worse") if self.supported else "not supported"
+        return ("better" if self.difference > 0 else "worse") if self.significant else "not significant"
 
     @property
     def verdict(self) -> str:
@@ -49,15 +53,13 @@ class Comparison:
             return "Not comparable: no seed finished in both."
         if self.p is None:
             return "One seed only: it cannot tell a difference from chance."
-        if self.supported:
-            return (
-                f"{'Better' if self.difference > 0 else 'Worse'} than the baseline, by these {len(self.seeds)} seeds."
-            )
-        return f"No difference is supported by these {len(self.seeds)} seeds."
+        if self.significant:
+            return f"{self.word.capitalize()} than the baseline, by these {len(self.seeds)} seeds."
+        return f"No significant difference over these {len(self.seeds)} seeds."
 
 
-def seed_mean(values: Sequence[float], *, confidence: float = 0.95, bounds: Bounds | None = None) -> SeedMean:
-    """Return the mean of one value per seed with Student's interval, cut at `bounds`.
+def seed_mean(values: Sequence[float], *, bounds: Bounds | None = None) -> SeedMean:
+    """Return the mean of one value per seed with Student's 95 % interval, cut at `bounds`.
 
     seed_mean([0.8, 0.9])  # mean 0.85, interval (0.21, 1.49)
     seed_mean([0.8, 0.9], bounds=(0.0, 1.0))  # an accuracy: interval (0.21, 1.0)
@@ -67,7 +69,7 @@ def seed_mean(values: Sequence[float], *, confidence: float = 0.95, bounds: Boun
     mean, num = float(np.mean(values)), len(values)
     if num < 2:
         return SeedMean(mean=mean, num=num, interval=None)
-    half = _t_quantile(confidence, num - 1) * float(np.std(values, ddof=1)) / math.sqrt(num)
+    half = _t_quantile(num - 1) * float(np.std(values, ddof=1)) / math.sqrt(num)
     least, most = bounds or (-math.inf, math.inf)
     return SeedMean(mean=mean, num=num, interval=(max(least, mean - half), min(most, mean + half)))
 
@@ -80,15 +82,11 @@ def compare(
 
     `resolution`: the smallest step between two values, 1 / prompts for an accuracy. Differences that happen to be
     equal on every seed do not prove that there is no noise, so their deviation counts as at least that of rounding
-    both values to the step: resolution / sqrt(6). With 0, equal differences support nothing (p = 1).
+    both values to the step: resolution / sqrt(6). With 0, equal differences prove nothing (p = 1).
     """
-    raw = [_paired(baseline, other, resolution) for other in others]
-    corrected = holm([p for _, _, _, p in raw])
-    return [
-        Comparison(seeds=seeds, difference=difference, interval=interval, p=p, p_holm=p_holm,
-                   supported=p_holm is not None and p_holm < ALPHA)
-        for (seeds, difference, interval, p), p_holm in zip(raw, corrected, strict=True)
-    ]  # fmt: skip
+    found = [_paired(baseline, other, resolution) for other in others]
+    corrected = holm([one.p for one in found])
+    return [replace(one, p_holm=p_holm) for one, p_holm in zip(found, corrected, strict=True)]
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
@@ -131,31 +129,26 @@ def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float | None:
     return float(spearmanr(x, y).statistic)
 
 
-def _t_quantile(confidence: float, df: int) -> float:
-    """The t with P(|T| <= t) = confidence: 12.706 for 0.95 with one degree of freedom."""
+def _t_quantile(df: int) -> float:
+    """The t with P(|T| <= t) = 0.95: 12.706 with one degree of freedom."""
     from scipy.special import stdtrit
 
-    return float(stdtrit(df, (1 + confidence) / 2))
+    return float(stdtrit(df, (1 + 0.95) / 2))
 
 
-def _t_two_sided(t: float, df: int) -> float:
-    """The probability that |T| is at least |t| with `df` degrees of freedom."""
+def _paired(baseline: Mapping[int, float], other: Mapping[int, float], resolution: float) -> Comparison:
+    """Without the correction for other comparisons."""
     from scipy.special import stdtr
 
-    return float(2 * stdtr(df, -abs(t)))
-
-
-def _paired(
-    baseline: Mapping[int, float], other: Mapping[int, float], resolution: float
-) -> tuple[tuple[int, ...], float, Bounds | None, float | None]:
     seeds = tuple(sorted(baseline.keys() & other.keys()))
-    differences = np.array([other[seed] - baseline[seed] for seed in seeds])
-    if len(seeds) < 2:
-        return seeds, float(differences.mean()) if seeds else math.nan, None, None
-    mean, num = float(differences.mean()), len(seeds)
+    differences, num = np.array([other[seed] - baseline[seed] for seed in seeds]), len(seeds)
+    mean = float(differences.mean()) if num else math.nan
+    if num < 2:
+        return Comparison(seeds=seeds, difference=mean, interval=None, p=None)
     deviation = max(float(differences.std(ddof=1)), resolution / math.sqrt(6))
     if deviation < 1e-12:
-        return seeds, mean, None, 1.0
+        return Comparison(seeds=seeds, difference=mean, interval=None, p=1.0)
     error = deviation / math.sqrt(num)
-    half = _t_quantile(0.95, num - 1) * error
-    return seeds, mean, (mean - half, mean + half), _t_two_sided(mean / error, num - 1)
+    half = _t_quantile(num - 1) * error
+    p = float(2 * stdtr(num - 1, -abs(mean / error)))  # two-sided
+    return Comparison(seeds=seeds, difference=mean, interval=(mean - half, mean + half), p=p)

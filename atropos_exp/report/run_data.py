@@ -1,10 +1,12 @@
 """What a run folder holds. The run may be unfinished, failed, one step long, or half missing."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from atropos_exp.errors import UserError
 from atropos_exp.runs.files import Row, by_step, last_step, read_json_lines, read_metrics
@@ -65,8 +67,8 @@ def load_run(folder: Path) -> RunData:
         missing.append("metrics.jsonl has no steps yet: there are no curves")
     if num_bad:
         missing.append(f"metrics.jsonl: {num_bad} torn line{'s' if num_bad > 1 else ''} left out")
-    summary = _read_json(folder / "summary.json", missing)
-    config_text, config = _read_config(folder / "config.yaml", missing)
+    _, summary = _read(folder / "summary.json", json.loads, missing, ": the run goes on, or was killed")
+    config_text, config = _read(folder / "config.yaml", yaml.safe_load, missing, "")
     commands = _text(folder / "command.txt").splitlines()
     if not commands:
         missing.append("command.txt is not there: the command line is unknown")
@@ -122,42 +124,29 @@ def _mean(values: Sequence[float | None]) -> float | None:
 def _early_and_late(folder: Path) -> list[tuple[int, list[dict[str, Any]]]]:
     """The first and the last file with records in it."""
     paths = sorted(path for path in folder.glob("step_*.jsonl") if path.stem.removeprefix("step_").isdigit())
-    read = ((int(path.stem.removeprefix("step_")), read_json_lines(path)[0]) for path in paths)
-    early = next(((step, records) for step, records in read if records), None)
-    back = ((int(path.stem.removeprefix("step_")), read_json_lines(path)[0]) for path in reversed(paths))
-    late = next(((step, records) for step, records in back if records), None)
+    early, late = _first_with_records(paths), _first_with_records(reversed(paths))
     if early is None or late is None:
         return []
     return [early] if early[0] == late[0] else [early, late]
 
 
-def _read_json(path: Path, missing: list[str]) -> Mapping[str, Any]:
+def _first_with_records(paths: Iterable[Path]) -> tuple[int, list[dict[str, Any]]] | None:
+    read = ((int(path.stem.removeprefix("step_")), read_json_lines(path)[0]) for path in paths)
+    return next(((step, records) for step, records in read if records), None)
+
+
+def _read(path: Path, parse: Callable[[str], Any], missing: list[str], absent: str) -> tuple[str, Mapping[str, Any]]:
+    """The text of a file, and the mapping in it; empty if it is absent, which `absent` says, or damaged."""
     if not path.exists():
-        missing.append(f"{path.name} is not there: the run goes on, or was killed")
-        return {}
+        missing.append(f"{path.name} is not there{absent}")
+        return "", {}
+    text = _text(path)
     try:
-        content = json.loads(_text(path))
-    except ValueError:
+        content = parse(text)
+    except (ValueError, yaml.YAMLError):
         content = None
     if isinstance(content, dict):
-        return content
-    missing.append(f"{path.name} is damaged")
-    return {}
-
-
-def _read_config(path: Path, missing: list[str]) -> tuple[str, Mapping[str, Any]]:
-    import yaml
-
-    text = _text(path)
-    if not text:
-        missing.append(f"{path.name} is not there")
-        return "", {}
-    try:
-        config = yaml.safe_load(text)
-    except yaml.YAMLError:
-        config = None
-    if isinstance(config, dict):
-        return text, config
+        return text, content
     missing.append(f"{path.name} is damaged")
     return text, {}
 

@@ -34,24 +34,24 @@ def sweep_header(data: SweepData) -> str:
 
 
 def findings(data: SweepData) -> str:
-    """Return what the runs support, in sentences."""
+    """Return what the runs show, in sentences."""
     said: list[str] = []
     if data.request.kind == "optuna":
         said = _search_findings(data)
     elif data.baseline is not None:
         for point in data.points:
             found = point.comparison
-            if found is not None and found.supported and found.interval is not None:
+            if found is not None and found.significant and found.interval is not None:
                 low, high = (signed(end) for end in found.interval)
                 said.append(f"{point.label} against {data.baseline.label}: {found.verdict} "
                             f"{signed(found.difference)} held-out accuracy (95 %: {low} to {high}).")  # fmt: skip
-        unsupported = [point for point in data.points if point.comparison and not point.comparison.supported]
-        few = [point for point in unsupported if point.comparison and point.comparison.p is None]
-        said += [f"{point.label}: {point.comparison.verdict}" for point in few if point.comparison]
-        rest = [point.label for point in unsupported if point not in few]
-        if rest:
-            said.append(f"Not supported by the seeds, whatever the means say, is any difference between "
-                        f"{data.baseline.label} and: {'; '.join(rest)}.")  # fmt: skip
+        others = [
+            (point.label, found) for point in data.points if (found := point.comparison) and not found.significant
+        ]
+        said += [f"{label}: {found.verdict}" for label, found in others if found.p is None]
+        equal = [label for label, found in others if found.p is not None]
+        if equal:
+            said.append(f"No significant difference between {data.baseline.label} and: {'; '.join(equal)}.")
     said += [f"{point.label}: not compared, {point.not_comparable}." for point in data.points
              if point.not_comparable and data.request.kind != "optuna"]  # fmt: skip
     undone = [run for run in data.runs if not run.state.phase.is_done]
@@ -60,7 +60,7 @@ def findings(data: SweepData) -> str:
     if not said:
         said.append("There is nothing to compare.")
     items = "".join(tag("li", escape(text)) for text in said)
-    return tag("h2", "What the runs support") + tag("ul", items, class_="card findings")
+    return tag("h2", "What the runs show") + tag("ul", items, class_="card findings")
 
 
 def points_table(data: SweepData) -> str:
@@ -85,7 +85,7 @@ def points_table(data: SweepData) -> str:
             ]
         )
     heads = ["Point", "Seeds", "Final", f"{figure(axis[0], 3)} … {figure(axis[1], 3)}", "Best", "Difference",
-             "p (Holm)", "Supported?"]  # fmt: skip
+             "p (Holm)", "Significant?"]  # fmt: skip
     if data.request.kind == "optuna":
         about = "Held-out evaluation of the trials: after the last step, and the highest of each. One seed each."
         return tag("h2", "Trials") + tag("p", about, class_="muted small") + card_table(heads[:5], [
@@ -96,7 +96,7 @@ def points_table(data: SweepData) -> str:
         "Held-out evaluation, mean over the seeds that finished, with Student's 95 % interval over seeds. Best is the "
         "highest of each seed's evaluations: it flatters noisy runs, so points are compared by the final one. "
         "Differences are paired: same seed, same held-out prompts. p is of the paired t-test, Holm-corrected for all "
-        "comparisons of this table; below 0.05 counts as supported. The interval of a difference is of that "
+        "comparisons of this table; below 0.05 counts as significant. The interval of a difference is of that "
         "comparison alone."
     )
     return tag("h2", "Points") + tag("p", about, class_="muted small wide-text") + card_table(heads, rows)
@@ -260,8 +260,8 @@ def _difference(found: Comparison | None) -> str:
 def _verdict(point: Point, is_baseline: bool) -> str:
     if is_baseline or point.comparison is None:
         return tag("span", "baseline" if is_baseline else "not compared", class_="muted")
-    word, supported = point.comparison.word, point.comparison.supported
-    kind = "finished" if word == "better" else "failed" if supported else "neutral"
+    word = point.comparison.word
+    kind = {"better": "finished", "worse": "failed"}.get(word, "neutral")
     return tag("span", escape(word), class_=f"pill {kind}")
 
 

@@ -12,6 +12,7 @@ import re
 import shutil
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -135,10 +136,8 @@ class Checkpoints:
 
     def _size_of_newest(self) -> int:
         for _, _, folder in _list(self.folder):
-            try:
+            with suppress(DamagedError):
                 return manifest.num_bytes(folder)
-            except DamagedError:
-                continue
         return 0
 
     def _on_rank_0(self, work: Callable[[], Value]) -> Value:
@@ -148,7 +147,8 @@ class Checkpoints:
             try:
                 return work()
             except Exception as error:
-                if _is_io_error(error):
+                # safetensors wraps the operating system's error in a class of its own, which is no OSError
+                if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
                     raise CheckpointError(f"could not write a checkpoint to {self.folder}: {error}") from error
                 raise
 
@@ -198,8 +198,3 @@ def _remove(folder: Path) -> None:
         shutil.rmtree(folder)
     except OSError as error:
         _logger.warning("could not remove %s, which only costs space: %s", folder, error)
-
-
-def _is_io_error(error: Exception) -> bool:
-    # safetensors wraps the operating system's error in a class of its own, which is no OSError
-    return isinstance(error, OSError) or type(error).__name__ == "SafetensorError"

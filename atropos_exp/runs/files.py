@@ -42,7 +42,8 @@ class RunFiles:
         self._metrics_path = folder / "metrics.jsonl"
         _forget_steps(self._metrics_path, first_step)
         for path in (folder / "samples").glob("step_*.jsonl"):
-            if _step_of(path) >= first_step:
+            digits = path.stem.removeprefix("step_")
+            if digits.isdigit() and int(digits) >= first_step:
                 path.unlink()
 
     def log(self, metrics: StepMetrics) -> None:
@@ -128,11 +129,6 @@ def _forget_steps(path: Path, first_step: int) -> None:
     num_forgotten = len(rows) - len(kept)
     log.info("%s: removed %d lines from step %d on and %d torn lines", path, num_forgotten, first_step, num_bad)
     write_atomic(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in kept))
-
-
-def _step_of(path: Path) -> int:
-    digits = path.stem.removeprefix("step_")
-    return int(digits) if digits.isdigit() else -1
 
 
 def _finite(value: float) -> float | None:

@@ -75,11 +75,8 @@ def find_run_folder(
             raise UserError(f"run_dir: the run in {path} is finished; choose another folder, or read its report")
         return path
     for path in sorted(base.glob("*/*"), reverse=True) if resume == "auto" else ():
-        if (
-            _identity(path, submitted) == config_hash
-            and _is_unfinished(path)
-            and (submitted or not is_held(path / LOCK))
-        ):
+        is_ours = _identity(path, submitted) == config_hash and _is_unfinished(path)
+        if is_ours and (submitted or not is_held(path / LOCK)):
             return path
     return None
 

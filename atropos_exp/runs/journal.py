@@ -23,8 +23,7 @@ from atropos_exp.runs.atomic import replacing
 from atropos_exp.types import Dropped, Finish, Rollout, RolloutGroup
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-    from pyarrow import Array
+    from pyarrow import Array, Table
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +35,14 @@ _LISTS: Mapping[str, type[np.generic]] = {
     "advantages": np.float32,
     "reference_logprobs": np.float32,
 }
-_SCALARS = ("reward", "finish", "policy_version", "zero_advantage", "temperature", "supervised")
+_SCALARS: Mapping[str, str] = {  # of pyarrow
+    "reward": "float64",
+    "finish": "string",
+    "policy_version": "int64",
+    "zero_advantage": "bool",
+    "temperature": "float64",
+    "supervised": "bool",
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -68,15 +74,13 @@ def write_journal(path: Path, journal: Journal) -> None:
     columns: dict[str, Array] = {
         "group": pa.array(group_of_rollout, pa.int32()),
         "prompt_id": pa.array([journal.groups[at].prompt_id for at in group_of_rollout], pa.string()),
-        "reward": pa.array([rollout.reward for rollout in rollouts], pa.float64()),
-        "finish": pa.array([rollout.finish.value for rollout in rollouts], pa.string()),
-        "policy_version": pa.array([rollout.policy_version for rollout in rollouts], pa.int64()),
-        "zero_advantage": pa.array([rollout.zero_advantage for rollout in rollouts], pa.bool_()),
-        "temperature": pa.array([rollout.temperature for rollout in rollouts], pa.float64()),
-        "supervised": pa.array([rollout.supervised for rollout in rollouts], pa.bool_()),
     }
+    for name, alias in _SCALARS.items():
+        values = [rollout.finish.value if name == "finish" else getattr(rollout, name) for rollout in rollouts]
+        columns[name] = pa.array(values, pa.type_for_alias(alias))
     for name, dtype in _LISTS.items():
-        columns[name] = _to_lists([getattr(rollout, name) for rollout in rollouts], dtype)
+        kind = pa.large_list(pa.from_numpy_dtype(dtype))
+        columns[name] = pa.array([getattr(rollout, name) for rollout in rollouts], kind)
     metadata = {"atropos_exp.head": head, "atropos_exp.digest": _digest(head, rollouts)}
     with replacing(path) as draft:
         pq.write_table(pa.table(columns).replace_schema_metadata(metadata), draft, compression="zstd")
@@ -100,7 +104,7 @@ def read_journal(path: Path) -> Journal | None:
                 path, facts["format"], FORMAT,
             )  # fmt: skip
             return None
-        journal = _from_table(facts, {name: table.column(name) for name in table.column_names})
+        journal = _from_table(facts, table)
         found = _digest(head, [rollout for group in journal.groups for rollout in group.rollouts])
         if found != metadata[b"atropos_exp.digest"].decode():
             raise ValueError("its digest does not match its content")
@@ -110,25 +114,11 @@ def read_journal(path: Path) -> Journal | None:
     return journal
 
 
-def _from_table(head: dict[str, Any], columns: Mapping[str, Any]) -> Journal:
-    lists = {name: _from_lists(columns[name].combine_chunks()) for name in _LISTS}
-    scalars = {name: columns[name].to_pylist() for name in _SCALARS}
-    rollouts = [
-        Rollout(
-            token_ids=lists["token_ids"][at],
-            trained=lists["trained"][at],
-            logprobs=lists["logprobs"][at],
-            advantages=lists["advantages"][at],
-            reward=scalars["reward"][at],
-            finish=Finish(scalars["finish"][at]),
-            policy_version=scalars["policy_version"][at],
-            zero_advantage=scalars["zero_advantage"][at],
-            reference_logprobs=lists["reference_logprobs"][at],
-            temperature=scalars["temperature"][at],
-            supervised=scalars["supervised"][at],
-        )
-        for at in range(len(scalars["reward"]))
-    ]
+def _from_table(head: dict[str, Any], table: Table) -> Journal:
+    fields = {name: [array if array is None else array.copy() for array in table[name].to_numpy()] for name in _LISTS}
+    fields |= {name: table[name].to_pylist() for name in _SCALARS}
+    fields["finish"] = [Finish(value) for value in fields["finish"]]
+    rollouts = [Rollout(**dict(zip(fields, row, strict=True))) for row in zip(*fields.values(), strict=True)]
     if sum(num for _, _, num in head["groups"]) != len(rollouts):
         raise ValueError(f"it names {head['groups']} groups and holds {len(rollouts)} rollouts")
     rest = iter(rollouts)
@@ -137,27 +127,6 @@ def _from_table(head: dict[str, Any], columns: Mapping[str, Any]) -> Journal:
         for prompt_id, source, num in head["groups"]
     ]
     return Journal(step=head["step"], groups=groups, dropped=Dropped(reasons=head["dropped"]), state=head["state"])
-
-
-def _to_lists(arrays: Sequence[NDArray[Any] | None], dtype: type[np.generic]) -> Array:
-    import pyarrow as pa
-
-    offsets = np.zeros(len(arrays) + 1, dtype=np.int64)
-    np.cumsum([0 if array is None else len(array) for array in arrays], out=offsets[1:])
-    present = [array for array in arrays if array is not None]
-    values = np.concatenate(present).astype(dtype, copy=False) if present else np.zeros(0, dtype)
-    missing = pa.array([array is None for array in arrays], pa.bool_())
-    return pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(values), mask=missing)
-
-
-def _from_lists(column: Any) -> list[Any]:
-    offsets = column.offsets.to_numpy()
-    values = column.values.to_numpy(zero_copy_only=False)
-    present = column.is_valid().to_numpy(zero_copy_only=False)
-    return [
-        values[start:end].copy() if there else None
-        for start, end, there in zip(offsets[:-1], offsets[1:], present, strict=True)
-    ]
 
 
 def _digest(head: str, rollouts: Sequence[Rollout]) -> str:

@@ -7,9 +7,9 @@ A folder is sealed while it still has a temporary name, then renamed: under its 
 one can tell what is missing, also after a power failure.
 """
 
+import hashlib
 import json
 import os
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -20,7 +20,6 @@ from atropos_exp.runs.atomic import fsync
 
 MANIFEST = "manifest.json"
 FORMAT = 1
-_CHUNK = 1 << 22
 _NUM_THREADS = 4  # hashing and fsync release the GIL
 
 
@@ -78,9 +77,9 @@ def num_bytes(folder: Path) -> int:
 
 
 def _entry(path: Path) -> JSON:
-    digest, size = _hash(path)
+    entry = {"bytes": path.stat().st_size, "xxh3_128": _hash(path)}
     fsync(path)
-    return {"bytes": size, "xxh3_128": digest}
+    return entry
 
 
 def _check(path: Path, name: str, entry: JSON) -> None:
@@ -88,20 +87,16 @@ def _check(path: Path, name: str, entry: JSON) -> None:
         size = path.stat().st_size
         if size != entry["bytes"]:
             raise DamagedError(f"{name} has {size} bytes, its manifest says {entry['bytes']}")
-        digest, _ = _hash(path)
+        digest = _hash(path)
     except OSError as error:
         raise DamagedError(f"{name} cannot be read: {error.strerror or error}") from error
     if digest != entry["xxh3_128"]:
         raise DamagedError(f"{name} is damaged: its hash is {digest}, its manifest says {entry['xxh3_128']}")
 
 
-def _hash(path: Path) -> tuple[str, int]:
-    digest, size = xxhash.xxh3_128(), 0
+def _hash(path: Path) -> str:
     with open(path, "rb", buffering=0) as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-            size += len(chunk)
-    return digest.hexdigest(), size
+        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
 
 
 def _dump(body: JSON) -> bytes:
@@ -114,13 +109,8 @@ def _dump(body: JSON) -> bytes:
 def _write(path: Path, content: bytes) -> None:
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
     try:
-        for part in _parts(content):
-            while part:
-                part = part[os.write(descriptor, part) :]
+        while content:
+            content = content[os.write(descriptor, content) :]
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _parts(content: bytes) -> Iterable[bytes]:
-    return (content[start : start + _CHUNK] for start in range(0, len(content), _CHUNK))

@@ -3,6 +3,7 @@
 import importlib.metadata
 import platform
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 
 from atropos_exp import __version__
@@ -14,10 +15,8 @@ def versions() -> dict[str, str]:
     """Return the versions of Python, this package and the installed libraries that decide the numbers."""
     found = {"python": platform.python_version(), "atropos_exp": __version__}
     for package in PACKAGES:
-        try:
+        with suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return found
 
 

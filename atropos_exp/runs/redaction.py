@@ -27,14 +27,13 @@ _ASSIGNMENT = re.compile(r"(([\w.-]+)=)[^\s'\"]+")  # an override on a command l
 _SHORTEST_VALUE = 8  # a shorter one would blot out ordinary words
 
 
-def redact(value: Any, *, environ: Mapping[str, str] | None = None) -> Any:
+def redact(value: Any) -> Any:
     """Return a copy of a tree of mappings, lists and scalars in which secrets read `<redacted>`.
 
-        redact({"api_key": "abc", "max_tokens": 5})  # {"api_key": "<redacted>", "max_tokens": 5}
-
-    `environ`: the variables whose secret values are looked for; None takes this process's.
+    redact({"api_key": "abc", "max_tokens": 5})  # {"api_key": "<redacted>", "max_tokens": 5}
     """
-    return _redact(value, _known_secrets(os.environ if environ is None else environ))
+    known = {text for name, text in os.environ.items() if is_secret_name(name) and len(text) >= _SHORTEST_VALUE}
+    return _redact(value, sorted(known, key=len, reverse=True))
 
 
 def is_secret_name(name: str) -> bool:
@@ -61,8 +60,3 @@ def _redact(value: Any, known: list[str]) -> Any:
         value = _USERINFO.sub(f"{REDACTED}@", _FORMS.sub(REDACTED, value))
         return _ASSIGNMENT.sub(lambda m: m[1] + REDACTED if is_secret_name(m[2]) else m[0], value)
     return value
-
-
-def _known_secrets(environ: Mapping[str, str]) -> list[str]:
-    found = {text for name, text in environ.items() if is_secret_name(name) and len(text) >= _SHORTEST_VALUE}
-    return sorted(found, key=len, reverse=True)

@@ -16,15 +16,13 @@ class Snapshots:
         *,
         trainer: PolicyTrainer,
         source: RolloutSource,
-        model_folder: Path,
-        describe: Callable[[Path, Path], None],
+        describe: Callable[[Path], None],
         is_zero: bool,
     ) -> None:
-        """`describe(model_folder, target)` copies what makes weights a model that others load: config, tokenizer."""
+        """`describe(target)` adds what makes weights a model that others load: config, tokenizer."""
         self._checkpoints = checkpoints
         self._trainer = trainer
         self._source = source
-        self._model_folder = model_folder
         self._describe = describe
         self._is_zero = is_zero
         self.resumed_from: str | None = None
@@ -51,4 +49,4 @@ class Snapshots:
     def _write(self, folder: Path) -> None:
         self._trainer.save(folder)
         if self._is_zero:
-            self._describe(self._model_folder, folder / "model")
+            self._describe(folder / "model")

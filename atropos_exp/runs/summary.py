@@ -5,27 +5,6 @@ from typing import Any
 
 from atropos_exp.runs.files import Row
 
-SUMMARY_KEYS = (
-    "status",  # finished | stopped | failed
-    "error",  # one line, None unless failed
-    "steps",  # completed, over all attempts
-    "policy_version",  # of the last weights
-    "reward_first",  # reward/mean of the first step that has one
-    "reward_last",
-    "eval_first",  # greedy accuracy, mean over the held-out sets
-    "eval_last",
-    "wall_seconds",  # of the steps, over all attempts; what came before the first step is left out
-    "tokens_per_second",  # prompt and sampled tokens over wall_seconds of the steps
-    "rollouts",  # {atropos, local, dropped: {reason: number}}
-    "sync",  # {count, verified, seconds_mean, bytes (of one sync), canary_gap_max}
-    "resumed_from",  # the checkpoint's folder name, None for a new run
-    "seed",
-    "git",
-    "versions",
-    "config_hash",
-)
-STATUSES = ("finished", "stopped", "failed")
-
 
 def summarize_run(
     rows: Sequence[Row],
@@ -46,22 +25,22 @@ def summarize_run(
     A sync whose proof failed has no row, nor has one that was repeated because the engine had been restarted; the last
     two arguments count them.
     """
-    assert status in STATUSES, f"status must be one of {STATUSES}; got {status}"
+    assert status in ("finished", "stopped", "failed"), status
     rewards = _column(rows, "reward/mean")
     accuracies = [value for row in rows if (value := eval_accuracy(row)) is not None]
     step_seconds = sum(_column(rows, "time/step_s"))
     syncs = [row for row in rows if row.get("sync/bytes") is not None]
     sync_seconds, gaps = _column(syncs, "time/sync_s"), _column(syncs, "sync/canary_gap_max")
-    summary = {
+    return {
         "status": status,
-        "error": error,
+        "error": error,  # one line, None unless failed
         "steps": len({row.step for row in rows} - {0}),  # step 0 is the untrained policy
-        "policy_version": policy_version,
+        "policy_version": policy_version,  # of the last weights
         "reward_first": rewards[0] if rewards else None,
         "reward_last": rewards[-1] if rewards else None,
-        "eval_first": accuracies[0] if accuracies else None,
+        "eval_first": accuracies[0] if accuracies else None,  # greedy, mean over the held-out sets
         "eval_last": accuracies[-1] if accuracies else None,
-        "wall_seconds": step_seconds,
+        "wall_seconds": step_seconds,  # over all attempts; what came before the first step is left out
         "tokens_per_second": sum(_column(rows, "rollout/num_tokens")) / step_seconds if step_seconds else None,
         "rollouts": {
             "atropos": int(sum(_column(rows, "rollout/num_atropos"))),
@@ -72,17 +51,15 @@ def summarize_run(
             "count": len(syncs) + num_failed_syncs + num_repeated_syncs,
             "verified": len(syncs) + num_repeated_syncs,
             "seconds_mean": sum(sync_seconds) / len(sync_seconds) if sync_seconds else None,
-            "bytes": int(syncs[-1]["sync/bytes"] or 0) if syncs else 0,
+            "bytes": int(syncs[-1]["sync/bytes"] or 0) if syncs else 0,  # of one sync
             "canary_gap_max": max(gaps) if gaps else None,
         },
-        "resumed_from": resumed_from,
+        "resumed_from": resumed_from,  # the checkpoint's folder name, None for a new run
         "seed": seed,
         "git": git,
         "versions": dict(versions),
         "config_hash": config_hash,
     }
-    assert tuple(summary) == SUMMARY_KEYS
-    return summary
 
 
 def eval_accuracy(row: Mapping[str, float | None]) -> float | None:

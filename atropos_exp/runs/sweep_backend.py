@@ -1,7 +1,7 @@
 """What executes the runs of a sweep: this machine (`sweep/local.py`), or the scheduler of a cluster."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -23,7 +23,6 @@ class Job:
     log: Path  # its stdout and stderr are appended here
     run_folder: Path  # holds summary.json when it ends; of a worker, a folder that never has one
     num_devices: int = 1
-    environment: dict[str, str] = field(default_factory=dict)  # on top of the submitting process's
 
 
 class Backend(Protocol):

@@ -14,7 +14,7 @@ unfinished = [record for record in sweep.records() if run_status(sweep.run_folde
 from __future__ import annotations
 
 import json
-import os
+import signal
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
@@ -23,7 +23,7 @@ from typing import Any
 
 from atropos_exp.errors import UserError
 from atropos_exp.runs.atomic import write_atomic
-from atropos_exp.runs.files import last_step, read_json_lines, read_rows, run_status
+from atropos_exp.runs.files import read_json_lines, run_status
 
 REQUEST = "sweep.json"
 TRIAL_END = "trial_end.json"  # of a run folder: what the search made of the run
@@ -85,6 +85,11 @@ class RunRecord:
     def folder(self) -> str:
         """The name of the run's folder within the sweep's."""
         return f"{self.number:03d}"
+
+    @property
+    def label(self) -> str:
+        """The run as people see it: its folder, its point, its seed."""
+        return f"{self.folder} {describe_point(self.values)}, seed={self.seed}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -180,10 +185,6 @@ class SweepFolder:
             return RunState(phase=Phase.FAILED, reason=error)
         return RunState(phase=Phase.STOPPED if status == "stopped" else Phase.PENDING)
 
-    def last_step(self, number: int) -> int:
-        """Return the newest step in the run's metrics.jsonl; 0 before the first."""
-        return last_step(read_rows(self.run_folder(number)))
-
 
 def read_trial_end(folder: Path) -> TrialEnd | None:
     """Return how the search ended the trial in `folder`; None while it has not."""
@@ -247,8 +248,6 @@ def shown(value: Any) -> str:
 
 
 def _signal_name(number: int) -> str:
-    import signal
-
     try:
         return signal.Signals(number).name
     except ValueError:
@@ -256,9 +255,5 @@ def _signal_name(number: int) -> str:
 
 
 def _append(path: Path, line: Mapping[str, Any]) -> None:
-    """One write, so that several writers never mix their lines."""
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    try:
-        os.write(handle, (json.dumps(line) + "\n").encode())
-    finally:
-        os.close(handle)
+    with path.open("ab", buffering=0) as file:  # one write, so that several writers never mix their lines
+        file.write((json.dumps(line) + "\n").encode())

@@ -3,28 +3,21 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 from atropos_exp.errors import UserError
 from atropos_exp.runs.sweep_folder import SweepFolder
-from atropos_exp.sweep.driver import Sweep, attend, unfinished
-from atropos_exp.sweep.start import finish
+from atropos_exp.sweep.driver import Sweep, unfinished
+from atropos_exp.sweep.start import attend, finish
 from atropos_exp.sweep.table import LiveTable, counts, print_status
-
-HELP = {
-    "status": "how every run stands",
-    "wait": "stay until the sweep is over; Ctrl-C only leaves",
-    "resume": "start what is unfinished or failed, from the frozen configurations",
-    "cancel": "let running runs finish their step and save, and start no others",
-    "report": "write report.html and name it",
-}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0, 1 if runs are left undone (wait, resume), 2 with one message for a mistake, 3 if wait timed out."""
     parser = argparse.ArgumentParser(prog="python -m atropos_exp.sweep", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, about in HELP.items():
+    for name, (_, about) in _COMMANDS.items():
         command = commands.add_parser(name, help=about, description=about)
         command.add_argument("dir", type=Path, metavar="DIR", help="the folder of a sweep: it holds sweep.json")
         if name == "wait":
@@ -38,8 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             command.add_argument("--out", type=Path, metavar="FILE", help="default: report.html in the folder")
     given = parser.parse_args(arguments)
     try:
-        sweep = Sweep(SweepFolder.open(given.dir))
-        return _COMMANDS[given.command](sweep, given)
+        run, _ = _COMMANDS[given.command]
+        return run(Sweep(SweepFolder.open(given.dir)), given)
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
@@ -51,7 +44,7 @@ def _status(sweep: Sweep, given: argparse.Namespace) -> int:
 
 
 def _wait(sweep: Sweep, given: argparse.Namespace) -> int:
-    with LiveTable() as watch:
+    with closing(LiveTable()) as watch:
         try:
             if not sweep.wait(watch, timeout_s=given.timeout):
                 print(f"{given.dir}: not over after {given.timeout:g} s: {counts(sweep.states())}", file=sys.stderr)
@@ -71,8 +64,7 @@ def _resume(sweep: Sweep, given: argparse.Namespace) -> int:
     if given.no_wait:
         print(f"{num_jobs} jobs queued")
         return 0
-    with LiveTable() as watch:
-        return attend(sweep, watch, finish)
+    return attend(sweep)
 
 
 def _cancel(sweep: Sweep, given: argparse.Namespace) -> int:
@@ -93,7 +85,13 @@ def _report(sweep: Sweep, given: argparse.Namespace) -> int:
     return 0
 
 
-_COMMANDS = {"status": _status, "wait": _wait, "resume": _resume, "cancel": _cancel, "report": _report}
+_COMMANDS = {
+    "status": (_status, "how every run stands"),
+    "wait": (_wait, "stay until the sweep is over; Ctrl-C only leaves"),
+    "resume": (_resume, "start what is unfinished or failed, from the frozen configurations"),
+    "cancel": (_cancel, "let running runs finish their step and save, and start no others"),
+    "report": (_report, "write report.html and name it"),
+}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,9 +1,8 @@
 """What a sweep varies: Hydra's override grammar as lists of override texts or as intervals."""
 
-import itertools
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,13 +31,6 @@ class CommandLine:
 
     fixed: tuple[str, ...]  # overrides of every run
     swept: Mapping[str, tuple[str, ...] | Interval]  # key -> values as override texts
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Axis:
-    """Keys that change together: one key of a grid, or all of `zip`. `settings[i]` is key -> override text."""
-
-    settings: tuple[Mapping[str, str], ...]
 
 
 def parse_command_line(overrides: Sequence[str], loader: Any) -> CommandLine:
@@ -75,12 +67,6 @@ def parse_space(key: str, value: Any) -> tuple[str, ...] | Interval:
     if not override.is_sweep_override():
         raise UserError(f"{key}: got {value!r}, expected a list, or an interval such as interval(1e-5, 1e-3)")
     return _values(override)
-
-
-def combinations(axes: Sequence[Axis]) -> Iterator[dict[str, str]]:
-    """Yield every combination of the axes' settings, the last axis fastest; without axes a single empty one."""
-    for choice in itertools.product(*(axis.settings for axis in axes)):
-        yield {key: text for setting in choice for key, text in setting.items()}
 
 
 def override_text(value: Any) -> str:

@@ -1,16 +1,14 @@
 """A sweep from its plan to its last run: make or find its folder, submit what is left, watch, stop."""
 
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from atropos_exp.assembly.options import ClusterPart
 from atropos_exp.config.build import build, refuse_moved
-from atropos_exp.config.freeze import config_hash, freeze_config
+from atropos_exp.config.freeze import config_hash, freeze_config, resolved
 from atropos_exp.errors import UserError
 from atropos_exp.runs.folder import new_folder
 from atropos_exp.runs.redaction import redact
@@ -22,7 +20,6 @@ from atropos_exp.runs.sweep_folder import (
     RunRecord,
     RunState,
     SweepFolder,
-    describe_point,
     read_trial_end,
 )
 from atropos_exp.sweep.commands import run_command, worker_command
@@ -68,14 +65,23 @@ class Sweep:
 
     def is_complete(self) -> bool:
         """Whether nothing is left to do."""
-        states = self.states()
-        if self.is_search:
-            return sum(state.phase.is_done for state in states.values()) >= int(self.settings.trials)
-        return all(state.phase.is_done for state in states.values())
+        return self._num_left() <= 0
 
     def submit(self, *, attached: bool) -> int:
         """Start every run that is unfinished or failed, and no finished one. Returns the number of jobs."""
-        jobs = self._worker_jobs() if self.is_search else self._run_jobs()
+        if self.is_search:
+            num_workers = min(self.settings.parallel, self._num_left())
+            jobs = [
+                self._job(number, f"worker_{number}", worker_command(self.folder, number))
+                for number in range(num_workers)
+            ]
+        else:
+            states = self.states()
+            jobs = [
+                self._job(record.number, record.folder, run_command(self.folder, record.number), record.num_devices)
+                for record in self.folder.records()
+                if not states[record.number].phase.is_done
+            ]
         if jobs:
             self.backend.submit(jobs, attached=attached)
         return len(jobs)
@@ -91,98 +97,44 @@ class Sweep:
         watch(self)
         return True
 
-    def _run_jobs(self) -> list[Job]:
+    def _num_left(self) -> int:
         states = self.states()
-        left = [record for record in self.folder.records() if not states[record.number].phase.is_done]
-        return [
-            Job(
-                number=record.number, name=f"{self.request.name} {record.folder}",
-                command=run_command(self.folder, record.number), cwd=Path(self.request.cwd),
-                log=self.folder.log_path(record.folder), run_folder=self.folder.run_folder(record.number),
-                num_devices=record.num_devices,
-            )
-            for record in left
-        ]  # fmt: skip
+        total = int(self.settings.trials) if self.is_search else len(states)
+        return total - sum(state.phase.is_done for state in states.values())
 
-    def _worker_jobs(self) -> list[Job]:
-        left = self.settings.trials - sum(state.phase.is_done for state in self.states().values())
-        return [
-            Job(
-                number=number, name=f"{self.request.name} worker {number}",
-                command=worker_command(self.folder, number), cwd=Path(self.request.cwd),
-                log=self.folder.log_path(f"worker_{number}"), run_folder=self.folder.path / f"worker_{number}",
-            )
-            for number in range(min(self.settings.parallel, left))
-        ]  # fmt: skip
+    def _job(self, number: int, folder: str, command: list[str], num_devices: int = 1) -> Job:
+        return Job(
+            number=number, name=f"{self.request.name} {folder.replace('_', ' ')}", command=command,
+            cwd=Path(self.request.cwd), log=self.folder.log_path(folder), run_folder=self.folder.path / folder,
+            num_devices=num_devices,
+        )  # fmt: skip
 
     def _trial_state(self, record: RunRecord, events: Sequence[Mapping[str, Any]]) -> RunState:
-        mine = [event for event in events if event["number"] == record.number]
-        started = [event["time"] for event in mine if event["event"] == "trial started"]
-        times: dict[str, Any] = {"started": started[-1] if started else None}
-        end = read_trial_end(self.folder.run_folder(record.number))
-        if end is not None:
-            ended = [event["time"] for event in mine if event["event"] == "trial ended"]
-            return RunState(phase=end.phase, reason=end.reason, ended=ended[-1] if ended else None, **times)
+        times = {event["event"]: event["time"] for event in events if event["number"] == record.number}  # the last ones
+        started = times.get("trial started")
+        if (end := read_trial_end(self.folder.run_folder(record.number))) is not None:
+            return RunState(phase=end.phase, reason=end.reason, started=started, ended=times.get("trial ended"))
         if trial_is_claimed(self.folder, record.number):
-            return RunState(phase=Phase.RUNNING, **times)
-        return RunState(phase=Phase.STOPPED, reason="its worker ended first; resuming the sweep continues it", **times)
+            return RunState(phase=Phase.RUNNING, started=started)
+        lost = "its worker ended first; resuming the sweep continues it"
+        return RunState(phase=Phase.STOPPED, reason=lost, started=started)
 
 
-def open_or_create(plan: Plan, command: Sequence[str], cwd: Path) -> SweepFolder:
+def open_or_create(plan: Plan, command: Sequence[str]) -> SweepFolder:
     """Return the folder of the newest sweep over exactly these runs, or a new one with all of them frozen in it."""
-    own_request = Request(
-        kind="optuna" if plan.search is not None else "grid", identity=plan.identity, name=plan.name,
-        created=datetime.now().isoformat(timespec="seconds"), command=[redact(word) for word in command],
-        cwd=str(cwd), axes=[axis.lstrip("+") for axis in plan.axes], baseline=plan.baseline,
-        settings=plan.settings_node, cluster=plan.cluster_node,
-    )  # fmt: skip
     found = _find(plan)
-    if found is not None:
-        found.write_request(replace(own_request, created=found.request().created))
-        _freeze(found, plan)  # what an interrupted start left out
-        return found
-    sweep = SweepFolder(_new_folder(plan))
-    sweep.write_request(own_request)
-    _freeze(sweep, plan)
-    return sweep
-
-
-def run_sweep(plan: Plan, command: Sequence[str], watch: Watcher, finish: Callable[[Sweep], None]) -> int:
-    """Do the plan, or what is left of it. Returns the exit code: 0 if nothing is left (or `wait` is false), else 1."""
-    folder = open_or_create(plan, command, Path.cwd())
-    sweep = Sweep(folder)
-    num_jobs = sweep.submit(attached=plan.settings.wait)
-    print(f"Sweep: {folder.path}", flush=True)
-    if not num_jobs:
-        print("Nothing is left to do: all its runs are finished (resume=never starts them afresh)", flush=True)
-    elif not plan.settings.wait:
-        print(f"{num_jobs} {'workers' if sweep.is_search else 'runs'} queued. "
-              f"python -m atropos_exp.sweep status|wait|cancel {folder.path}", flush=True)  # fmt: skip
-        return 0
-    return attend(sweep, watch, finish)
-
-
-def attend(sweep: Sweep, watch: Watcher, finish: Callable[[Sweep], None]) -> int:
-    """Wait for all jobs, then call `finish`. Returns the exit code: 0 if nothing is left to do, else 1.
-
-    Ctrl-C stops the jobs, which save first; a second one kills them.
-    """
-    interrupted = False
-    while True:
-        try:
-            sweep.wait(watch)
-            break
-        except KeyboardInterrupt:
-            if interrupted:
-                sweep.backend.kill()
-                break
-            interrupted = True
-            print("\nRuns finish their step and save (Ctrl-C again: kill them)", file=sys.stderr, flush=True)
-            sweep.backend.cancel()
-    finish(sweep)
-    if interrupted:
-        return 130
-    return 0 if sweep.is_complete() else 1
+    folder = found or SweepFolder(_new_folder(plan))
+    folder.write_request(
+        Request(
+            kind="optuna" if plan.search is not None else "grid", identity=plan.identity, name=plan.checked.run.name,
+            created=found.request().created if found else datetime.now().isoformat(timespec="seconds"),
+            command=[redact(word) for word in command], cwd=str(Path.cwd()),
+            axes=[axis.lstrip("+") for axis in plan.axes], baseline=plan.baseline, settings=plan.settings_node,
+            cluster=resolved(plan.checked.config)["cluster"],
+        )
+    )  # fmt: skip
+    _freeze(folder, plan)  # of one that was found: what an interrupted start left out
+    return folder
 
 
 def _backend(folder: SweepFolder, request: Request, settings: Any) -> Backend:
@@ -200,10 +152,11 @@ def _backend(folder: SweepFolder, request: Request, settings: Any) -> Backend:
 
 
 def _find(plan: Plan) -> SweepFolder | None:
-    if plan.resume == "never":
+    resume = plan.checked.run.resume
+    if resume == "never":
         return None
-    if plan.resume != "auto":
-        found = SweepFolder.open(Path(plan.resume).expanduser())
+    if resume != "auto":
+        found = SweepFolder.open(Path(resume).expanduser())
         if found.request().identity != plan.identity:
             raise UserError(f"resume: {found.path} is a sweep over other runs; python -m atropos_exp.sweep resume "
                             f"{found.path} continues it as it was")  # fmt: skip
@@ -211,8 +164,7 @@ def _find(plan: Plan) -> SweepFolder | None:
     if plan.settings.dir is not None:
         candidates = [Path(plan.settings.dir).expanduser()]
     else:
-        base = Path(plan.output_dir).expanduser() / "sweeps" / plan.name
-        candidates = sorted((file.parent for file in base.glob("*/*/sweep.json")), reverse=True)
+        candidates = sorted((file.parent for file in _base(plan).glob("*/*/sweep.json")), reverse=True)
     for path in candidates:
         if (path / "sweep.json").is_file() and SweepFolder.open(path).request().identity == plan.identity:
             return SweepFolder.open(path)
@@ -226,8 +178,11 @@ def _new_folder(plan: Plan) -> Path:
             raise UserError(f"sweep.dir: {path} is not empty, and holds no sweep over these runs; choose another")
         path.mkdir(parents=True, exist_ok=True)
         return path.absolute()
-    base = Path(plan.output_dir).expanduser() / "sweeps" / plan.name
-    return new_folder(base, what="sweeps", setting="sweep.dir").absolute()
+    return new_folder(_base(plan), what="sweeps", setting="sweep.dir").absolute()
+
+
+def _base(plan: Plan) -> Path:
+    return Path(plan.checked.run.output_dir).expanduser() / "sweeps" / plan.checked.run.name
 
 
 def _freeze(sweep: SweepFolder, plan: Plan) -> None:
@@ -254,8 +209,7 @@ def unfinished(sweep: Sweep) -> Mapping[str, str]:
     """Return label -> reason of the runs that are not done and will not be without another start."""
     states = sweep.states()
     return {
-        f"{record.folder} {describe_point(record.values)}, seed={record.seed}": f"{states[record.number].phase}: "
-        f"{states[record.number].reason or 'no reason is known'}"
+        record.label: f"{state.phase}: {state.reason or 'no reason is known'}"
         for record in sweep.folder.records()
-        if not states[record.number].phase.is_done and not states[record.number].phase.is_open
+        if not (state := states[record.number]).phase.is_done and not state.phase.is_open
     }

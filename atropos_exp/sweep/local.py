@@ -9,37 +9,33 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from pathlib import Path
-from typing import Any
+from dataclasses import replace
 
 from atropos_exp.errors import UserError
 from atropos_exp.processes.locks import is_held
 from atropos_exp.runs.atomic import write_atomic
 from atropos_exp.runs.sweep_backend import Job
 from atropos_exp.runs.sweep_folder import Phase, RunState, SweepFolder
-from atropos_exp.sweep.supervisor import CANCEL, LOCK
+from atropos_exp.sweep.supervisor import CANCEL, LOCK, ORDERS, Orders
 
 START_SECONDS = 60.0  # for the supervisor to say that it has the jobs
 KILL_SECONDS = 10.0  # for a killed supervisor to be gone
 
 
 class LocalBackend:
-    """A `Backend` that runs `num_slots` jobs at a time; slot i sees device i, modulo their number."""
+    """A `Backend` with a supervisor process, whose `Orders` say what the arguments mean."""
 
     def __init__(
         self, sweep: SweepFolder, *, num_slots: int, devices: Sequence[str] = (), timeout_s: float | None = None,
         grace_s: float = 120.0,
     ) -> None:  # fmt: skip
         self._sweep = sweep
-        self._spec: dict[str, Any] = {"num_slots": num_slots, "devices": list(devices), "timeout_s": timeout_s,
-                                      "grace_s": grace_s}  # fmt: skip
+        self._orders = Orders(num_slots=num_slots, devices=list(devices), timeout_s=timeout_s, grace_s=grace_s)
 
     def submit(self, jobs: Sequence[Job], *, attached: bool) -> None:
-        spec = {**self._spec, "parent": os.getpid() if attached else None,
-                "jobs": [_plain(asdict(job)) for job in jobs]}  # fmt: skip
+        orders = replace(self._orders, jobs=list(jobs), parent=os.getpid() if attached else None)
         path = self._sweep.path / f".jobs.{os.getpid()}.json"
-        write_atomic(path, json.dumps(spec))
+        write_atomic(path, ORDERS.dump_json(orders))
         receive, ready = os.pipe()
         try:
             with self._sweep.log_path("supervisor").open("ab") as log:
@@ -108,7 +104,3 @@ class LocalBackend:
         """Return the process id of the supervisor while it lives. It holds the lock, so the id is its own."""
         path = self._sweep.path / LOCK
         return (int(path.read_text() or 0) or None) if is_held(path) else None
-
-
-def _plain(job: dict[str, Any]) -> dict[str, Any]:
-    return {key: str(value) if isinstance(value, Path) else value for key, value in job.items()}

@@ -1,9 +1,10 @@
 """From a command line to everything that a sweep will run, composed and checked before anything starts."""
 
 import hashlib
+import itertools
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,21 +16,19 @@ from omegaconf import DictConfig, OmegaConf
 from atropos_exp.assembly.check import Checked, check, mistakes_of
 from atropos_exp.config.build import build
 from atropos_exp.config.diagnose import COMPOSE_ERRORS, diagnose
-from atropos_exp.config.freeze import config_hash
+from atropos_exp.config.freeze import config_hash, resolved
 from atropos_exp.config.origin import CONF_DIR, Origin, report
 from atropos_exp.errors import UserError
 from atropos_exp.runs.sweep_folder import describe_point
 from atropos_exp.sweep.axes import (
     SEED,
-    Axis,
     CommandLine,
-    combinations,
     override_text,
     parse_command_line,
     parse_space,
     plain_value,
 )
-from atropos_exp.sweep.search_space import SearchPlan, plan_search
+from atropos_exp.sweep.search_space import Composer, SearchPlan, plan_search
 from atropos_exp.sweep.settings import GridSweep, OptunaSweep
 
 MOST_RUNS = 10_000  # a typo in a range must not fill a disk
@@ -57,14 +56,11 @@ class Plan:
     settings: GridSweep | OptunaSweep
     settings_node: dict[str, Any]
     identity: str
-    name: str
-    output_dir: str
-    resume: str
+    checked: Checked  # one of its runs
     axes: list[str]
     baseline: int | None
     runs: list[PlannedRun]  # [] of a search
     search: SearchPlan | None
-    cluster_node: dict[str, Any]
 
 
 def plan_sweep(overrides: Sequence[str], config_dir: str | None) -> Plan:
@@ -77,13 +73,24 @@ def plan_sweep(overrides: Sequence[str], config_dir: str | None) -> Plan:
     folders = [Path(config_dir).resolve()] if config_dir else []
     search_path = [f"hydra.searchpath=[{folder.as_uri()}]" for folder in folders]
     failed: list[tuple[str, ...]] = []  # overrides of runs that Hydra cannot compose
+
+    def composer(point: Mapping[str, str]) -> tuple[DictConfig, Origin] | None:
+        own = (*line.fixed, *(f"{key}={text}" for key, text in point.items()))
+        try:
+            config = compose("config", [*search_path, *own], return_hydra_config=True)
+        except COMPOSE_ERRORS:
+            failed.append(own)
+            return None
+        choices = {group: option for group, option in config.hydra.runtime.choices.items() if option}
+        without_sweep = OmegaConf.masked_copy(config, [str(key) for key in config if key not in ("hydra", "sweep")])
+        return without_sweep, Origin(overrides=own, choices=choices, folders=(*folders, CONF_DIR))
+
     with initialize_config_dir(version_base="1.3", config_dir=str(CONF_DIR)):
         loader = GlobalHydra.instance().config_loader()
         line = parse_command_line(overrides, loader)
         base = compose("config", overrides=[*search_path, *line.fixed], return_hydra_config=True)
         line = _with_params(line, base)
         settings: GridSweep | OptunaSweep = _settings(base, line)
-        composer = _Composer(search_path, line.fixed, folders, failed)
         if isinstance(settings, OptunaSweep):
             plan = _plan_search(settings, line, base, composer, loader)
         else:
@@ -95,38 +102,6 @@ def plan_sweep(overrides: Sequence[str], config_dir: str | None) -> Plan:
         raise UserError("\n".join(messages))
     assert plan is not None
     return plan
-
-
-class _Composer:
-    """Composes runs over one command line; those that cannot be composed are kept in `failed`."""
-
-    def __init__(
-        self, search_path: list[str], fixed: tuple[str, ...], folders: list[Path], failed: list[tuple[str, ...]]
-    ) -> None:
-        self._search_path = search_path
-        self._fixed = fixed
-        self._folders = folders
-        self._failed = failed
-
-    def __call__(self, point: Mapping[str, str]) -> tuple[DictConfig, Origin] | None:
-        """The configuration of a point, less hydra's and the sweep's own nodes, and where its values come from."""
-        own = tuple(f"{key}={text}" for key, text in point.items())
-        try:
-            config = compose("config", [*self._search_path, *self._fixed, *own], return_hydra_config=True)
-        except COMPOSE_ERRORS:
-            self._failed.append((*self._fixed, *own))
-            return None
-        choices = {group: option for group, option in config.hydra.runtime.choices.items() if option}
-        origin = Origin(overrides=(*self._fixed, *own), choices=choices, folders=(*self._folders, CONF_DIR))
-        return _without_sweep(config), origin
-
-
-def _without_sweep(config: DictConfig) -> DictConfig:
-    """A copy without the nodes that are none of a run's business."""
-    plain: Any = OmegaConf.to_container(config, resolve=False)
-    kept = OmegaConf.create({key: item for key, item in plain.items() if key not in ("hydra", "sweep")})
-    assert isinstance(kept, DictConfig)
-    return kept
 
 
 def _with_params(line: CommandLine, base: DictConfig) -> CommandLine:
@@ -167,7 +142,7 @@ def _settings(base: DictConfig, line: CommandLine) -> Any:
     return settings
 
 
-def _plan_grid(settings: GridSweep, line: CommandLine, base: DictConfig, composer: _Composer) -> Plan | None:
+def _plan_grid(settings: GridSweep, line: CommandLine, base: DictConfig, composer: Composer) -> Plan | None:
     swept: dict[str, tuple[str, ...]] = {}
     for key, texts in {**{key: parse_space(key, item) for key, item in settings.grid.items()}, **line.swept}.items():
         if not isinstance(texts, tuple):
@@ -175,15 +150,14 @@ def _plan_grid(settings: GridSweep, line: CommandLine, base: DictConfig, compose
         swept[key] = texts
     seed_texts = swept.pop(SEED, ())
     num_seeds = len(seed_texts) or len(settings.seeds) or 1
-    axes = [Axis(settings=tuple({key: text} for text in texts)) for key, texts in swept.items()]
+    axes = [[{key: text} for text in texts] for key, texts in swept.items()]  # keys that change together, with texts
     if settings.zip:
         rows = zip(*settings.zip.values(), strict=True)
-        names = list(settings.zip)
-        axes.append(Axis(settings=tuple(dict(zip(names, map(override_text, row), strict=True)) for row in rows)))
-    num_points = math.prod(len(axis.settings) for axis in axes)
+        axes.append([dict(zip(settings.zip, map(override_text, row), strict=True)) for row in rows])
+    num_points = math.prod(map(len, axes))
     if num_points * num_seeds > MOST_RUNS:
         raise UserError(f"sweep: {num_points} points x {num_seeds} seeds are more than {MOST_RUNS} runs")
-    points = list(combinations(axes))
+    points = [{key: text for setting in choice for key, text in setting.items()} for choice in itertools.product(*axes)]
     seeds = [plain_value(text) for text in seed_texts] or settings.seeds or [base.seed]
     values = [{key.lstrip("+"): plain_value(text) for key, text in point.items()} for point in points]
     runs: list[PlannedRun] = []
@@ -207,14 +181,15 @@ def _plan_grid(settings: GridSweep, line: CommandLine, base: DictConfig, compose
         return None  # the composer kept what it could not compose
     parts = [[sorted((key, repr(item)) for key, item in run.values.items()), seeds, config_hash(run.checked.config)]
              for run in runs[:: len(seeds)]]  # fmt: skip
-    return _plan(
-        settings, base, axes=[key.lstrip("+") for axis in axes for key in axis.settings[0]], runs=runs, search=None,
-        baseline=_baseline(settings, values), identity=parts, checked=runs[0].checked,
+    return Plan(
+        settings=settings, settings_node=resolved(base.sweep), identity=_identity(parts), checked=runs[0].checked,
+        axes=[key.lstrip("+") for axis in axes for key in axis[0]], baseline=_baseline(settings, values), runs=runs,
+        search=None,
     )  # fmt: skip
 
 
 def _plan_search(
-    settings: OptunaSweep, line: CommandLine, base: DictConfig, composer: _Composer, loader: Any
+    settings: OptunaSweep, line: CommandLine, base: DictConfig, composer: Composer, loader: Any
 ) -> Plan | None:
     space = {key: parse_space(key, item) for key, item in settings.space.items()} | dict(line.swept)
     if SEED in space:
@@ -226,29 +201,19 @@ def _plan_search(
     if found is None:
         return None
     search, checked = found
-    identity = [search.to_json(), settings.sampler_seed]
-    return _plan(
-        settings, base, axes=list(search.space), runs=[], search=search, baseline=None, identity=identity,
-        checked=checked,
-    )  # fmt: skip
-
-
-def _plan(
-    settings: GridSweep | OptunaSweep, base: DictConfig, *, axes: list[str], runs: list[PlannedRun],
-    search: SearchPlan | None, baseline: int | None, identity: Any, checked: Checked,
-) -> Plan:  # fmt: skip
-    node: Any = OmegaConf.to_container(base.sweep, resolve=True)
+    identity = _identity([search.to_json(), settings.sampler_seed])
     return Plan(
-        settings=settings, settings_node=node, axes=axes, runs=runs, search=search, baseline=baseline,
-        identity=hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest(),
-        name=checked.run.name, output_dir=checked.run.output_dir, resume=checked.run.resume,
-        cluster_node=OmegaConf.to_container(checked.config.cluster, resolve=True),  # type: ignore[arg-type]
+        settings=settings, settings_node=resolved(base.sweep), identity=identity, checked=checked,
+        axes=list(search.space), baseline=None, runs=[], search=search,
     )  # fmt: skip
+
+
+def _identity(parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _seeded(config: DictConfig, seed: Any) -> DictConfig:
-    own = OmegaConf.create(OmegaConf.to_container(config, resolve=False))
-    assert isinstance(own, DictConfig)
+    own = config.copy()
     own.seed = seed
     return own
 
@@ -260,12 +225,9 @@ def _baseline(settings: GridSweep, points: Sequence[Mapping[str, Any]]) -> int:
     found = [at for at, point in enumerate(points) if all(point.get(key) == wanted[key] for key in wanted)]
     if len(found) == 1:
         return found[0]
-    listed = "; ".join(_few(describe_point(point) for point in points))
+    listed = [describe_point(point) for point in points]
+    if len(listed) > 12:
+        listed[12:] = [f"... {len(listed) - 12} more"]
     raise UserError(
-        f"sweep.baseline: {describe_point(wanted)} is {len(found)} of the points, expected one of: {listed}"
+        f"sweep.baseline: {describe_point(wanted)} is {len(found)} of the points, expected one of: {'; '.join(listed)}"
     )
-
-
-def _few(texts: Iterator[str]) -> list[str]:
-    listed = list(texts)
-    return listed if len(listed) <= 12 else [*listed[:12], f"... {len(listed) - 12} more"]

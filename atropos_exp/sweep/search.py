@@ -42,7 +42,7 @@ class Search:
         self._sweep = sweep
         self._settings = settings
         self.space = SearchPlan.from_json(json.loads((sweep.path / SPACE).read_text()))
-        self.study = _open_study(sweep.path, settings, seed=0)
+        self.study = _open_study(sweep.path, settings)
         self._num_failed_before = self._num_failed()  # by earlier starts: somebody has looked at those
 
     def claim(self) -> Claim | None:
@@ -88,7 +88,7 @@ def prepare_study(sweep: SweepFolder, plan: SearchPlan, settings: OptunaSweep) -
     if not path.exists():
         path.write_text(json.dumps(plan.to_json()))
         path.chmod(0o600)  # configurations, whatever they hold
-    _open_study(sweep.path, settings, seed=0)
+    _open_study(sweep.path, settings)
 
 
 def trial_is_claimed(sweep: SweepFolder, number: int) -> bool:
@@ -101,20 +101,20 @@ def _lock_of(sweep: SweepFolder, number: int) -> Path:
     return sweep.path / "trials" / f"{number:03d}.lock"
 
 
-def _open_study(folder: Path, settings: OptunaSweep, *, seed: int) -> optuna.Study:
+def _open_study(folder: Path, settings: OptunaSweep) -> optuna.Study:
     import optuna
     from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 
     optuna.logging.set_verbosity(logging.WARNING)
     path = str(folder / JOURNAL)
-    pruner: Any = optuna.pruners.NopPruner()
+    pruner: optuna.pruners.BasePruner = optuna.pruners.NopPruner()
     if settings.prune:
         pruner = optuna.pruners.SuccessiveHalvingPruner(
             min_resource=settings.min_steps, reduction_factor=settings.reduction_factor
         )
     return optuna.create_study(
-        study_name=STUDY, direction="maximize", load_if_exists=True, sampler=_sampler(settings, seed), pruner=pruner,
+        study_name=STUDY, direction="maximize", load_if_exists=True, sampler=_sampler(settings, 0), pruner=pruner,
         storage=JournalStorage(JournalFileBackend(path, lock_obj=JournalFileOpenLock(path))),
     )  # fmt: skip
 

@@ -18,6 +18,8 @@ from atropos_exp.errors import UserError
 from atropos_exp.sweep.axes import Interval, plain_value
 
 MOST_BASES = 256  # combinations of group options
+# The configuration of a point (key -> override text) and where its values come from; None if it cannot be composed.
+Composer = Callable[[Mapping[str, str]], tuple[DictConfig, Origin] | None]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,14 +35,13 @@ class SearchPlan:
 
     def to_json(self) -> dict[str, Any]:
         """Return the plan as JSON."""
-        space = {key: asdict(item) if isinstance(item, Interval) else item for key, item in self.space.items()}
-        return {"space": space, "groups": self.groups, "bases": self.bases}
+        return asdict(self)
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> SearchPlan:
         """Return the plan that `to_json` has written."""
         space = {key: Interval(**item) if isinstance(item, dict) else item for key, item in content["space"].items()}
-        return cls(space=space, groups=content["groups"], bases=content["bases"])
+        return cls(**{**content, "space": space})
 
     def config(self, values: Mapping[str, Any]) -> DictConfig:
         """Return the configuration of one choice. Raises UserError for a key that the chosen groups do not have."""
@@ -65,9 +66,7 @@ class SearchPlan:
 
 
 def plan_search(
-    space: Mapping[str, tuple[str, ...] | Interval],
-    groups: Sequence[str],
-    composer: Callable[[Mapping[str, str]], tuple[DictConfig, Origin] | None],
+    space: Mapping[str, tuple[str, ...] | Interval], groups: Sequence[str], composer: Composer
 ) -> tuple[SearchPlan, Checked] | None:
     """Compose all bases and check the corners of the space: both ends of each interval, each choice of each key.
 
@@ -82,20 +81,18 @@ def plan_search(
         options.append(texts)
     if math.prod(map(len, options)) > MOST_BASES:
         raise UserError(f"sweep.space: more than {MOST_BASES} combinations of {', '.join(groups)}")
-    composed = [composer(dict(zip(groups, texts, strict=True))) for texts in itertools.product(*options)]
-    if any(one is None for one in composed):
+    combinations = list(itertools.product(*options))
+    composed = [found for texts in combinations if (found := composer(dict(zip(groups, texts, strict=True))))]
+    if len(composed) < len(combinations):
         return None
-    bases: list[dict[str, Any]] = []
-    for one in composed:
-        assert one is not None
-        bases.append(OmegaConf.to_container(one[0], resolve=False))  # type: ignore[arg-type]
+    bases: Any = [OmegaConf.to_container(config, resolve=False) for config, _ in composed]
     plain = {key: item if isinstance(item, Interval) else [plain_value(text) for text in item]
              for key, item in space.items()}  # fmt: skip
     plan = SearchPlan(space=plain, groups=list(groups), bases=bases)
     messages: dict[str, None] = {}
     checked: Checked | None = None
-    for at, chosen in enumerate(itertools.product(*(_choices(plain[group]) for group in groups))):
-        origin = composed[at][1]  # type: ignore[index]
+    choices = itertools.product(*(_choices(plain[group]) for group in groups))
+    for chosen, (_, origin) in zip(choices, composed, strict=True):
         for corner in _corners(plain, groups):
             mistakes: list[Mistake]
             try:
@@ -114,9 +111,8 @@ def _corners(space: Mapping[str, list[Any] | Interval], groups: Sequence[str]) -
     """All keys at their first value; all at their last; and each in between, alone."""
     values = {key: _choices(item) for key, item in space.items() if key not in groups}
     first = {key: items[0] for key, items in values.items()}
-    corners = [first, {key: items[-1] for key, items in values.items()}]
-    corners += [{**first, key: item} for key, items in values.items() for item in items[1:]]
-    return corners
+    last = {key: items[-1] for key, items in values.items()}
+    return [first, last, *({**first, key: item} for key, items in values.items() for item in items[1:])]
 
 
 def _choices(item: list[Any] | Interval) -> list[Any]:

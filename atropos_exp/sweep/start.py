@@ -2,21 +2,54 @@
 
 import sys
 from collections.abc import Sequence
+from contextlib import closing
 
-from atropos_exp.sweep.driver import Sweep, run_sweep, unfinished
+from atropos_exp.sweep.driver import Sweep, open_or_create, unfinished
 from atropos_exp.sweep.plan import plan_sweep
 from atropos_exp.sweep.table import LiveTable, counts
 
 
 def start_sweep(overrides: Sequence[str], config_dir: str | None) -> int:
-    """Plan a sweep, freeze its runs and run them.
+    """Plan a sweep, freeze its runs, and run what is left of them.
 
-    Returns the exit code: 0, or 1 if runs are left undone. Raises UserError before anything has started.
+    Returns the exit code: 0 if nothing is left (or `wait` is false), else 1. Raises UserError before anything has
+    started.
     """
     plan = plan_sweep(overrides, config_dir)
-    command = ["python", "-m", "atropos_exp.run", *sys.argv[1:]]
-    with LiveTable() as watch:
-        return run_sweep(plan, command, watch, finish)
+    sweep = Sweep(open_or_create(plan, ["python", "-m", "atropos_exp.run", *sys.argv[1:]]))
+    num_jobs = sweep.submit(attached=plan.settings.wait)
+    print(f"Sweep: {sweep.folder.path}", flush=True)
+    if not num_jobs:
+        print("Nothing is left to do: all its runs are finished (resume=never starts them afresh)", flush=True)
+    elif not plan.settings.wait:
+        print(f"{num_jobs} {'workers' if sweep.is_search else 'runs'} queued. "
+              f"python -m atropos_exp.sweep status|wait|cancel {sweep.folder.path}", flush=True)  # fmt: skip
+        return 0
+    return attend(sweep)
+
+
+def attend(sweep: Sweep) -> int:
+    """Wait for all jobs, and `finish`. Returns the exit code: 0 if nothing is left to do, else 1.
+
+    Ctrl-C stops the jobs, which save first; a second one kills them.
+    """
+    interrupted = False
+    with closing(LiveTable()) as watch:
+        while True:
+            try:
+                sweep.wait(watch)
+                break
+            except KeyboardInterrupt:
+                if interrupted:
+                    sweep.backend.kill()
+                    break
+                interrupted = True
+                print("\nRuns finish their step and save (Ctrl-C again: kill them)", file=sys.stderr, flush=True)
+                sweep.backend.cancel()
+        finish(sweep)
+    if interrupted:
+        return 130
+    return 0 if sweep.is_complete() else 1
 
 
 def finish(sweep: Sweep) -> None:
@@ -24,7 +57,7 @@ def finish(sweep: Sweep) -> None:
     from atropos_exp.report.sweep_page import write_sweep_report
 
     states = sweep.states()
-    print(f"{counts(states)}", flush=True)
+    print(counts(states), flush=True)
     for label, reason in unfinished(sweep).items():
         print(f"  {label}: {reason}", flush=True)
     if not sweep.is_complete():

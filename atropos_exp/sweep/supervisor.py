@@ -13,9 +13,11 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
+
+from pydantic import TypeAdapter
 
 from atropos_exp.processes.lifeline import die_with_parent, dying_with_parent
 from atropos_exp.processes.locks import try_hold
@@ -25,6 +27,21 @@ from atropos_exp.runs.sweep_folder import SweepFolder, outcome
 LOCK = "local.lock"
 CANCEL = "local.cancel"
 POLL_SECONDS = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Orders:
+    """What a supervisor is to do, as `local.py` writes it down for it."""
+
+    num_slots: int  # jobs at a time
+    devices: list[str]  # slot i sees device i, modulo their number; []: all see all
+    timeout_s: float | None  # of one job
+    grace_s: float  # between asking a job to end and killing it
+    jobs: list[Job] = field(default_factory=list)
+    parent: int | None = None  # the process with which it ends; None: it outlives its caller
+
+
+ORDERS = TypeAdapter(Orders)
 
 
 @dataclass(kw_only=True)
@@ -43,18 +60,12 @@ class Running:
 class Supervisor:
     """Runs jobs in their order in `num_slots` slots, and notes what happens in events.jsonl."""
 
-    def __init__(
-        self, sweep: SweepFolder, jobs: Sequence[Job], *, num_slots: int, devices: Sequence[str],
-        timeout_s: float | None, grace_s: float,
-    ) -> None:  # fmt: skip
+    def __init__(self, sweep: SweepFolder, orders: Orders) -> None:
         self._sweep = sweep
-        self._queue = deque(jobs)
+        self._orders = orders
+        self._queue = deque(orders.jobs)
         self._running: list[Running] = []
-        self._slots = list(range(num_slots))
-        self._num_slots = num_slots
-        self._devices = devices
-        self._timeout_s = timeout_s
-        self._grace_s = grace_s
+        self._slots = list(range(orders.num_slots))
         self._stop = False
 
     def run(self) -> None:
@@ -81,38 +92,33 @@ class Supervisor:
 
     def _cancel_requested(self) -> None:
         path = self._sweep.path / CANCEL
-        numbers: list[int] | None = None  # None: nobody asked
+        numbers: list[int] | None = []  # None: all
         if path.exists():
             numbers = json.loads(path.read_text())["numbers"]
             path.unlink()
-            numbers = numbers if numbers is not None else self._all_numbers()
         if self._stop:
-            numbers = self._all_numbers()
-        for number in numbers or ():
-            for job in [job for job in self._queue if job.number == number]:
-                self._queue.remove(job)
-                self._note("ended", job, phase="cancelled", reason="cancelled before it started")
-            for running in self._running:
-                if running.job.number == number:
-                    self._ask(running, "cancelled")
-
-    def _all_numbers(self) -> list[int]:
-        return [job.number for job in self._queue] + [running.job.number for running in self._running]
+            numbers = None
+        for job in [job for job in self._queue if numbers is None or job.number in numbers]:
+            self._queue.remove(job)
+            self._note("ended", job, phase="cancelled", reason="cancelled before it started")
+        for running in self._running:
+            if numbers is None or running.job.number in numbers:
+                self._ask(running, "cancelled")
 
     def _start(self, job: Job) -> None:
         slot = self._slots.pop(0)
-        environment = {**os.environ, **job.environment}
-        if self._devices:
-            environment["CUDA_VISIBLE_DEVICES"] = self._devices[slot % len(self._devices)]
-        if "OMP_NUM_THREADS" not in environment and self._num_slots > 1:
-            environment["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // self._num_slots))
+        environment = dict(os.environ)
+        if devices := self._orders.devices:
+            environment["CUDA_VISIBLE_DEVICES"] = devices[slot % len(devices)]
+        if "OMP_NUM_THREADS" not in environment and (num_slots := self._orders.num_slots) > 1:
+            environment["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // num_slots))
         started = time.time()
         with job.log.open("ab") as log:
             process = subprocess.Popen(
                 job.command, cwd=job.cwd, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                 start_new_session=True, preexec_fn=dying_with_parent(),
             )  # fmt: skip
-        deadline = time.monotonic() + (self._timeout_s or float("inf"))
+        deadline = time.monotonic() + (self._orders.timeout_s or float("inf"))
         self._running.append(Running(job=job, process=process, slot=slot, started=started, deadline=deadline))
         self._note("started", job, pid=process.pid)
 
@@ -121,7 +127,7 @@ class Supervisor:
         now = time.monotonic()
         if code is None:
             if now > running.deadline and not running.request:
-                self._ask(running, f"timeout: it took more than {(self._timeout_s or 0) / 60:g} minutes")
+                self._ask(running, f"timeout: it took more than {(self._orders.timeout_s or 0) / 60:g} minutes")
             if now > running.kill_at:
                 _kill(running.process)
             return
@@ -137,7 +143,7 @@ class Supervisor:
     def _ask(self, running: Running, why: str) -> None:
         if not running.request:
             running.request = why
-            running.kill_at = time.monotonic() + self._grace_s
+            running.kill_at = time.monotonic() + self._orders.grace_s
             running.process.send_signal(signal.SIGTERM)
 
     def _note(self, event: str, job: Job, **facts: Any) -> None:
@@ -146,41 +152,33 @@ class Supervisor:
 
 def hold_lock(path: Path) -> IO[str] | None:
     """Take the lock of the one supervisor of a sweep, with its process id inside; None if another one has it."""
-    for patience in (0.2, 0.4, 0.8):  # somebody who asks whether it is held, holds it for a moment
+    for patience in (0.2, 0.4, 0.8, 0.0):  # somebody who asks whether it is held, holds it for a moment
         if (lock := try_hold(path, holder=str(os.getpid()))) is not None:
             return lock
         time.sleep(patience)
-    return try_hold(path, holder=str(os.getpid()))
+    return None
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run `SWEEP JOBS.json READY_FD`, as `local.py` starts it; a byte on READY_FD says that the jobs are queued."""
     sweep = SweepFolder(Path(arguments[0]))
-    spec = json.loads(Path(arguments[1]).read_text())
+    orders = ORDERS.validate_json(Path(arguments[1]).read_bytes())
     Path(arguments[1]).unlink()
     ready = int(arguments[2])
-    if spec["parent"] is not None:
+    if orders.parent is not None:
         die_with_parent(signal.SIGTERM)
-        if os.getppid() != spec["parent"]:
+        if os.getppid() != orders.parent:
             return 1  # it died before we could ask to be told
     lock = hold_lock(sweep.path / LOCK)
     if lock is None:
         os.write(ready, b"busy")
         return 2
     (sweep.path / CANCEL).unlink(missing_ok=True)
-    jobs = [
-        Job(**{**job, "cwd": Path(job["cwd"]), "log": Path(job["log"]), "run_folder": Path(job["run_folder"])})
-        for job in spec["jobs"]
-    ]
-    for job in jobs:
+    for job in orders.jobs:
         sweep.note(event="queued", number=job.number, time=time.time())
-    supervisor = Supervisor(
-        sweep, jobs, num_slots=spec["num_slots"], devices=spec["devices"], timeout_s=spec["timeout_s"],
-        grace_s=spec["grace_s"],
-    )  # fmt: skip
     os.write(ready, b"ok")
     os.close(ready)
-    supervisor.run()
+    Supervisor(sweep, orders).run()
     lock.close()
     return 0
 

@@ -9,12 +9,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 from atropos_exp.runs.files import last_step, read_metrics
 from atropos_exp.runs.summary import eval_accuracy
-from atropos_exp.runs.sweep_folder import Phase, RunRecord, RunState, SweepFolder, describe_point
+from atropos_exp.runs.sweep_folder import Phase, RunState, SweepFolder, describe_point
 from atropos_exp.sweep.driver import Sweep
 
 if TYPE_CHECKING:
@@ -100,10 +99,8 @@ class LiveTable:
         self._live: Live | None = None
         self._told: dict[int, Phase] = {}
 
-    def __enter__(self) -> LiveTable:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+    def close(self) -> None:
+        """Leave the table as it was drawn last."""
         if self._live is not None:
             self._live.stop()
 
@@ -123,13 +120,9 @@ class LiveTable:
         for record in sweep.folder.records():
             state = states[record.number]
             if self._told.get(record.number, Phase.PENDING) is not state.phase:
-                print(_line(record, state), flush=True)
+                reason = f": {state.reason}" if state.reason else ""
+                print(f"{record.label}: {state.phase}{reason}", flush=True)
             self._told[record.number] = state.phase
-
-
-def _line(record: RunRecord, state: RunState) -> str:
-    reason = f": {state.reason}" if state.reason else ""
-    return f"{record.folder} {describe_point(record.values)}, seed={record.seed}: {state.phase}{reason}"
 
 
 def _console() -> Console:

@@ -23,10 +23,6 @@ class CudaTransport(StoredTransport):
         self._buffer: Tensor | None = None
         self._handle: list[Any] = []  # what another process on this GPU opens the buffer with
 
-    @property
-    def inherited_fds(self) -> tuple[int, ...]:
-        return ()
-
     def arguments(self, server: int) -> list[str]:
         return ["--weights-cuda-ipc"]
 

@@ -18,10 +18,6 @@ class DiskTransport(StoredTransport):
         log_folder.mkdir(parents=True, exist_ok=True)
         self._folder = Path(tempfile.mkdtemp(prefix="weights_", dir=log_folder))
 
-    @property
-    def inherited_fds(self) -> tuple[int, ...]:
-        return ()
-
     def arguments(self, server: int) -> list[str]:
         return ["--weights-folder", str(self._folder)]
 

@@ -203,8 +203,8 @@ class WeightPublisher:
         weights."""
         assert self._engine is not None
         try:
-            with contextlib.suppress(_Abort), self._engine.updating(version):
-                raise _Abort
+            with contextlib.suppress(SyncError), self._engine.updating(version):
+                raise SyncError("abort this update")
         except EngineError as also:
             error.add_note(f"the engine could not be told to stop sampling: {also}")
 
@@ -222,7 +222,3 @@ class PartTimer:
         now = time.perf_counter()
         self.seconds[part] += now - self._last
         self._last = now
-
-
-class _Abort(Exception):
-    """Aborts an update on purpose."""

@@ -44,41 +44,24 @@ class BucketSource:
         """Whether buckets arrive in device memory."""
         return self.cuda_ipc or (self.group is not None and self.group.backend == "nccl")
 
-    def check(self, message: Message) -> None:
-        """Refuse a message of another transport than the one this server was started with."""
-        if self._key not in message:
-            got = ", ".join(sorted(message))
-            raise Refused(400, f"this server was started for another weight transport; got {got}")
-
-    @property
-    def _key(self) -> str:
-        """The key of a message that holds this server's way to the bucket; servers with other ways read other keys."""
-        if self.group is not None:
-            return "group"
-        if self.cuda_ipc:
-            return "cuda"
-        return "shm" if self.folder is None else "file"
-
     def kinds(self, message: Message) -> list[tuple[str, Kind]]:
         """Name, dtype and shape of the bucket's tensors, without reading them. Raises Refused or WireError."""
-        self.check(message)
+        self._check(message)
         if self.folder is not None:
             return safetensors_kinds(self._file(message))
-        size = self._size(message)
-        pieces = [Piece.from_message(item, buffer_bytes=size) for item in message["pieces"]]
+        pieces, _ = self._pieces(message)
         return [(piece.name, (piece.dtype, piece.shape)) for piece in pieces]
 
     def read(self, message: Message, *, receiver: int = 0) -> Iterator[tuple[str, Tensor]]:
         """The bucket's tensors, as views that the next bucket overwrites. `receiver`: the number of this process among
         those of the server that receive weights. Raises Refused or WireError."""
-        self.check(message)
+        self._check(message)
         if self.folder is not None:
             from safetensors.torch import load_file
 
             yield from load_file(self._file(message)).items()
             return
-        size = self._size(message)
-        pieces = [Piece.from_message(item, buffer_bytes=size) for item in message["pieces"]]
+        pieces, size = self._pieces(message)
         buffer: Any
         if self.group is not None:
             buffer = self.group.receive(message["group"], size, receiver=receiver)
@@ -87,6 +70,13 @@ class BucketSource:
         for piece in pieces:
             yield piece.name, read_piece(piece, buffer)
 
+    def _check(self, message: Message) -> None:
+        """Refuse a message of another transport than the one this server was started with."""
+        ways = {"group": self.group, "cuda": self.cuda_ipc, "file": self.folder, "shm": self.shm}
+        if not any(ways[key] for key in ways.keys() & message):
+            got = ", ".join(sorted(message))
+            raise Refused(400, f"this server was started for another weight transport; got {got}")
+
     def _file(self, message: Message) -> Path:
         assert self.folder is not None
         name = str(message["file"])
@@ -94,11 +84,12 @@ class BucketSource:
             raise Refused(400, f"not a file name: {name!r}")
         return self.folder / name
 
-    def _size(self, message: Message) -> int:
+    def _pieces(self, message: Message) -> tuple[list[Piece], int]:
+        """The tensors in the bucket's buffer, and its size in bytes."""
         size = message["num_bytes"]
         if type(size) is not int or not 0 <= size <= MAX_BYTES:
             raise Refused(400, f"num_bytes must be a number from 0 to {MAX_BYTES}; got {size!r}")
-        return size
+        return [Piece.from_message(item, buffer_bytes=size) for item in message["pieces"]], size
 
     def _map(self, size: int) -> mmap.mmap:
         assert self.shm is not None

@@ -78,21 +78,15 @@ def write_bucket(bucket: Sequence[tuple[str, Tensor]], pieces: Sequence[Piece], 
 
     target = buffer if isinstance(buffer, torch.Tensor) else torch.frombuffer(buffer, dtype=torch.uint8)
     for (_, tensor), piece in zip(bucket, pieces, strict=True):
-        if piece.num_bytes:
-            place = target[piece.offset : piece.offset + piece.num_bytes].view(tensor.dtype)
-            place.view(tensor.shape).copy_(tensor.detach())
+        read_piece(piece, target).copy_(tensor.detach())
 
 
 def read_piece(piece: Piece, buffer: Any) -> Tensor:
     """The tensor at this place of a buffer or uint8 tensor, as a view: copy it before the buffer changes."""
     import torch
 
-    if piece.num_bytes == 0:
-        return torch.empty(piece.shape, dtype=torch_dtype(piece.dtype))
-    if isinstance(buffer, torch.Tensor):
-        flat = buffer[piece.offset : piece.offset + piece.num_bytes]
-    else:
-        flat = torch.frombuffer(buffer, dtype=torch.uint8, count=piece.num_bytes, offset=piece.offset)
+    whole = buffer if isinstance(buffer, torch.Tensor) else torch.frombuffer(buffer, dtype=torch.uint8)
+    flat = whole[piece.offset : piece.offset + piece.num_bytes]
     return flat.view(torch_dtype(piece.dtype)).view(piece.shape)
 
 

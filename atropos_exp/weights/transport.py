@@ -65,6 +65,10 @@ class StoredTransport:
         """Store the bucket over the last one. Returns the message that tells a server where it is."""
         raise NotImplementedError
 
+    @property
+    def inherited_fds(self) -> tuple[int, ...]:
+        return ()
+
     @contextlib.contextmanager
     def sending(self, bucket: Bucket) -> Iterator[Message]:
         yield self.write(bucket)

@@ -143,7 +143,7 @@ def test_derived_sizes() -> None:
     assert sized(4, halved)[0].micro_batches == 5
     assert sized(4, Trainer(max_tokens_per_micro_batch=40, num_mini_batches=1), group_size=6)[0].micro_batches == 9
     table = describe(sizes)
-    for shown in ("30 (15 a rank)", "660 at most", "4 (2 with data of their own)", "cpu"):
+    for shown in ("30 (15 a rank)", "660 at most", "4 (data-parallel 2)", "cpu"):
         assert shown in table
 
 

@@ -21,6 +21,7 @@ import yaml
 
 from atropos_exp.config.build import build
 from atropos_exp.doctor.line import Level
+from atropos_exp.doctor.programs import check_engine
 from atropos_exp.doctor.slurm import check_slurm, minutes
 from atropos_exp.doctor.versions import check_versions
 from atropos_exp.parts.data.raw import make_row
@@ -265,3 +266,14 @@ def test_slurm_is_asked_for_where_there_is_none(
 @pytest.mark.parametrize(("text", "expected"), [("1-02:30:00", 1590), ("00:05:00", 5), ("UNLIMITED", None)])
 def test_slurms_times(text: str, expected: int | None) -> None:
     assert minutes(text) == expected
+
+
+def test_an_engine_of_ones_own_is_told_by_its_name(checked: Callable[..., Any]) -> None:
+    class InProcess:
+        """What a user's engine offers at least; it is no `ServerSettings`."""
+
+        dtype, colocate, max_restarts = "float32", False, 0
+
+    run = checked()
+    (line,) = check_engine(replace(run, parts=replace(run.parts, engine=InProcess())))
+    assert line.level is Level.ok and line.text == f"InProcess, run by {sys.executable}"

@@ -89,7 +89,7 @@ def test_two_ranks_end_where_one_ends(one, tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert summary(two)["status"] == "finished"
-    assert "2 with data of their own" in done.stdout
+    assert "data-parallel 2" in done.stdout
     rows = list(zip(metrics(one), metrics(two), strict=True))
     assert len(rows) == 3
     for left, right in rows:

@@ -14,6 +14,7 @@ import pytest
 
 from atropos_exp.envs.run_settings import RunSettings
 from atropos_exp.parts.engine.servers import Servers
+from atropos_exp.parts.eval.held_out import HeldOutEvaluator
 from atropos_exp.parts.reward.pool import RewardPool
 from atropos_exp.runs.seeds import derive_seed
 from atropos_exp.types import Prompt, Sample, SamplingParams, TokenIds
@@ -159,7 +160,8 @@ def test_evaluation_gives_the_numbers_of_our_own(
     )
     with RewardPool(settings.reward, num_workers=1, timeout_seconds=5.0) as scorer:
         ours, alike = (
-            settings.held_out.start(
+            HeldOutEvaluator(
+                settings=settings.eval,
                 prompts=prompts, engine=used, scorer=scorer, tokenizer=tokenizer, stop_token_ids=(1,),
                 max_tokens=3, seed=settings.run.seed,
             )(0)

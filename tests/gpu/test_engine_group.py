@@ -113,7 +113,7 @@ def test_weights_reach_one_server_beside_the_trainer_and_one_elsewhere(device: s
         assert [one.digests() for one in engine.replicas] == [expected, expected]
 
         os.kill(engine.replicas[0].process.pid, signal.SIGKILL)
-        engine.replicas[0].process.wait(10)
+        engine.replicas[0].process.child.wait(10)
         resync = Resync(manage(trainer, engine, tolerance=None), engine, Ranks(rank=0, world_size=1), max_restarts=1)
         assert resync.publish(4).policy_version == 4
         engine.check()

@@ -149,7 +149,7 @@ def _through_the_trainer(twin: Path, dumps: Path, layout: Any, attention: str) -
         want = torch.log_softmax(logits.float(), -1).gather(1, ids[1:, None])[:, 0]
         np.testing.assert_allclose(got, want.detach().numpy(), atol=1e-4, rtol=0)
 
-    expected = WeightStore(load_model(twin, device="cpu", dtype="float32", attention=attention)).expected()
+    expected = WeightStore(load_model(twin, device="cpu", dtype="float32", attention=attention)).account.expected
     sent = {tensor[0]: (dtype_name(tensor[1]), tuple(tensor[1].shape)) for tensor in trainer.parameters()}
     assert {name: sent.get(name) for name in expected} == expected
 

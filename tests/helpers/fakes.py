@@ -5,7 +5,7 @@ token that truly learns. Each writes down how it was called, and takes its time 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from atropos_exp.types import (
     Floats,
     Rollout,
     RolloutGroup,
+    StepFacts,
     SyncStats,
     TokenIds,
     TrainBatch,
@@ -202,24 +203,6 @@ class MemoryRecorder:
         self._book.write(f"resume {step}")
         self.lines = [line for line in self.lines if line["step"] <= step]
 
-    def record(
-        self,
-        *,
-        step: int,
-        groups: Sequence[RolloutGroup],
-        advantages: Sequence[Floats],
-        sync: SyncStats,
-        evaluation: Mapping[str, float],
-        seconds: Mapping[str, float],
-        dropped: Dropped | None = None,
-        update: UpdateStats | None = None,
-        counters: Mapping[str, float] | None = None,
-    ) -> None:
-        self._book.write(f"record {step}", takes=self._takes)
-        self.lines.append(
-            {
-                "step": step, "groups": list(groups), "advantages": list(advantages), "sync": sync,
-                "evaluation": dict(evaluation), "seconds": dict(seconds), "dropped": dropped, "update": update,
-                "counters": counters,
-            }
-        )  # fmt: skip
+    def record(self, facts: StepFacts) -> None:
+        self._book.write(f"record {facts.step}", takes=self._takes)
+        self.lines.append({field.name: getattr(facts, field.name) for field in fields(facts)})

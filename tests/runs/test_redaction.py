@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from atropos_exp.runs.redaction import REDACTED, is_secret_name, redact
@@ -23,8 +25,9 @@ def test_names_of_settings(name: str) -> None:
     assert not is_secret_name(name)
 
 
-def test_a_tree_loses_its_secrets_and_nothing_else() -> None:
+def test_a_tree_loses_its_secrets_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
     environ = {"HF_TOKEN": "planted-canary", "PATH": "/usr/bin/long/enough", "SHORT_TOKEN": "abc"}
+    monkeypatch.setattr(os, "environ", environ)
     tree = {
         "engine": {"api_key": "k", "args": ["--x=planted-canary", "--hf_token=q1"], "password": None},
         "proxy": "http://user:pw@proxy:3128/x",
@@ -33,7 +36,7 @@ def test_a_tree_loses_its_secrets_and_nothing_else() -> None:
         "git": "92d63d4",
         "max_tokens": 16,
     }
-    assert redact(tree, environ=environ) == {
+    assert redact(tree) == {
         "engine": {"api_key": REDACTED, "args": [f"--x={REDACTED}", f"--hf_token={REDACTED}"], "password": None},
         "proxy": f"http://{REDACTED}@proxy:3128/x",
         "path": "/usr/bin/long/enough",
@@ -45,5 +48,5 @@ def test_a_tree_loses_its_secrets_and_nothing_else() -> None:
 
 def test_the_given_tree_is_left_alone() -> None:
     tree = {"token": "x" * 10, "inner": [{"password": "y"}]}
-    redact(tree, environ={})
+    redact(tree)
     assert tree == {"token": "x" * 10, "inner": [{"password": "y"}]}

@@ -97,7 +97,7 @@ class TestFaults(FaultContract):
         with turned_on(faults / "fails_inside"), pytest.raises(EngineError, match=said):
             manage(trainer, engine).publish(version)
         assert_refuses_then_recovers(engine, trainer, version)
-        assert engine.replicas[0].process.num_restarts == restarts and not engine.replicas[0].process.has_ended()
+        assert engine.replicas[0].process.num_restarts == restarts and engine.replicas[0].process.child.poll() is None
 
     def test_a_prefix_cache_that_is_not_emptied(self, engine: Servers, faults: Path, trainer: HeldModel) -> None:
         """The server finds its own prompt in the cache and refuses."""

@@ -82,7 +82,7 @@ def test_one_node_and_two_nodes_learn(cluster: Cluster, tmp_path: Path) -> None:
     for folder, ranks in zip(folders, (1, 4), strict=True):
         rows, told = metrics(folder), summary(folder)
         assert (told["status"], told["steps"], told["rollouts"]["atropos"]) == ("finished", 20, 20 * 128)
-        assert f"{ranks} ({ranks} with data of their own)" in (folder / "log" / "rank_0.log").read_text()
+        assert f"{ranks} (data-parallel {ranks})" in (folder / "log" / "rank_0.log").read_text()
         before, after = (rows[at]["eval/arithmetic/accuracy"] for at in (0, -1))
         # 128 prompts: accuracies whose 95 % intervals are far apart
         assert before < 0.5 and after > before + 0.2, (before, after)
@@ -124,7 +124,7 @@ def test_two_nodes_with_two_ranks_each(cluster: Cluster, tmp_path: Path, local: 
             else:
                 assert math.isclose(ours[name], theirs[name], rel_tol=1e-4, abs_tol=1e-6), name
     assert {f"rank_{rank}.log" for rank in range(4)} <= {path.name for path in (folder / "log").iterdir()}
-    assert "4 (4 with data of their own)" in (folder / "log" / "rank_0.log").read_text()
+    assert "4 (data-parallel 4)" in (folder / "log" / "rank_0.log").read_text()
     launcher = (folder / "slurm" / f"{job}_0_log.out").read_text()
     assert "node 1 task 1: rank 3" in launcher
     (start, end) = (json.loads(line) for line in (folder / "slurm" / "attempts.jsonl").read_text().splitlines())

@@ -49,7 +49,7 @@ def test_no_difference_is_claimed_at_most_at_the_stated_rate() -> None:
     for _ in range(NUM_SIMULATIONS):
         common = random.normal(0.6, 0.1, 5)  # what a seed does to every point
         points = [dict(enumerate(common + random.normal(0.0, 0.03, 5))) for _ in range(5)]
-        false_claims += any(one.supported for one in compare(points[0], points[1:]))
+        false_claims += any(one.significant for one in compare(points[0], points[1:]))
     # 5 %, with three standard deviations of counting 1,000 times
     assert false_claims <= 1000 * 0.05 + 3 * (1000 * 0.05 * 0.95) ** 0.5
     assert false_claims >= 5, "a test that never claims anything has no power either"
@@ -64,8 +64,8 @@ def test_a_real_difference_is_found() -> None:
         points = [dict(enumerate(common + random.normal(0.0, 0.02, 5))) for _ in range(4)]
         points.append(dict(enumerate(common + 0.1 + random.normal(0.0, 0.02, 5))))
         results = compare(points[0], points[1:])
-        found += results[-1].supported and results[-1].difference > 0
-        wrong += any(one.supported for one in results[:-1])
+        found += results[-1].significant and results[-1].difference > 0
+        wrong += any(one.significant for one in results[:-1])
     assert found > 950
     assert wrong <= 1000 * 0.05 + 3 * (1000 * 0.05 * 0.95) ** 0.5
 
@@ -75,16 +75,16 @@ def test_equal_differences_prove_nothing_by_themselves() -> None:
     base, other = {0: 0.5, 1: 0.625}, {0: 0.625, 1: 0.75}
     (coarse,) = compare(base, [other], resolution=1 / 8)
     assert coarse.p == pytest.approx(2 * stats.t.sf(0.125 / (0.125 / 6**0.5 / 2**0.5), 1))
-    assert not coarse.supported
+    assert not coarse.significant
     (none,) = compare(base, [other])
-    assert (none.p, none.supported) == (1.0, False)
+    assert (none.p, none.significant) == (1.0, False)
 
 
 def test_verdicts_are_plain() -> None:
     base = {0: 0.5, 1: 0.6, 2: 0.55}
     one, nothing, apart = compare(base, [{0: 0.9}, dict(base), {7: 0.5}])
     assert one.verdict == "One seed only: it cannot tell a difference from chance."
-    assert nothing.verdict == "No difference is supported by these 3 seeds."
+    assert nothing.verdict == "No significant difference over these 3 seeds."
     assert apart.verdict == "Not comparable: no seed finished in both."
     (better,) = compare(base, [{0: 0.8, 1: 0.91, 2: 0.84}])
     assert better.verdict == "Better than the baseline, by these 3 seeds."

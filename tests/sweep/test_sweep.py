@@ -153,7 +153,7 @@ def test_the_numbers_of_the_report_are_those_of_the_runs(first: dict[str, Any], 
         assert row in page.text
     best = np.mean([max(value for step, value in accuracies(sweep.run_folder(n)).items() if step) for n in range(3)])
     assert f"] {best:.3g} [" in page.text
-    assert ("not supported" in page.text) == (p >= 0.05)
+    assert ("not significant" in page.text) == (p >= 0.05)
     curve = page.data["runs"][1]
     folders = [sweep.run_folder(number) for number in (3, 4, 5)]
     for at, step in enumerate(curve["x"]["step"]):

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from atropos_exp.assembly.colocated import ColocatedTrainer
+from atropos_exp.assembly.colocated import taking_turns
 from atropos_exp.assembly.resync import Resync
 from atropos_exp.errors import EngineError
 from atropos_exp.parts.engine.servers import Servers
@@ -94,11 +94,11 @@ def test_it_sleeps_during_the_trainer_s_update_also_after_a_restart(sleepy: Serv
     inner = Training(random_model(seed=4))
     ranks = Ranks(rank=0, world_size=1)
     resync = Resync(manage(inner, sleepy), sleepy, ranks, max_restarts=1)
-    trainer = ColocatedTrainer(inner, resync)
+    update = taking_turns(inner.update, resync)
     resync.publish(sleepy.version() + 1)
     assert resync.counters() == {"engine/restarts": 0}
     for step in range(2):
-        assert trainer.update(step) == step  # type: ignore[arg-type, comparison-overlap]
+        assert update(step) == step  # type: ignore[arg-type, comparison-overlap]
         resync.publish(sleepy.version() + 1)
         assert_serves(sleepy, inner)
     counters = resync.counters()
@@ -107,7 +107,7 @@ def test_it_sleeps_during_the_trainer_s_update_also_after_a_restart(sleepy: Serv
     assert counters["engine/memory_asleep_gb"] == pytest.approx(left) and left > 0
 
     os.kill(sleepy.replicas[0].process.pid, signal.SIGKILL)
-    trainer.update(2)  # type: ignore[arg-type]
+    update(2)  # type: ignore[arg-type]
     resync.publish(sleepy.version() + 1)
     assert_serves(sleepy, inner)
     assert seen == [True] * 3 and resync.num_restarts == 1

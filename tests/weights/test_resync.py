@@ -75,7 +75,7 @@ def test_a_lost_engine_samples_from_the_published_weights_again(tmp_path: Path, 
         assert source.counters() == {"engine/restarts": 1}
         assert publisher.num_syncs == publisher.num_verified == 2
 
-        evaluate = ResyncedEvaluator(lambda version: {"x": float(engine.version())}, resync, ALONE)
+        evaluate = ResyncedEvaluator(lambda version: {"x": float(engine.version())}, resync)
         os.kill(engine.replicas[0].process.pid, number)
         assert evaluate(3) == {"x": 3.0}
         os.kill(engine.replicas[0].process.pid, number)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,9 +16,6 @@ from pydantic import AfterValidator, Field
 from atropos_exp.config.settings import Settings
 from atropos_exp.errors import UserError
 from atropos_exp.types import Floats, RolloutGroup
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 LARGEST_REWARD = 1e18  # its square still fits into float32
 # Rewards of a group that differ by less than this fraction of the largest are equal: a few float32 roundings.
@@ -96,14 +93,13 @@ class VerlAdvantage(Settings):
         import torch
         from verl.trainer.ppo import core_algos
 
-        verl: Any = core_algos
-        advantages, _ = verl.get_adv_estimator_fn(self.verl_name)(
+        advantages, _ = core_algos.get_adv_estimator_fn(self.verl_name)(
             token_level_rewards=torch.tensor(rows.rewards_N).unsqueeze(-1),
             response_mask=torch.from_numpy(mask),
             index=rows.index_N,
             **settings,
         )
-        return _as_array(advantages)
+        return np.asarray(advantages, dtype=np.float32)
 
     def _finish(self, advantages_N: Floats, rows: ComparedRollouts) -> Floats:
         if self.normalization == "batch":
@@ -128,14 +124,13 @@ def whiten(advantages_N: Floats, rows: ComparedRollouts) -> Floats:
     The result is zero if they do not differ: whitening a constant would only magnify its rounding.
     """
     import torch
-    from verl.utils import torch_functional
+    from verl.utils.torch_functional import masked_whiten
 
     if is_constant(advantages_N[rows.counts_N], among=advantages_N):
         return np.zeros_like(advantages_N)
-    verl: Any = torch_functional
     # a row counts once per trained token: the number of tokens as mask does what repeating the row would do
     weights_N = torch.from_numpy(rows.lengths_N * rows.counts_N)
-    return _as_array(verl.masked_whiten(torch.tensor(advantages_N), weights_N))
+    return np.asarray(masked_whiten(torch.tensor(advantages_N), weights_N), dtype=np.float32)
 
 
 def _rewards(group: RolloutGroup) -> Floats:
@@ -146,8 +141,3 @@ def _rewards(group: RolloutGroup) -> Floats:
             f"expected at most {LARGEST_REWARD:g}, scale the reward"
         )
     return rewards.astype(np.float32)
-
-
-def _as_array(tensor: Tensor) -> Floats:
-    array: Floats = tensor.numpy().astype(np.float32)
-    return array

@@ -1,8 +1,11 @@
 """A client of the Atropos API. Every call has a deadline, and one that takes data from a queue is never repeated."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
+
+import httpx
+import orjson
 
 GREETING = "AtroposLib API"  # the answer to GET /
 CONNECT_SECONDS = 2.0
@@ -68,8 +71,6 @@ class AtroposClient:
     def __init__(self, url: str, *, batch_seconds: float) -> None:
         """`batch_seconds`: deadline of GET /batch, which blocks the API's event loop for seconds when batches are
         large, and loses the batch if the client hangs up."""
-        import httpx
-
         self.url = url.rstrip("/")
         self._batch_timeout = httpx.Timeout(batch_seconds, connect=CONNECT_SECONDS)
         self._http = httpx.Client(
@@ -99,9 +100,7 @@ class AtroposClient:
 
     def register(self, registration: Registration) -> None:
         """Register. An API in use answers 200 and ignores it, so use `registration.register`, which verifies it."""
-        import dataclasses
-
-        self._json("POST", "/register", dataclasses.asdict(registration))
+        self._json("POST", "/register", asdict(registration))
 
     def reset(self) -> None:
         """Make the API forget registration, queue and environments; the environments' processes then end."""
@@ -134,9 +133,6 @@ class AtroposClient:
 
         Raises ApiLost if this run is not registered, BatchLost if a batch was taken and is gone, ApiDown.
         """
-        import httpx
-        import orjson
-
         try:
             response = self._http.get("/batch", timeout=self._batch_timeout)
         except httpx.ReadTimeout:
@@ -173,9 +169,9 @@ class AtroposClient:
         except ValueError:
             raise ApiDown(f"{self.url}{path} answers, but not with JSON: is it an Atropos API?") from None
 
-    def _send(self, method: str, path: str, body: Mapping[str, Any] | None = None, *, allow_error: bool = False) -> Any:
-        import httpx
-
+    def _send(
+        self, method: str, path: str, body: Mapping[str, Any] | None = None, *, allow_error: bool = False
+    ) -> httpx.Response:
         try:
             response = self._http.request(method, path, json=body)  # a GET with a body too: the API wants it
         except httpx.TransportError as error:

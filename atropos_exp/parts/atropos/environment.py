@@ -72,8 +72,7 @@ class Environment(Settings):
             "openai.tokenizer_name": facts.tokenizer,  # else atroposlib takes the model_name for a folder or a hub id
             "openai.server_type": self.server_type,
         }
-        places = {name: str(getattr(facts, name)) for name in vars(facts)}
-        places |= {"process_index": str(process), "num_processes": str(self.num_processes)}
+        places = {**vars(facts), "process_index": process, "num_processes": self.num_processes}
         for prefix, arguments in (("env", self.arguments), ("openai", self.server_arguments)):
             for key, value in arguments.items():
                 options[f"{prefix}.{key}"] = _fill(value, places) if isinstance(value, str) else value
@@ -84,7 +83,7 @@ class Environment(Settings):
         return [python, *command, "serve", *flags]
 
 
-def _fill(text: str, places: Mapping[str, str]) -> str:
+def _fill(text: str, places: Mapping[str, object]) -> str:
     try:
         return text.format_map(places)
     except (KeyError, IndexError, ValueError) as error:

@@ -4,6 +4,7 @@ import hashlib
 import logging
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ REMEMBERED_GROUPS = 8192  # whose digests are kept, for repeated groups that the
 LOGPROB_TOLERANCE = 1e-3  # nats between an environment's logprob and the sampler's
 
 
+@dataclass(eq=False)
 class Intake:
     """Validates groups and completes them from the ledger. `counters` are totals of this process.
 
@@ -27,28 +29,17 @@ class Intake:
     `groups_dropped_mask_value`.
     """
 
-    def __init__(
-        self,
-        ledger: Ledger,
-        *,
-        vocab_size: int,
-        max_tokens: int,
-        group_size: int,
-        stop_token_ids: Sequence[int],
-        max_version_lag: int | None,
-    ) -> None:
-        """`max_tokens` bounds a whole sequence. Groups sampled more than `max_version_lag` versions ago are dropped
-        (None: never)."""
-        self._ledger = ledger
-        self._vocab_size = vocab_size
-        self._max_tokens = max_tokens
-        self._group_size = group_size
-        self._stop_token_ids = frozenset(stop_token_ids)
-        self._max_version_lag = max_version_lag
-        self._seen: OrderedDict[bytes, None] = OrderedDict()
-        self._said: set[str] = set()
-        self.dropped_rollouts: Counter[str] = Counter()  # by reason; the source reads and clears it
-        self.counters: Counter[str] = Counter()
+    ledger: Ledger
+    _: KW_ONLY
+    vocab_size: int
+    max_tokens: int  # of a whole sequence
+    group_size: int
+    stop_token_ids: Sequence[int]
+    max_version_lag: int | None  # groups sampled more versions ago are dropped; None: no limit
+    dropped_rollouts: Counter[str] = field(default_factory=Counter)  # by reason; the source reads and clears it
+    counters: Counter[str] = field(default_factory=Counter)
+    _seen: OrderedDict[bytes, None] = field(default_factory=OrderedDict)
+    _said: set[str] = field(default_factory=set)
 
     def accept(self, raw_groups: Sequence[Any], *, policy_version: int) -> list[RolloutGroup]:
         """The valid groups among `raw_groups`, in order. `policy_version` is that of the weights to be trained."""
@@ -56,7 +47,7 @@ class Intake:
         for raw in raw_groups:
             self.counters["groups_received"] += 1
             try:
-                scored.append(read_group(raw, vocab_size=self._vocab_size, max_tokens=self._max_tokens))
+                scored.append(read_group(raw, vocab_size=self.vocab_size, max_tokens=self.max_tokens))
             except Rejected as rejected:
                 self._drop(rejected, _num_sequences(raw))
         rest = iter(self._look_up([sequence for group in scored for sequence in group.sequences]))
@@ -72,7 +63,7 @@ class Intake:
 
     def _look_up(self, sequences: Sequence[ScoredSequence]) -> Sequence[Provenance | None]:
         try:
-            return self._ledger.lookup(
+            return self.ledger.lookup(
                 [(sequence.token_ids, sequence.trained) for sequence in sequences],
                 claim=True,
                 logprobs=[sequence.logprobs for sequence in sequences],
@@ -92,8 +83,8 @@ class Intake:
             for sequence, provenance in zip(group.sequences, provenances, strict=True)
         ]
         lag = policy_version - min(rollout.policy_version for rollout in rollouts)
-        if self._max_version_lag is not None and lag > self._max_version_lag:
-            raise Rejected("stale", f"sampled {lag} versions ago (atropos.max_version_lag={self._max_version_lag})")
+        if self.max_version_lag is not None and lag > self.max_version_lag:
+            raise Rejected("stale", f"sampled {lag} versions ago (atropos.max_version_lag={self.max_version_lag})")
         first = next((provenance.key for provenance in provenances if provenance is not None), digest.hex())
         return RolloutGroup(prompt_id=f"atropos/{group.env_id}/{first}", source="atropos", rollouts=tuple(rollouts))
 
@@ -124,7 +115,7 @@ class Intake:
             trained=sequence.trained,
             logprobs=logprobs,
             reward=sequence.score,
-            finish=Finish.STOP if last in self._stop_token_ids else Finish.LENGTH,
+            finish=Finish.STOP if last in self.stop_token_ids else Finish.LENGTH,
             policy_version=sampled_by,
             advantages=sequence.advantages,
             zero_advantage=sequence.zero_advantage,
@@ -149,11 +140,11 @@ class Intake:
         return digest
 
     def _note_peculiarities(self, group: ScoredGroup) -> None:
-        if len(group.sequences) != self._group_size:
+        if len(group.sequences) != self.group_size:
             self.counters["groups_of_other_size"] += 1
             self._say(
                 f"size {len(group.sequences)}",
-                f"a group of {len(group.sequences)} rollouts (group_size is {self._group_size}): compared as it is",
+                f"a group of {len(group.sequences)} rollouts (group_size is {self.group_size}): compared as it is",
             )
         for name in group.unknown:
             self.counters["unknown_fields"] += 1

@@ -2,8 +2,8 @@
 
 import logging
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from atropos_exp.parts.atropos.client import ApiDown, AtroposClient
@@ -47,16 +47,13 @@ def start_programs(settings: AtroposSettings, environment: Environment, *, facts
     port = HeldPort()  # the API listens on it once it has loaded, and again whenever it is restarted
     client = AtroposClient(f"http://127.0.0.1:{port.number}", batch_seconds=settings.batch_timeout)
     supervisor = ProgramSupervisor(client, max_restarts=settings.max_restarts)
-    supervisor.add(SupervisedProgram(name="Atropos API", launch=lambda: _start_api(port, log_folder), is_api=True))
+    supervisor.add(SupervisedProgram(name="Atropos API", launch=partial(_start_api, port, log_folder), is_api=True))
     facts = replace(facts, api_url=client.url)
     for number in range(environment.num_processes):
         environment.argv(facts, number)  # raises now if a placeholder does not exist
         name = environment.name if environment.num_processes == 1 else f"{environment.name}_{number}"
-        supervisor.add(
-            SupervisedProgram(
-                name=f"environment {name}", launch=_environment_launcher(environment, facts, number, log_folder, name)
-            )
-        )
+        launch = partial(_start_environment, environment, facts, number, log_folder / f"environment_{name}.log")
+        supervisor.add(SupervisedProgram(name=f"environment {name}", launch=launch))
     supervisor.start()
     return Programs(client=client, supervisor=supervisor, is_up=True)
 
@@ -69,15 +66,10 @@ def _start_api(port: HeldPort, log_folder: Path) -> Child:
     )
 
 
-def _environment_launcher(
-    environment: Environment, facts: Facts, number: int, log_folder: Path, name: str
-) -> Callable[[], Child]:
-    def launch() -> Child:
-        return Child(
-            environment.argv(facts, number),
-            log=log_folder / f"environment_{name}.log",
-            # An environment may read a hub or log to W&B, like the trainer.
-            environment={**child_environment(environment.python, with_secrets=True), "OMP_NUM_THREADS": "1"},
-        )
-
-    return launch
+def _start_environment(environment: Environment, facts: Facts, number: int, log: Path) -> Child:
+    return Child(
+        environment.argv(facts, number),
+        log=log,
+        # An environment may read a hub or log to W&B, like the trainer.
+        environment={**child_environment(environment.python, with_secrets=True), "OMP_NUM_THREADS": "1"},
+    )

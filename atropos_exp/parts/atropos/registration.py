@@ -22,21 +22,20 @@ def register(client: AtroposClient, registration: Registration, *, take_over: bo
     found = client.registered()
     if found.matches(registration):
         return "adopted"
-    if not found.nobody:
-        if not take_over:
-            raise ForeignRun(_in_use(client, found))
-        log.warning("%s; atropos.take_over=true, so it is reset", _in_use(client, found).splitlines()[0])
-        client.reset()
-        return _register_new(client, registration, how="reset")
-    client.register(registration)
-    if client.registered().matches(registration):
-        return "new"
-    log.warning("the Atropos API at %s ignored the registration (it held data of nobody): it is reset", client.url)
+    if found.nobody:
+        client.register(registration)
+        if client.registered().matches(registration):
+            return "new"
+        log.warning("the Atropos API at %s ignored the registration (it held data of nobody): it is reset", client.url)
+    elif take_over:
+        log.warning("%s; atropos.take_over=true, so it is reset", _in_use(client, found))
+    else:
+        raise ForeignRun(
+            f"{_in_use(client, found)}\n"
+            "Wait for that run, use another API (atropos.api_url), or, if nobody needs it any more, take it over with "
+            "atropos.take_over=true, which resets it and ends its environments"
+        )
     client.reset()
-    return _register_new(client, registration, how="reset")
-
-
-def _register_new(client: AtroposClient, registration: Registration, *, how: str) -> str:
     client.register(registration)
     found = client.registered()
     if not found.matches(registration):
@@ -45,13 +44,11 @@ def _register_new(client: AtroposClient, registration: Registration, *, how: str
             f"{registration.max_token_len}) but says that it serves batch_size {found.batch_size}, max_token_len "
             f"{found.max_token_len}: another trainer registers at the same time"
         )
-    return how
+    return "reset"
 
 
 def _in_use(client: AtroposClient, found: Registered) -> str:
     return (
         f"the Atropos API at {client.url} serves another run: project {found.project!r}, group {found.group!r}, "
-        f"batch_size {found.batch_size}, max_token_len {found.max_token_len}\n"
-        "Wait for that run, use another API (atropos.api_url), or, if nobody needs it any more, take it over with "
-        "atropos.take_over=true, which resets it and ends its environments"
+        f"batch_size {found.batch_size}, max_token_len {found.max_token_len}"
     )

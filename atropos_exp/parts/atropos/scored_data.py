@@ -109,7 +109,7 @@ def _read(raw: object, *, vocab_size: int, max_tokens: int) -> ScoredGroup:
                 score=_score(scores[at], at),
                 logprobs=_behaviour(rows["inference_logprobs"], trained),
                 advantages=None if supervised else rows["advantages"],
-                reference_logprobs=_masked(rows["ref_logprobs"], trained),
+                reference_logprobs=rows["ref_logprobs"],
                 temperature=_temperature(overrides[at].get("temperature", generation.get("temperature")), at),
                 zero_advantage=bool(overrides[at].get("set_advantage_to_zero")),
                 supervised=supervised,
@@ -145,6 +145,7 @@ def _check_tokens(ids: NDArray[Any], mask: NDArray[Any], at: int, *, vocab_size:
 
 
 def _row(rows: Sequence[Any] | None, name: str, at: int, ids: NDArray[Any], trained: Mask) -> Floats | None:
+    """Entry `at` as float32 [T], 0.0 where nothing is trained; None if there are no rows."""
     if rows is None:
         return None
     row = np.asarray(rows[at], dtype=np.float64)
@@ -160,11 +161,7 @@ def _behaviour(logprobs: Floats | None, trained: Mask) -> Floats | None:
     """The logprobs, or None (unknown) if a trained token has NO_LOGPROB or another positive number."""
     if logprobs is None or bool((logprobs[trained] > ROUNDING).any()):
         return None
-    return _masked(np.minimum(logprobs, np.float32(0.0)), trained)
-
-
-def _masked(values: Floats | None, trained: Mask) -> Floats | None:
-    return None if values is None else np.where(trained, values, np.float32(0.0)).astype(np.float32)
+    return np.minimum(logprobs, np.float32(0.0))
 
 
 def _per_token(value: object, name: str, size: int) -> list[Any] | None:

@@ -82,8 +82,9 @@ class AtroposSource:
             reason = self._ask(step, refuse_foreign=self._phase == "first")
             if self._batches:
                 break
-            self._look_around()
-            assert self._since is not None
+            if time.monotonic() >= self._next_watch:
+                self._watch()
+                self._next_watch = time.monotonic() + WATCH_SECONDS
             waited = time.monotonic() - self._since
             if waited > self._timeouts[self._phase]:
                 raise SourceUnavailable(reason or self._explain(waited))
@@ -91,8 +92,10 @@ class AtroposSource:
                 raise SourceUnavailable(problem)
             pause = min(LONGEST_PAUSE, max(FIRST_PAUSE, (time.monotonic() - began) / PATIENCE))
             time.sleep(pause * random.uniform(0.75, 1.25))
-        self._phase, self._since = "data", time.monotonic()
-        return self._batches.pop(0), self._take_dropped()
+        self._phase = "data"
+        dropped = Dropped(reasons=dict(self._intake.dropped_rollouts))
+        self._intake.dropped_rollouts.clear()
+        return self._batches.pop(0), dropped
 
     def is_ready(self, *, step: int) -> bool:
         """Whether a batch is at hand, after at most one request to the API. Failures of the API raise nothing."""
@@ -189,16 +192,6 @@ class AtroposSource:
             return self._client.registered().nobody
         except ApiDown:
             return True
-
-    def _look_around(self) -> None:
-        if time.monotonic() >= self._next_watch:
-            self._watch()
-            self._next_watch = time.monotonic() + WATCH_SECONDS
-
-    def _take_dropped(self) -> Dropped:
-        reasons = dict(self._intake.dropped_rollouts)
-        self._intake.dropped_rollouts.clear()
-        return Dropped(reasons=reasons)
 
     def _explain(self, waited: float) -> str:
         registration = self._registration(0)

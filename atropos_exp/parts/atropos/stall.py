@@ -1,10 +1,9 @@
 """Finds out why no batch comes although the API answers."""
 
-import re
 from collections.abc import Mapping, Sequence
 
 TOO_LONG = "Token length is too long"  # what an environment logs when it drops a group
-SIZE_REFUSED = re.compile(r"Group structure invalid")
+SIZE_REFUSED = "Group structure invalid"
 SAME_SCORES = "Scores are the same in a group, skipping"
 
 
@@ -28,19 +27,21 @@ def explain(
     the supervised programs, "" without any.
     """
     head = f"the Atropos API has formed no batch for {seconds:.0f} s"
+    state = f" ({services})" if services else ""
     if num_environments == 0:
-        return f"{head}: no environment has registered with it{_with(services)}. Start one, or see its log"
+        return f"{head}: no environment has registered with it{state}. Start one, or see its log"
     if queued_groups and has_minimum:
+        numbers = ", ".join(map(str, silent)) or "(each has some, but too little)"
         return (
             f"{head} although {queued_groups} groups are queued: an environment has a minimum allocation "
             "(--env.min_batch_allocation), and each that has one must have sent its share, dead ones too. Nothing is "
-            f"queued of environment {_numbers(silent)}{_with(services)}"
+            f"queued of environment {numbers}{state}"
         )
     if queued_groups:
         return (
             f"{head} although {queued_groups} groups are queued. A batch must have exactly {batch_size} sequences "
             f"(batch_size x group_size), made of groups whose sizes divide the largest (group_size is {group_size}; "
-            f"an environment that sends another size blocks all){_with(services)}"
+            f"an environment that sends another size blocks all){state}"
         )
     for name, tail in logs.items():
         if TOO_LONG in tail:
@@ -48,19 +49,11 @@ def explain(
                 f"{head}: {name} drops its groups because a sequence has {max_token_len} tokens or more "
                 "(max_prompt_length + max_response_length + 1); raise these, or let the environment write less"
             )
-        if SIZE_REFUSED.search(tail):
+        if SIZE_REFUSED in tail:
             return f"{head}: {name} refuses its own groups, whose size is not its group_size; see its log"
         if SAME_SCORES in tail:
             return (
                 f"{head}: {name} drops its groups because all their scores are equal "
                 "(--env.ensure_scores_are_not_same false lets them through)"
             )
-    return f"{head}: {num_environments} environments have registered and send nothing{_with(services)}; see their logs"
-
-
-def _numbers(numbers: Sequence[int]) -> str:
-    return ", ".join(map(str, numbers)) or "(each has some, but too little)"
-
-
-def _with(services: str) -> str:
-    return f" ({services})" if services else ""
+    return f"{head}: {num_environments} environments have registered and send nothing{state}; see their logs"

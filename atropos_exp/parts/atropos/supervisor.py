@@ -22,6 +22,7 @@ POLL_SECONDS = 0.2
 PROBE_SECONDS = 0.5  # between checks whether a starting environment has registered
 REGISTER_SECONDS = 120.0  # that a starting environment may keep the next one waiting
 LONGEST_BACKOFF = 30.0
+STOP_GRACE_SECONDS = 2.0  # that an environment has to end by itself
 HEALTHY_SECONDS = 60.0  # after which earlier deaths no longer count
 
 
@@ -48,14 +49,11 @@ class SupervisedProgram:
 class ProgramSupervisor:
     """Owns the programs of a run. From `start` to `stop` a thread watches over them."""
 
-    def __init__(
-        self, client: AtroposClient, *, max_restarts: int, backoff_seconds: float = 1.0, stop_grace_seconds: float = 2.0
-    ) -> None:
+    def __init__(self, client: AtroposClient, *, max_restarts: int, backoff_seconds: float = 1.0) -> None:
         """A program is given up after `max_restarts` restarts in a row without a healthy minute in between."""
         self._client = client
         self._max_restarts = max_restarts
         self._backoff_seconds = backoff_seconds
-        self._stop_grace_seconds = stop_grace_seconds
         self._services: list[SupervisedProgram] = []
         self._lock = threading.RLock()
         self._stopping = threading.Event()
@@ -82,20 +80,17 @@ class ProgramSupervisor:
         with self._lock:
             for service in sorted(self._services, key=lambda service: service.is_api):
                 if service.child is not None:
-                    alive = service.is_alive
-                    service.child.stop(self._stop_grace_seconds if alive and not service.is_api else 0.0)
+                    service.child.stop(0.0 if service.is_api else STOP_GRACE_SECONDS)
                     self._disconnect(service)
 
     def problem(self) -> str | None:
         """Why waiting is pointless: the API or every environment has been given up. None otherwise."""
         with self._lock:
-            given_up = [service for service in self._services if service.problem is not None]
-            api = next((service.problem for service in given_up if service.is_api), None)
-            environments = [service for service in self._services if not service.is_api]
-            if api is not None:
-                return api
-            if environments and all(service.problem is not None for service in environments):
-                return environments[0].problem
+            apis = [service.problem for service in self._services if service.is_api]
+            environments = [service.problem for service in self._services if not service.is_api]
+            for problems in (apis, environments):
+                if problems and all(problems):
+                    return problems[0]
             return None
 
     def state(self) -> str:
@@ -110,8 +105,6 @@ class ProgramSupervisor:
             for service in self._services:
                 service.env_id = None
                 if not service.is_api and service.is_alive:
-                    assert service.child is not None
-                    service.child.stop()
                     self._plan_restart(service, reason, blame=False)
 
     def logs(self) -> dict[str, str]:
@@ -125,11 +118,8 @@ class ProgramSupervisor:
 
     def _run(self) -> None:
         while not self._stopping.wait(POLL_SECONDS):
-            try:
-                with self._lock:
-                    self.look()
-            except UserError as error:  # a program that cannot be started at all
-                log.error("%s", error)
+            with self._lock:
+                self.look()
 
     def look(self) -> None:
         """One round: notice deaths and registrations, and start what is due."""
@@ -149,10 +139,10 @@ class ProgramSupervisor:
     def _start(self, service: SupervisedProgram) -> None:
         try:
             service.child = service.launch()
-        except UserError as error:
+            service.started = time.monotonic()
+        except UserError as error:  # it cannot be started at all
             service.problem = f"{service.name} {error}"
-            raise UserError(service.problem) from None
-        service.started = time.monotonic()
+            log.error("%s", service.problem)
 
     def _note_death(self, service: SupervisedProgram) -> None:
         assert service.child is not None
@@ -162,12 +152,10 @@ class ProgramSupervisor:
         blame = service.is_api or self._answers()
         self._disconnect(service)
         how = f"was killed by signal {-code}" if code is not None and code < 0 else f"ended with exit code {code}"
+        self._plan_restart(service, how, blame=blame)
         if service.is_api:
             self._api_answers = False
-            self._plan_restart(service, how, blame=True)
             self.restart_environments("its API has ended")
-        else:
-            self._plan_restart(service, how, blame=blame)
 
     def _plan_restart(self, service: SupervisedProgram, reason: str, *, blame: bool) -> None:
         assert service.child is not None
@@ -212,13 +200,10 @@ class ProgramSupervisor:
             service.env_id = None
 
     def _answers(self) -> bool:
-        if not self._api_answers:
-            with contextlib.suppress(ApiDown):
-                self._client.check()
-                self._api_answers = True
-            return self._api_answers
+        ask = self._client.status if self._api_answers else self._client.check
         try:
-            self._client.status()
+            ask()
+            self._api_answers = True
         except ApiDown:
             self._api_answers = False
         return self._api_answers

@@ -31,11 +31,6 @@ class DataCounts:
     num_eval_quarantined: int
     num_renamed_ids: int  # prompt ids that occurred twice and got a suffix
 
-    @property
-    def num_prompts(self) -> int:
-        """The number of prompts of all sources."""
-        return self.total.num_prompts
-
     def __str__(self) -> str:
         return "\n".join(self.lines())
 

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from atropos_exp.errors import UserError
-from atropos_exp.parts.data.schema import join_contents
 from atropos_exp.parts.data.settings import DataSettings
 from atropos_exp.types import TokenIds
 
@@ -33,14 +32,9 @@ class Encoder:
 
     def texts(self, prompts: pa.Array) -> list[str]:
         """Each row's messages as the text that the model reads."""
-        if self._format == "plain":
-            if self._system_prompt is None:
-                plain: list[str] = join_contents(prompts, "\n\n").to_pylist()
-                return plain
-            return [
-                "\n\n".join(one["content"] for one in self._with_system(messages)) for messages in prompts.to_pylist()
-            ]
         conversations = [self._with_system(messages) for messages in prompts.to_pylist()]
+        if self._format == "plain":
+            return ["\n\n".join(message["content"] for message in messages) for messages in conversations]
         try:
             texts: list[str] = self._tokenizer.apply_chat_template(
                 conversations, tokenize=False, add_generation_prompt=True, **self._template_arguments

@@ -11,7 +11,7 @@ from atropos_exp.parts.data.encode import Encoder
 from atropos_exp.parts.data.mix import permutation
 from atropos_exp.parts.data.quarantine import refuse_too_many_bad
 from atropos_exp.parts.data.settings import DataSettings
-from atropos_exp.parts.data.source import RawSource, prepare_source, read_source, refuse_empty, unique_ids
+from atropos_exp.parts.data.source import RawSource, prepare_source, read_source, unique_ids
 from atropos_exp.types import Prompt
 
 if TYPE_CHECKING:
@@ -22,10 +22,7 @@ _SEED = 0  # fixed, so that runs of different seeds are compared on the same pro
 
 def read_eval(settings: DataSettings, prepared_folder: Path | None) -> list[RawSource]:
     """All held-out sources, read and checked."""
-    return [
-        read_source(entry.name, is_hub=entry.is_hub, key=entry.key, default_split=entry.split)
-        for entry in settings.eval_sources(prepared_folder)
-    ]
+    return [read_source(entry) for entry in settings.eval_sources(prepared_folder)]
 
 
 def keys_of(sources: Iterable[RawSource]) -> pa.Array | None:
@@ -47,13 +44,12 @@ def eval_prompts(
         )
     refuse_too_many_bad(raws, settings.max_bad_fraction)
     encoder = Encoder(settings, tokenizer)
-    sources = []
-    for raw in raws:
-        source = prepare_source(
-            raw, encoder, abilities=settings.abilities, excluded=None, max_prompt_length=max_prompt_length, cap=None
+    sources = [
+        prepare_source(
+            raw, encoder, abilities=settings.ability, excluded=None, max_prompt_length=max_prompt_length, cap=None
         )
-        refuse_empty(source, settings.abilities, max_prompt_length)
-        sources.append(source)
+        for raw in raws
+    ]
     sources, _ = unique_ids(sources)
     places = [(source, row) for source in sources for row in range(len(source))]
     order = permutation(_SEED, 0, 0, len(places))[:num_prompts]

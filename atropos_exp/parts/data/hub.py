@@ -55,7 +55,7 @@ def read_verl(text: str, *, default_split: str) -> pa.Table:
 
     name = DatasetName.parse(text)
     split = name.split or default_split
-    table = read_raw(name.source, name.config, split)
+    table = read_splits(name.source, name.config, [split])[split]
     if {"data_source", "prompt", "reward_model"} <= set(table.column_names):
         return table
     raw_format = recognise(table.column_names)
@@ -67,14 +67,6 @@ def read_verl(text: str, *, default_split: str) -> pa.Table:
         )
     raws = table.to_pylist()
     return pa.Table.from_pylist([verl_row(raw, raw_format, split=split, index=row) for row, raw in enumerate(raws)])
-
-
-def read_raw(source: str, config: str | None, split: str, *, revision: str | None = None) -> pa.Table:
-    """One split, unconverted. Raises UserError that names the data set, what was tried and what to do."""
-    splits = read_splits(source, config, [split], revision=revision)
-    if split not in splits:
-        raise UserError(f"data set {source}: has no split {split!r}")
-    return splits[split]
 
 
 def read_splits(

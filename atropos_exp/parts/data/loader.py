@@ -1,5 +1,6 @@
 """The endless stream of training prompts, whose position is a single number."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from atropos_exp.parts.data.evalset import keys_of, read_eval
 from atropos_exp.parts.data.mix import Mix, apportion
 from atropos_exp.parts.data.quarantine import refuse_too_many_bad, write_quarantine
 from atropos_exp.parts.data.settings import DataSettings
-from atropos_exp.parts.data.source import RawSource, Source, prepare_source, read_source, refuse_empty, unique_ids
+from atropos_exp.parts.data.source import RawSource, Source, prepare_source, read_source, unique_ids
 from atropos_exp.types import Prompt
 
 STATE_VERSION = 1
@@ -38,26 +39,18 @@ class AtroposDataLoader:
         _check_context(tokenizer, max_prompt_length, max_response_length)
         encoder = Encoder(settings, tokenizer)
         held_out = read_eval(settings, prepared_folder)
-        raws = [
-            read_source(entry.name, is_hub=entry.is_hub, key=entry.key, default_split=entry.split)
-            for entry in settings.sources(prepared_folder)
-        ]
+        raws = [read_source(entry) for entry in settings.sources(prepared_folder)]
         write_quarantine(run_folder, [*raws, *held_out])
         refuse_too_many_bad([*raws, *held_out], settings.max_bad_fraction)
 
         excluded = keys_of(held_out)
-        sources = []
-        for raw, cap in zip(raws, _caps(raws, settings.max_prompts), strict=True):
-            source = prepare_source(
-                raw,
-                encoder,
-                abilities=settings.abilities,
-                excluded=excluded,
-                max_prompt_length=max_prompt_length,
-                cap=cap,
+        abilities, caps = settings.ability, _caps(raws, settings.max_prompts)
+        sources = [
+            prepare_source(
+                raw, encoder, abilities=abilities, excluded=excluded, max_prompt_length=max_prompt_length, cap=cap
             )
-            refuse_empty(source, settings.abilities, max_prompt_length)
-            sources.append(source)
+            for raw, cap in zip(raws, caps, strict=True)
+        ]
         self._sources, num_renamed = unique_ids(sources)
         self._mix = Mix([len(source) for source in self._sources], settings.weights, seed)
         self._held_out = held_out
@@ -69,7 +62,7 @@ class AtroposDataLoader:
             "data.format": settings.format,
             "data.system_prompt": settings.system_prompt,
             "data.chat_template_arguments": settings.chat_template_arguments,
-            "data.ability": list(settings.abilities),
+            "data.ability": list(abilities),
             "data.max_prompts": settings.max_prompts,
         }
         self._prompts_hash = _prompts_hash(self._sources)
@@ -94,8 +87,8 @@ class AtroposDataLoader:
             "version": STATE_VERSION,
             "cursor": self._cursor,
             "settings": self._settings,
-            "files": _stamps(source.raw for source in self._sources),
-            "eval_files": _stamps(self._held_out),
+            "files": [asdict(file) for source in self._sources for file in source.raw.files],
+            "eval_files": [asdict(file) for raw in self._held_out for file in raw.files],
             "prompts_hash": self._prompts_hash,
         }
 
@@ -121,14 +114,6 @@ class AtroposDataLoader:
                 "restore it, or start a new run (resume=never)"
             )
         self._cursor = int(state["cursor"])
-
-
-def _stamps(raws: Any) -> list[dict[str, Any]]:
-    return [
-        {"name": file.name, "content_hash": file.content_hash, "num_rows": file.num_rows}
-        for raw in raws
-        for file in raw.files
-    ]
 
 
 def _check_files(before: list[dict[str, Any]], now: list[dict[str, Any]], word: str) -> None:

@@ -57,7 +57,7 @@ class Mix:
         self.epoch_length = sum(sizes)
         self.shares = tuple(apportion(self.epoch_length, weights) if weights is not None else sizes)
         self._places = lru_cache(maxsize=2)(self._epoch_places)
-        self._order = lru_cache(maxsize=2 * len(sizes))(self._source_order)
+        self._permutation = lru_cache(maxsize=2 * len(sizes))(permutation)
 
     def at(self, start: int, count: int) -> tuple[Ints, Ints]:
         """Source and row within the source of the positions from `start` on, each [count]."""
@@ -75,7 +75,8 @@ class Mix:
             picked = np.empty_like(places)
             for one_pass in np.unique(passes):
                 here = passes == one_pass
-                picked[here] = self._order(int(source), int(one_pass))[places[here]]
+                order = self._permutation(self.seed, int(source), int(one_pass), self.sizes[source])
+                picked[here] = order[places[here]]
             rows[mine] = picked
         return sources, rows
 
@@ -87,6 +88,3 @@ class Mix:
         keys = (ranks + phases[sources]) / np.asarray(self.shares)[sources]
         order = np.argsort(keys, kind="stable")
         return sources[order], ranks[order]
-
-    def _source_order(self, source: int, one_pass: int) -> Ints:
-        return permutation(self.seed, source, one_pass, self.sizes[source])

@@ -23,8 +23,9 @@ def read_parquet(path: Path) -> pa.Table:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             table = file.read()
     except (pa.ArrowException, OSError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"{path}: cannot be read as Parquet{_damaged_row(path)}: {_first_line(error)}; "
+            f"{path}: cannot be read as Parquet{_damaged_row(path)}: {reason}; "
             "fetch or build the file again (python -m data_prep.<builder> --help)"
         ) from error
     if table.num_rows == 0:
@@ -58,7 +59,3 @@ def write_parquet(table: pa.Table, path: Path) -> None:
     import pyarrow.parquet as pq
 
     pq.write_table(table, path, compression="zstd", write_page_checksum=True, row_group_size=16384)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -9,13 +9,13 @@ from typing import Any
 from atropos_exp.errors import UserError
 
 
-def as_strings(value: Any, *, key: str) -> tuple[str, ...]:
+def as_strings(value: Any) -> tuple[str, ...]:
     """null, a string or a list of strings as a tuple. Raises UserError for anything else."""
     if value is None:
         return ()
     items = [value] if isinstance(value, str) else value
     if not isinstance(items, Sequence) or not all(isinstance(item, str) and item.strip() for item in items):
-        raise UserError(f"{key} must be a non-empty string or a list of them; got {value!r}")
+        raise UserError(f"must be a non-empty string or a list of them; got {value!r}")
     return tuple(items)
 
 

@@ -12,12 +12,11 @@ from atropos_exp.runs.atomic import write_atomic
 FILE_NAME = "quarantine.jsonl"
 
 
-def write_quarantine(run_folder: Path, sources: Iterable[RawSource]) -> int:
-    """Replace the file by a line {file, row, reason, content} per bad row. Return the number of lines."""
+def write_quarantine(run_folder: Path, sources: Iterable[RawSource]) -> None:
+    """Replace the file by a line {file, row, reason, content} per bad row."""
     lines = [json.dumps(asdict(bad), ensure_ascii=False, default=repr) for source in sources for bad in source.bad]
     if lines:
         write_atomic(run_folder / FILE_NAME, "".join(f"{line}\n" for line in lines).encode("utf-8", errors="replace"))
-    return len(lines)
 
 
 def refuse_too_many_bad(sources: Sequence[RawSource], max_bad_fraction: float) -> None:

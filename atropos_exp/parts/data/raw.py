@@ -91,12 +91,9 @@ def _gsm8k(raw: Mapping[str, Any]) -> tuple[str, str | None, dict[str, Any]]:
 def _math(raw: Mapping[str, Any]) -> tuple[str, str | None, dict[str, Any]]:
     problem, solution = str(raw["problem"] or "").strip(), str(raw["solution"] or "")
     content = f"{problem}\n{MATH_INSTRUCTION}" if problem else ""
-    extra = {"solution": solution, "level": str(raw.get("level") or ""), "subject": _subject(raw)}
+    subject = str(raw.get("type") or raw.get("subject") or "")
+    extra = {"solution": solution, "level": str(raw.get("level") or ""), "subject": subject}
     return content, boxed_answer(solution), extra
-
-
-def _subject(raw: Mapping[str, Any]) -> str:
-    return str(raw.get("type") or raw.get("subject") or "")
 
 
 def _hellaswag(raw: Mapping[str, Any]) -> tuple[str, str | None, dict[str, Any]]:

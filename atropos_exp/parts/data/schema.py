@@ -57,14 +57,14 @@ def check_rows(table: pa.Table, file: str, *, split: str) -> tuple[GoodRows, lis
     row = np.setdiff1d(np.arange(table.num_rows), [one.row for one in bad])
     if bad:
         table = table.take(pa.array(row))
-    prompt = _array(table, "prompt")
+    prompt = table.column("prompt").combine_chunks()
     lengths = pc.fill_null(pc.list_value_length(prompt), 0).to_numpy().astype(np.int64)
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     messages = prompt.flatten()
     roles = _text(pc.struct_field(messages, "role"))
     contents = _text(pc.struct_field(messages, "content"))
-    data_source = _text(_array(table, "data_source"))
-    ground_truth = _text(pc.struct_field(_array(table, "reward_model"), "ground_truth"))
+    data_source = _text(table.column("data_source").combine_chunks())
+    ground_truth = _text(pc.struct_field(table.column("reward_model").combine_chunks(), "ground_truth"))
     is_user = _flags(pc.equal(roles, "user"))
     last = np.maximum(offsets[1:] - 1, 0)
     reasons = {
@@ -83,19 +83,20 @@ def check_rows(table: pa.Table, file: str, *, split: str) -> tuple[GoodRows, lis
         bad.append(BadRow(file=file, row=int(row[index]), reason=str(first[index]), content=content))
 
     good = pa.array(np.flatnonzero(first == ""))
-    extra = _array(table, "extra_info") if "extra_info" in table.column_names else None
+    extra = table.column("extra_info").combine_chunks() if "extra_info" in table.column_names else None
     if extra is not None and pa.types.is_null(extra.type):
         extra = None
+    clean = pa.StructArray.from_arrays([roles, contents], ["role", "content"])
     conversation = pc.if_else(pc.equal(roles, "system"), "", contents)
     columns = {
         "data_source": data_source,
-        "prompt": _messages(offsets, roles, contents),
-        "ability": pc.fill_null(_text(_array(table, "ability")), "")
+        "prompt": pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), clean),
+        "ability": pc.fill_null(_text(table.column("ability").combine_chunks()), "")
         if "ability" in table.column_names
         else pa.array([""] * table.num_rows, pa.string()),
         "ground_truth": ground_truth,
         "text": contents.take(pa.array(last)) if len(contents) else pa.nulls(table.num_rows, pa.string()),
-        "key": normalised(_joined(offsets, conversation, " ")),
+        "key": _normalised(_joined(offsets, conversation)),
         "prompt_id": _prompt_ids(data_source, extra, split, row),
         "row": pa.array(row, pa.int64()),
     }
@@ -104,20 +105,11 @@ def check_rows(table: pa.Table, file: str, *, split: str) -> tuple[GoodRows, lis
     return rows, bad
 
 
-def normalised(texts: pa.Array) -> pa.Array:
+def _normalised(texts: pa.Array) -> pa.Array:
     """The form in which prompts are compared: lower case, runs of white space as one space, none at the ends."""
     import pyarrow.compute as pc
 
     return pc.utf8_trim_whitespace(pc.replace_substring_regex(pc.utf8_lower(texts), r"\s+", " "))
-
-
-def join_contents(prompt: pa.Array, separator: str) -> pa.Array:
-    """The contents of each row's messages, joined by `separator`."""
-    import pyarrow.compute as pc
-
-    lengths = pc.list_value_length(prompt).to_numpy().astype(np.int64)
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
-    return _joined(offsets, pc.struct_field(prompt.flatten(), "content"), separator)
 
 
 def _check_columns(table: pa.Table, file: str) -> None:
@@ -131,7 +123,8 @@ def _check_columns(table: pa.Table, file: str) -> None:
     if not problems:
         kind = table.schema.field("prompt").type
         item = kind.value_type if hasattr(kind, "value_type") else None
-        if item is None or not pa.types.is_struct(item) or not _has_text_fields(item, ("role", "content")):
+        is_messages = item is not None and pa.types.is_struct(item)
+        if not is_messages or not all(_has_scalar(item, name) for name in ("role", "content")):
             problems.append(f"column prompt is {kind}")
         model = table.schema.field("reward_model").type
         if not pa.types.is_struct(model) or model.get_field_index("ground_truth") < 0:
@@ -148,18 +141,14 @@ def _check_columns(table: pa.Table, file: str) -> None:
             if name in names and not _is_scalar(table.schema.field(name).type):
                 problems.append(f"column {name} is {table.schema.field(name).type}")
     if problems:
-        _refuse(file, f"{'; '.join(problems)} (its columns: {', '.join(names) or 'none'})")
+        raise UserError(
+            f"{file}: wrong schema: {'; '.join(problems)} (its columns: {', '.join(names) or 'none'}); expected "
+            f"{EXPECTED}; python -m data_prep.<builder> writes it, and data.hf_datasets reads known raw data sets"
+        )
 
 
-def _refuse(file: str, problem: str) -> None:
-    raise UserError(
-        f"{file}: wrong schema: {problem}; expected {EXPECTED}; "
-        "python -m data_prep.<builder> writes it, and data.hf_datasets reads known raw data sets"
-    )
-
-
-def _has_text_fields(struct: pa.DataType, names: tuple[str, ...]) -> bool:
-    return all(struct.get_field_index(name) >= 0 and _is_scalar(struct.field(name).type) for name in names)
+def _has_scalar(struct: pa.DataType, name: str) -> bool:
+    return struct.get_field_index(name) >= 0 and _is_scalar(struct.field(name).type)
 
 
 def _is_scalar(kind: pa.DataType) -> bool:
@@ -168,13 +157,8 @@ def _is_scalar(kind: pa.DataType) -> bool:
 
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
-    tests = (
-        pa.types.is_string,
-        pa.types.is_large_string,
-        pa.types.is_string_view,
-        pa.types.is_integer,
-        pa.types.is_null,
-    )
+    types = pa.types
+    tests = (types.is_string, types.is_large_string, types.is_string_view, types.is_integer, types.is_null)
     return any(test(kind) for test in tests)
 
 
@@ -195,13 +179,6 @@ def _undecodable(table: pa.Table, file: str) -> list[BadRow]:
         except pa.ArrowInvalid as error:
             bad.append(BadRow(file=file, row=row, reason=f"text is not valid UTF-8 ({error})", content=str(one)))
     return bad
-
-
-def _array(table: pa.Table, name: str) -> pa.Array:
-    import pyarrow as pa
-
-    chunks = table.column(name).chunks
-    return pa.concat_arrays(chunks) if chunks else pa.array([], table.schema.field(name).type)
 
 
 def _text(array: pa.Array) -> pa.Array:
@@ -228,19 +205,13 @@ def _any(flags: NDArray[np.bool_], offsets: NDArray[np.int64]) -> NDArray[np.boo
     return np.asarray(counts[offsets[1:]] > counts[offsets[:-1]], dtype=np.bool_)
 
 
-def _messages(offsets: NDArray[np.int64], roles: pa.Array, contents: pa.Array) -> pa.Array:
-    import pyarrow as pa
-
-    messages = pa.StructArray.from_arrays([roles, contents], ["role", "content"])
-    return pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), messages)
-
-
-def _joined(offsets: NDArray[np.int64], contents: pa.Array, separator: str) -> pa.Array:
+def _joined(offsets: NDArray[np.int64], contents: pa.Array) -> pa.Array:
+    """The contents of each row's messages, with spaces between them."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
     filled = pc.fill_null(contents, "")
-    return pc.binary_join(pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), filled), separator)
+    return pc.binary_join(pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), filled), " ")
 
 
 def _prompt_ids(data_source: pa.Array, extra: pa.Array | None, split: str, row: NDArray[np.int64]) -> pa.Array:
@@ -248,13 +219,8 @@ def _prompt_ids(data_source: pa.Array, extra: pa.Array | None, split: str, row: 
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    splits, indices = pa.array([split] * len(row), pa.string()), pa.array(row).cast(pa.string())
-    if extra is not None:
-        for name in ("split", "index"):
-            if extra.type.get_field_index(name) >= 0 and _is_scalar(extra.type.field(name).type):
-                own = _text(pc.struct_field(extra, name))
-                if name == "split":
-                    splits = pc.coalesce(own, splits)
-                else:
-                    indices = pc.coalesce(own, indices)
-    return pc.binary_join_element_wise(pc.fill_null(data_source, ""), splits, indices, "/")
+    parts = {"split": pa.array([split] * len(row), pa.string()), "index": _text(pa.array(row))}
+    for name in parts:
+        if extra is not None and _has_scalar(extra.type, name):
+            parts[name] = pc.coalesce(_text(pc.struct_field(extra, name)), parts[name])
+    return pc.binary_join_element_wise(pc.fill_null(data_source, ""), *parts.values(), "/")

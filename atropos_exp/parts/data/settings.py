@@ -5,11 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from atropos_exp.config.settings import Positive, Settings
 from atropos_exp.errors import UserError
 from atropos_exp.parts.data.paths import as_strings, files_of
+
+Strings = Annotated[tuple[str, ...], BeforeValidator(as_strings)]  # in YAML also one string, or null
 
 
 class PrepareSettings(Settings):
@@ -31,33 +33,24 @@ class Entry:
 
 
 class DataSettings(Settings):
-    """The settings of `conf/data`, whose YAML explains each. Paths may be a string or a list of strings."""
+    """The settings of `conf/data`, whose YAML explains each."""
 
     prepare: PrepareSettings | None
-    parquet_paths: Any
-    hf_datasets: Any
+    parquet_paths: Strings
+    hf_datasets: Strings
     weights: Annotated[list[Positive] | None, Field(description="leave a source out rather than give it 0")]
-    eval_paths: Any
+    eval_paths: Strings
     format: Literal["chat", "plain"]
     system_prompt: str | None
     chat_template_arguments: dict[str, Any]
-    ability: Any
+    ability: Strings  # to train on; empty: all
     max_prompts: int | None
     max_bad_fraction: Annotated[float, Field(ge=0, lt=1, description="0: none")]
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         wrong = []
-        for key in ("parquet_paths", "hf_datasets", "eval_paths", "ability"):
-            try:
-                as_strings(getattr(self, key), key=key)
-            except UserError as error:
-                wrong.append(str(error))
-        if wrong:
-            raise UserError("\n".join(wrong))
-        num_sources = (
-            (self.prepare is not None) + len(self._strings("parquet_paths")) + len(self._strings("hf_datasets"))
-        )
+        num_sources = (self.prepare is not None) + len(self.parquet_paths) + len(self.hf_datasets)
         if num_sources == 0:
             wrong.append("parquet_paths: it is empty, and so are hf_datasets and prepare; expected at least one source")
         if self.weights is not None and len(self.weights) != num_sources:
@@ -76,34 +69,23 @@ class DataSettings(Settings):
         return self
 
     @property
-    def abilities(self) -> tuple[str, ...]:
-        """The abilities to train on; empty means all."""
-        return self._strings("ability")
-
-    @property
     def has_eval(self) -> bool:
         """Whether any prompts are held out."""
-        return self.prepare is not None or bool(self._strings("eval_paths"))
+        return self.prepare is not None or bool(self.eval_paths)
 
     def sources(self, prepared_folder: Path | None) -> list[Entry]:
         """The sources to train on, in the order of `weights`."""
-        entries = [
-            *(
-                Entry(name=name, key="data.parquet_paths", is_hub=False, split="")
-                for name in self._strings("parquet_paths")
-            ),
-            *(
-                Entry(name=name, key="data.hf_datasets", is_hub=True, split="train")
-                for name in self._strings("hf_datasets")
-            ),
+        return [
+            *self._prepared(prepared_folder, "train"),
+            *(Entry(name=name, key="data.parquet_paths", is_hub=False, split="") for name in self.parquet_paths),
+            *(Entry(name=name, key="data.hf_datasets", is_hub=True, split="train") for name in self.hf_datasets),
         ]
-        return [*self._prepared(prepared_folder, "train"), *entries]
 
     def eval_sources(self, prepared_folder: Path | None) -> list[Entry]:
         """The held-out sources. A name that does not end in .parquet is that of a data set."""
         entries = [
             Entry(name=name, key="data.eval_paths", is_hub=not name.endswith(".parquet"), split="test")
-            for name in self._strings("eval_paths")
+            for name in self.eval_paths
         ]
         return [*self._prepared(prepared_folder, "test"), *entries]
 
@@ -116,18 +98,14 @@ class DataSettings(Settings):
             if entry.key == "data.prepare":
                 continue
             try:
-                problem = DatasetName.parse(entry.name).problem() if entry.is_hub else None
-                if problem:
-                    problems.append(f"{entry.key}: {problem}")
                 if not entry.is_hub:
                     files_of(entry.name, key=entry.key)
+                elif problem := DatasetName.parse(entry.name).problem():
+                    problems.append(f"{entry.key}: {problem}")
             except UserError as error:
                 text = str(error)
                 problems.append(text if text.startswith("data.") else f"{entry.key}: {text}")
         return problems
-
-    def _strings(self, key: str) -> tuple[str, ...]:
-        return as_strings(getattr(self, key), key=key)
 
     def _prepared(self, folder: Path | None, split: str) -> Sequence[Entry]:
         if self.prepare is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from atropos_exp.parts.data.hub import read_verl
 from atropos_exp.parts.data.parquet import read_parquet
 from atropos_exp.parts.data.paths import files_of
 from atropos_exp.parts.data.schema import BadRow, check_rows
+from atropos_exp.parts.data.settings import Entry
 from atropos_exp.types import Prompt, TokenIds
 
 if TYPE_CHECKING:
@@ -71,15 +72,16 @@ class Source:
 _PROMPT_COLUMNS = ("prompt_id", "data_source", "text", "ground_truth", "ability", "file")
 
 
-def read_source(name: str, *, is_hub: bool, key: str, default_split: str) -> RawSource:
+def read_source(entry: Entry) -> RawSource:
     """Read all files that one entry of the configuration names. Raises UserError with file, row and reason."""
     import pyarrow as pa
 
     tables: list[tuple[str, str, pa.Table]] = []  # file name, split for prompt ids, rows
-    if is_hub:
-        tables.append((name, default_split, read_verl(name, default_split=default_split)))
+    if entry.is_hub:
+        tables.append((entry.name, entry.split, read_verl(entry.name, default_split=entry.split)))
     else:
-        tables.extend((str(path), path.stem, read_parquet(path)) for path in files_of(name, key=key))
+        paths = files_of(entry.name, key=entry.key)
+        tables.extend((str(path), path.stem, read_parquet(path)) for path in paths)
     stamps, bad, good, extras = [], [], [], []
     for number, (file, split, table) in enumerate(tables):
         rows, file_bad = check_rows(table, file, split=split)
@@ -89,7 +91,7 @@ def read_source(name: str, *, is_hub: bool, key: str, default_split: str) -> Raw
         extras.append(rows.extra_info)
     starts = np.concatenate([[0], np.cumsum([table.num_rows for table in good])])
     return RawSource(
-        name=name,
+        name=entry.name,
         files=tuple(stamps),
         bad=tuple(bad),
         table=pa.concat_tables(good).combine_chunks(),
@@ -107,7 +109,8 @@ def prepare_source(
     max_prompt_length: int,
     cap: int | None,  # at most this many prompts, the first ones; None: all
 ) -> Source:
-    """Filter the rows, then tokenise until there are `cap` prompts. Raises UserError for a prompt without tokens."""
+    """Filter the rows, then tokenise until there are `cap` prompts. Raises UserError for a prompt without tokens, and
+    with the reasons by number of rows if no prompt is left."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -124,13 +127,13 @@ def prepare_source(
     seen = overlong = 0
     while seen < candidates and (cap is None or len(kept) < cap):
         size = min(_CHUNK, candidates - seen) if cap is None else min(_CHUNK, candidates - seen, cap - len(kept))
-        for offset, ids in enumerate(encoder.encode(_column(table, "prompt", seen, size))):
+        prompts = pa.concat_arrays(table.column("prompt").slice(seen, size).chunks)
+        for row, ids in enumerate(encoder.encode(prompts), start=seen):
             if not len(ids):
-                raise UserError(
-                    f"data: the tokenizer gives no token for a prompt of {raw.name}: {_text(table, seen + offset)!r}"
-                )
+                text = table.column("text")[row].as_py()
+                raise UserError(f"data: the tokenizer gives no token for a prompt of {raw.name}: {text!r}")
             if len(ids) <= max_prompt_length:
-                kept.append(seen + offset)
+                kept.append(row)
                 token_ids.append(ids)
             else:
                 overlong += 1
@@ -144,6 +147,8 @@ def prepare_source(
         num_beyond_cap=candidates - seen,
         num_prompts=len(kept),
     )
+    if not kept:
+        _refuse_empty(raw, counts, abilities, max_prompt_length)
     return Source(
         raw=raw, table=table.take(pa.array(kept, pa.int64())).combine_chunks(), token_ids=token_ids, counts=counts
     )
@@ -172,33 +177,15 @@ def unique_ids(sources: Sequence[Source]) -> tuple[list[Source], int]:
     return result, renamed
 
 
-def refuse_empty(source: Source, abilities: Sequence[str], max_prompt_length: int) -> None:
-    """Raise UserError if no prompt is left, with the reasons by number of rows."""
-    if len(source):
-        return
-    counts = source.counts
-    there: Any = sorted(set(source.raw.table.column("ability").to_pylist()))
-    reasons = [
-        f"{counts.num_quarantined} are bad" if counts.num_quarantined else "",
-        f"{counts.num_other_ability} are not of ability {', '.join(abilities)} (there: {there})"
-        if counts.num_other_ability
-        else "",
-        f"{counts.num_eval_overlap} are eval prompts" if counts.num_eval_overlap else "",
-        f"{counts.num_overlong} are longer than max_prompt_length={max_prompt_length} tokens"
-        if counts.num_overlong
-        else "",
-    ]
-    raise UserError(
-        f"data: {source.raw.name} gives no prompt: of {counts.num_rows} rows "
-        f"{'; '.join(reason for reason in reasons if reason) or 'none is wanted'}"
+def _refuse_empty(raw: RawSource, counts: SourceCounts, abilities: Sequence[str], max_prompt_length: int) -> NoReturn:
+    there = sorted(set(raw.table.column("ability").to_pylist()))
+    reasons = (
+        (counts.num_quarantined, "are bad"),
+        (counts.num_other_ability, f"are not of ability {', '.join(abilities)} (there: {there})"),
+        (counts.num_eval_overlap, "are eval prompts"),
+        (counts.num_overlong, f"are longer than max_prompt_length={max_prompt_length} tokens"),
     )
-
-
-def _text(table: pa.Table, row: int) -> str:
-    return str(table.column("text")[row].as_py())
-
-
-def _column(table: pa.Table, name: str, start: int, size: int) -> pa.Array:
-    import pyarrow as pa
-
-    return pa.concat_arrays(table.column(name).slice(start, size).chunks)
+    raise UserError(
+        f"data: {raw.name} gives no prompt: of {counts.num_rows} rows "
+        f"{'; '.join(f'{number} {reason}' for number, reason in reasons if number) or 'none is wanted'}"
+    )

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from atropos_exp.parts.data.evalset import eval_prompts
 from atropos_exp.parts.data.loader import AtroposDataLoader
 from atropos_exp.parts.data.settings import DataSettings
 from atropos_exp.types import Prompt
@@ -25,8 +26,6 @@ class VerlData(DataSettings):
 
         Bad rows are listed in run_folder/quarantine.jsonl. `prepared_folder` is from `data_prep.prepare.ensure`.
         """
-        from atropos_exp.parts.data.loader import AtroposDataLoader
-
         return AtroposDataLoader(
             self, tokenizer, seed=seed, max_prompt_length=max_prompt_length, max_response_length=max_response_length,
             run_folder=run_folder, prepared_folder=prepared_folder,
@@ -36,12 +35,7 @@ class VerlData(DataSettings):
         self, tokenizer: Any, *, num_prompts: int, max_prompt_length: int, prepared_folder: Path | None = None
     ) -> list[Prompt]:
         """`num_prompts` held-out prompts (or all of fewer), the same for every seed. Raises UserError if none."""
-        from atropos_exp.parts.data.evalset import eval_prompts
-
         return eval_prompts(
-            self,
-            tokenizer,
-            num_prompts=num_prompts,
-            max_prompt_length=max_prompt_length,
+            self, tokenizer, num_prompts=num_prompts, max_prompt_length=max_prompt_length,
             prepared_folder=prepared_folder,
-        )
+        )  # fmt: skip

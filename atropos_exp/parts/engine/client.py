@@ -3,6 +3,7 @@
 import contextlib
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -13,6 +14,7 @@ from atropos_exp.types import Endpoint, Finish, Floats, Sample, SamplingParams, 
 from atropos_exp.weights.transport import Transport
 
 
+@dataclass(kw_only=True, eq=False)
 class EngineClient:
     """One server of an engine; `servers.Servers` makes an `Engine` of one or several.
 
@@ -24,40 +26,25 @@ class EngineClient:
     EngineError if the server does not do what it was asked, and EngineLost if it died or hangs.
     """
 
-    def __init__(
-        self,
-        process: ServerProcess,
-        transport: Transport,
-        *,
-        kind: str,
-        dtype: str,
-        start_timeout_seconds: float,
-        request_timeout_seconds: float,
-        health_timeout_seconds: float,
-    ) -> None:
-        """`kind`: the engine's name in conf/engine. `dtype`: of the served weights. The timeouts are the settings'."""
+    process: ServerProcess
+    transport: Transport
+    kind: str  # the engine's name in conf/engine
+    dtype: str  # of the served weights: float32 | bfloat16 | float16
+    start_timeout_seconds: float
+    request_timeout_seconds: float
+    health_timeout_seconds: float
+    is_lost: bool = field(default=False, init=False)  # a call has found the server dead or hanging
+
+    def __post_init__(self) -> None:
         import httpx
 
-        self.process = process
-        self.kind = kind
-        self.is_lost = False  # a call has found the server dead or hanging
-        self._transport = transport
-        self._dtype = dtype
-        self._start_timeout_seconds = start_timeout_seconds
-        self._request_timeout_seconds = request_timeout_seconds
-        self._health_timeout_seconds = health_timeout_seconds
         self._http = httpx.Client(
-            base_url=process.address,
-            headers={"authorization": f"Bearer {process.token}"},
-            timeout=httpx.Timeout(health_timeout_seconds),  # for every single read: the server beats more often
+            base_url=self.process.address,
+            headers={"authorization": f"Bearer {self.process.token}"},
+            timeout=httpx.Timeout(self.health_timeout_seconds),  # for every single read: the server beats more often
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=64),
             trust_env=False,  # a proxy has no business on loopback
         )
-
-    @property
-    def dtype(self) -> str:
-        """Of the served weights: float32 | bfloat16 | float16."""
-        return self._dtype
 
     @property
     def endpoint(self) -> Endpoint:
@@ -72,8 +59,8 @@ class EngineClient:
     def restart(self) -> None:
         """Replace a lost server by a new one at the same address, which refuses to sample until it has had a complete
         update."""
-        self._transport.reset()
-        self._transport.clear()
+        self.transport.reset()
+        self.transport.clear()
         self.process.restart("--problem", "weights incomplete: the engine was started anew and not synced yet")
         self._await_server()
         self.is_lost = False
@@ -82,18 +69,20 @@ class EngineClient:
         """Wait until the server answers. Returns the seconds that are left of the time that a start may take."""
         import httpx
 
-        seconds = self._start_timeout_seconds
+        seconds = self.start_timeout_seconds
         deadline = time.monotonic() + seconds
         while True:
-            if self.process.has_ended():
-                raise EngineError(f"engine {self.kind} did not start: {self.process.state()}")
+            if self.process.child.poll() is not None:
+                raise EngineError(f"engine {self.kind} did not start: {self.process.child.state()}")
             try:
                 self._http.post("/info", content=pack({"timeout_seconds": 1.0}), timeout=httpx.Timeout(1.0))
                 return deadline - time.monotonic()
             except httpx.TransportError:
                 if time.monotonic() > deadline:
                     reason = f"waited {seconds:g} s (engine.start_timeout_seconds) for the server to load the model"
-                    raise EngineError(f"engine {self.kind} did not start: {reason}; {self.process.state()}") from None
+                    raise EngineError(
+                        f"engine {self.kind} did not start: {reason}; {self.process.child.state()}"
+                    ) from None
 
     def generate(
         self, prompts: Sequence[TokenIds], params: SamplingParams, *, num_samples: int, first_prompt: int = 0
@@ -148,17 +137,13 @@ class EngineClient:
         """The policy version that the server serves; 0 before the first update."""
         return int(self.info()["version"])
 
-    def libraries(self) -> dict[str, str]:
-        """Versions of the libraries in the server's environment, by name."""
-        return dict(self.info()["versions"])
-
     def info(self) -> Message:
         """The server's state: version, problem, expected tensors, batches decoded, library versions and more."""
-        return self.exchange("/info", {}, what="its version", seconds=self._health_timeout_seconds)
+        return self.exchange("/info", {}, what="its version", seconds=self.health_timeout_seconds)
 
     def check(self) -> None:
         """Let the server generate one token, as a sign of health."""
-        self.exchange("/health", {}, what="a token as a sign of health", seconds=self._health_timeout_seconds)
+        self.exchange("/health", {}, what="a token as a sign of health", seconds=self.health_timeout_seconds)
 
     def pause(self) -> None:
         """Hold new generations. Returns when the batch in flight has ended."""
@@ -166,7 +151,7 @@ class EngineClient:
 
     def resume(self) -> None:
         """Sample again after `pause`."""
-        self.exchange("/resume", {}, what="sampling to resume", seconds=self._health_timeout_seconds)
+        self.exchange("/resume", {}, what="sampling to resume", seconds=self.health_timeout_seconds)
 
     def sleep(self) -> tuple[int, int]:
         """As `Engine.sleep`: bytes in use on the device before and after."""
@@ -181,7 +166,7 @@ class EngineClient:
 
     def digests(self) -> dict[str, str]:
         """The digest of every tensor that an update brings, as the server holds it, by name."""
-        message = {"on_device": self._transport.on_device}
+        message = {"on_device": self.transport.on_device}
         found: dict[str, str] = self.exchange("/weights/digests", message, what="the digests of its weights")["digests"]
         return found
 
@@ -189,7 +174,7 @@ class EngineClient:
         """Kill the server and close the transport. May be called twice."""
         self._http.close()
         self.process.stop()
-        self._transport.close()
+        self.transport.close()
 
     def exchange(self, path: str, message: Message, *, what: str, seconds: float | None = None) -> Message:
         """Send one request and return its answer. `what`: what is waited for, in messages. `seconds`: until the
@@ -199,26 +184,26 @@ class EngineClient:
         """
         import httpx
 
-        seconds = self._request_timeout_seconds if seconds is None else seconds
+        seconds = self.request_timeout_seconds if seconds is None else seconds
         deadline = time.monotonic() + seconds
         waiting = f"engine {self.kind}: waited for {what}"
         content = pack({**message, "timeout_seconds": seconds})
-        silence = min(seconds, self._health_timeout_seconds)
+        silence = min(seconds, self.health_timeout_seconds)
         try:
             with self._http.stream("POST", path, content=content, timeout=silence) as response:
                 body = bytearray()
                 for chunk in response.iter_raw():
                     body += chunk
                     if time.monotonic() > deadline + 1.0:  # the server itself gives up at the deadline
-                        raise EngineError(f"{waiting} longer than {seconds:g} s; {self.process.state()}")
+                        raise EngineError(f"{waiting} longer than {seconds:g} s; {self.process.child.state()}")
         except httpx.TimeoutException as error:
             reason = f"no sign of life for {silence:g} s (engine.health_timeout_seconds): it hangs"
             self.is_lost = True
-            raise EngineLost(f"{waiting}; {reason}. {self.process.state()}") from error
+            raise EngineLost(f"{waiting}; {reason}. {self.process.child.state()}") from error
         except httpx.TransportError as error:
-            self.process.wait(1.0)
+            self.process.child.wait(1.0)
             self.is_lost = True
-            raise EngineLost(f"{waiting}; {type(error).__name__} {error}: {self.process.state()}") from error
+            raise EngineLost(f"{waiting}; {type(error).__name__} {error}: {self.process.child.state()}") from error
         try:
             answer = unpack(bytes(body).lstrip(HEARTBEAT))
         except WireError as error:

@@ -23,13 +23,6 @@ def gpu_problems(
     return problems
 
 
-def _own(gpus: Sequence[int] | None) -> list[str] | None:
-    """The engine's own GPUs: those that a launcher keeps for it, otherwise `gpus`."""
-    if kept := os.environ.get(ENGINE_DEVICES):
-        return kept.split(",")
-    return None if gpus is None else [str(gpu) for gpu in gpus]
-
-
 def visible_devices(
     gpus: Sequence[int] | None, *, tensor_parallel_size: int, data_parallel_size: int, device: str
 ) -> list[str | None]:
@@ -40,9 +33,10 @@ def visible_devices(
     """
     if not device.startswith("cuda"):
         return [None] * data_parallel_size
-    names = _own(gpus)
+    kept = os.environ.get(ENGINE_DEVICES)
+    names = kept.split(",") if kept else [str(gpu) for gpu in gpus or ()]
     needed = tensor_parallel_size * data_parallel_size
-    if names is None:
+    if not kept and gpus is None:
         if data_parallel_size > 1:
             raise UserError(
                 f"engine.data_parallel_size is {data_parallel_size}, but engine.gpus names no GPUs, of which each "
@@ -54,5 +48,4 @@ def visible_devices(
             f"the engine has the GPUs {', '.join(names)}, but engine.data_parallel_size × engine.tensor_parallel_size "
             f"is {needed}; make them equal"
         )
-    size = tensor_parallel_size
-    return [",".join(names[server * size : (server + 1) * size]) for server in range(data_parallel_size)]
+    return [",".join(names[first : first + tensor_parallel_size]) for first in range(0, needed, tensor_parallel_size)]

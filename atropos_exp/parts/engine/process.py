@@ -19,7 +19,7 @@ class ServerProcess:
         process.address  # "http://127.0.0.1:40123"
 
     The server inherits the listening socket (`--socket-fd`) and finds its bearer token in the environment. Its output
-    goes to `log`. It ends with this process, see `Child`.
+    goes to `log`. It ends with this process, see `Child`; `child` is the one that runs now.
     """
 
     def __init__(
@@ -43,13 +43,13 @@ class ServerProcess:
             self._environment["CUDA_VISIBLE_DEVICES"] = devices
         self._inherited_fds = tuple(inherited_fds)
         self._port = HeldPort()
-        self._child = self._spawn()
+        self.child = self._spawn()
 
     def restart(self, *arguments: str) -> None:
         """Kill what is left of the process and start it again at the same address, with additional arguments."""
-        self._child.stop()
+        self.child.stop()
         self.num_restarts += 1
-        self._child = self._spawn(*arguments)
+        self.child = self._spawn(*arguments)
 
     def _spawn(self, *more: str) -> Child:
         with self._port.listen() as listener:
@@ -67,22 +67,10 @@ class ServerProcess:
 
     @property
     def pid(self) -> int:
-        return self._child.pid
-
-    def has_ended(self) -> bool:
-        """Whether the server process has exited or was killed."""
-        return self._child.poll() is not None
-
-    def wait(self, seconds: float) -> None:
-        """Wait at most this long for a process that is about to end."""
-        self._child.wait(seconds)
-
-    def state(self) -> str:
-        """The state of the process and the end of its log, for an error message."""
-        return self._child.state()
+        return self.child.pid
 
     def stop(self) -> None:
         """Kill the process and its children, which hold nothing that has to be saved, and release the port. May be
         called twice; there is no restart after it."""
-        self._child.stop()
+        self.child.stop()
         self._port.close()

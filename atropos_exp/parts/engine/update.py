@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from atropos_exp.errors import EngineError, EngineLost
@@ -69,34 +70,28 @@ def update(clients: Sequence[EngineClient], transport: Transport, version: int) 
     together(clients, lambda client: client.resume())
 
 
+@dataclass(frozen=True, eq=False)
 class Receiver:
     """A `WeightReceiver` for one update of all servers."""
 
-    def __init__(
-        self,
-        clients: Sequence[EngineClient],
-        transport: Transport,
-        expected: Mapping[str, tuple[str, tuple[int, ...]]],
-        version: int,
-    ) -> None:
-        self._clients = clients
-        self._transport = transport
-        self._expected = expected
-        self._version = version
+    clients: Sequence[EngineClient]
+    transport: Transport
+    kinds: Mapping[str, tuple[str, tuple[int, ...]]]
+    version: int
 
     def expected(self) -> Mapping[str, tuple[str, tuple[int, ...]]]:
-        return self._expected
+        return self.kinds
 
     def receive(self, bucket: Sequence[tuple[str, Tensor]]) -> None:
         """Send one bucket to all servers. Returns when they have loaded it."""
         names = f"{bucket[0][0]} .. {bucket[-1][0]}" if bucket else "nothing"
-        what = f"version {self._version}: {names} to be loaded"
-        with self._transport.sending(bucket) as message:
-            together(self._clients, lambda client: client.exchange("/weights/bucket", message, what=what))
+        what = f"version {self.version}: {names} to be loaded"
+        with self.transport.sending(bucket) as message:
+            together(self.clients, lambda client: client.exchange("/weights/bucket", message, what=what))
 
     def digests(self) -> Mapping[str, str]:
         """The digests on which all servers agree; for a tensor on which they differ, a text that equals no digest."""
-        first, *others = together(self._clients, lambda client: client.digests())
+        first, *others = together(self.clients, lambda client: client.digests())
         held = {}
         for name, value in first.items():
             strange = [number for number, other in enumerate(others, 1) if other.get(name) != value]

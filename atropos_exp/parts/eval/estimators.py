@@ -9,19 +9,17 @@ from numpy.typing import NDArray
 Bounds = tuple[float, float]
 
 
-def wilson_interval(*, mean: float, num: float, confidence: float = 0.95) -> Bounds:
-    """Score interval of a proportion `mean` seen in `num` independent trials (Wilson 1927).
+def wilson_interval(*, mean: float, num: float) -> Bounds:
+    """95 % score interval of a proportion `mean` seen in `num` independent trials (Wilson 1927).
 
     Unlike the normal interval it stays inside [0, 1] and keeps its width at 0 and 1. Without trials it is (0, 1).
     Example: 8 right of 10, `wilson_interval(mean=0.8, num=10)`, gives (0.49, 0.94).
     """
     if not 0.0 <= mean <= 1.0:
         raise ValueError(f"wilson_interval: mean must lie in [0, 1]; got {mean}")
-    if not 0.0 < confidence < 1.0:
-        raise ValueError(f"wilson_interval: confidence must lie in (0, 1); got {confidence}")
     if num <= 0:
         return 0.0, 1.0
-    z = NormalDist().inv_cdf(0.5 + confidence / 2)
+    z = NormalDist().inv_cdf(0.975)
     shrink = 1 + z * z / num
     centre = (mean + z * z / (2 * num)) / shrink
     half = z / shrink * math.sqrt(mean * (1 - mean) / num + z * z / (4 * num * num))
@@ -46,8 +44,8 @@ def pass_at_k(*, num_correct: NDArray[np.integer], num_samples: int, k: int) -> 
     return estimates
 
 
-def mean_interval(values: NDArray[np.floating], *, confidence: float = 0.95) -> Bounds:
-    """Interval of the mean of [N] independent values in [0, 1], such as one pass@k estimate per problem.
+def mean_interval(values: NDArray[np.floating]) -> Bounds:
+    """95 % interval of the mean of [N] independent values in [0, 1], such as one pass@k estimate per problem.
 
     Wilson's interval with Kish's effective number of trials, mean (1 - mean) / variance * N: values between 0 and 1
     vary less than coin tosses do. Equal values do not show their variance, so they count as coin tosses.
@@ -60,4 +58,4 @@ def mean_interval(values: NDArray[np.floating], *, confidence: float = 0.95) -> 
     num = float(len(values))
     if variance > 1e-12:
         num = max(num, num * mean * (1 - mean) / variance)
-    return wilson_interval(mean=mean, num=num, confidence=confidence)
+    return wilson_interval(mean=mean, num=num)

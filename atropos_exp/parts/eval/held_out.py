@@ -1,8 +1,5 @@
 """Held-out evaluation: greedy accuracy and sampled pass@k on prompts that are never trained on."""
 
-from __future__ import annotations
-
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,22 +23,8 @@ class HeldOut(Settings):
     temperature: NotNegative  # of the sampled answers; the greedy ones are at 0
     correct_at: float  # an answer with at least this reward is correct
 
-    def start(
-        self,
-        *,
-        prompts: Sequence[Prompt],
-        engine: Engine,
-        scorer: Scorer,
-        tokenizer: Any,
-        stop_token_ids: tuple[int, ...],
-        max_tokens: int,
-        seed: int,
-    ) -> HeldOutEvaluator:
-        """The `Evaluator` of these settings: `seed` is the run's, `max_tokens` the limit of one answer."""
-        return HeldOutEvaluator(self, list(prompts), engine, scorer, tokenizer, stop_token_ids, max_tokens, seed)
 
-
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class HeldOutEvaluator:
     """An `Evaluator`. The same prompts and seeds at every call, so two evaluations differ by the policy alone."""
 
@@ -51,8 +34,8 @@ class HeldOutEvaluator:
     scorer: Scorer
     tokenizer: Any
     stop_token_ids: tuple[int, ...]
-    max_tokens: int
-    seed: int
+    max_tokens: int  # of one answer
+    seed: int  # the run's
 
     def __call__(self, policy_version: int) -> dict[str, float]:
         """Accuracy and pass@k of each data source with 95 % intervals, by metric name, and the number of answers that
@@ -89,8 +72,7 @@ class HeldOutEvaluator:
             stop_token_ids=self.stop_token_ids,
             seed=derive_seed(self.seed, "eval"),
         )
-        token_ids = [prompt.token_ids for prompt in self.prompts]
-        samples = self.engine.generate(token_ids, sampling, num_samples=num_samples)
+        samples = self.engine.generate([prompt.token_ids for prompt in self.prompts], sampling, num_samples=num_samples)
         flat = [sample.token_ids for group in samples for sample in group]
         texts = self.tokenizer.batch_decode(flat, skip_special_tokens=True)
         owners = [prompt for prompt in self.prompts for _ in range(num_samples)]

@@ -1,29 +1,27 @@
 """The HTTP application: its routes, who may call them, how errors are answered, and what is counted."""
 
-from __future__ import annotations
-
 import asyncio
 import hmac
 import logging
 import time
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import orjson
+from aiohttp import web
 
 from atropos_exp.errors import WireError
 from atropos_exp.interfaces import JSON
 from atropos_exp.parts.gateway.admin import Admin
-from atropos_exp.parts.gateway.counters import Counters, prometheus
+from atropos_exp.parts.gateway.counters import prometheus
 from atropos_exp.parts.gateway.dialects import openai, sglang, vllm
 from atropos_exp.parts.gateway.refusal import Refusal
 from atropos_exp.parts.gateway.sampler import Sampler
 from atropos_exp.processes.wire import Message, pack, unpack
 
-if TYPE_CHECKING:
-    from aiohttp import web
-
 logger = logging.getLogger(__name__)
+
+Handler = Callable[[web.Request], Awaitable[web.Response]]
 
 
 class App:
@@ -34,7 +32,7 @@ class App:
     ) -> None:
         self._sampler = sampler
         self._admin = admin
-        self._counters: Counters = sampler.counters
+        self._counters = sampler.counters
         self._model_name = model_name
         self._client_token = None if client_token is None else f"Bearer {client_token}".encode()
         self._private_token = f"Bearer {private_token}".encode()
@@ -42,39 +40,25 @@ class App:
 
     def make(self, *, max_body_bytes: int) -> web.Application:
         """The aiohttp application. Larger bodies than `max_body_bytes` are answered with 413."""
-        from aiohttp import web
-
         app = web.Application(client_max_size=max_body_bytes)
         add = app.router.add_route
-        for path, work in (("/v1/completions", self._completions), ("/v1/chat/completions", self._chat)):
-            add("POST", path, self._guarded(self._json(work)))
-        for path in ("/generate", "//generate"):  # the second: base URLs that end in a slash
-            add("POST", path, self._guarded(self._json(self._generate)))
+        add("POST", "/v1/completions", self._guarded(self._json(self._completions)))
+        add("POST", "/v1/chat/completions", self._guarded(self._json(self._chat)))
+        for slash in ("/", "//"):  # the second: base URLs that end in a slash
+            add("POST", f"{slash}generate", self._guarded(self._json(self._generate)))
+            add("GET", f"{slash}health", self._guarded(self._health, open_to_all=True))
         add("GET", "/v1/models", self._guarded(self._models))
-        for path in ("/health", "//health"):
-            add("GET", path, self._guarded(self._health, open_to_all=True))
         add("GET", "/health_generate", self._guarded(self._health_generate))
-        for path, answer in (
-            ("/ledger/lookup", self._admin.lookup),
-            ("/hold", self._admin.hold),
-            ("/release", self._admin.release),
-        ):
-            add("POST", path, self._guarded(self._binary(answer), private=True))
+        add("POST", "/ledger/lookup", self._guarded(self._binary(self._admin.lookup), private=True))
+        add("POST", "/hold", self._guarded(self._binary(self._admin.hold), private=True))
+        add("POST", "/release", self._guarded(self._binary(self._admin.release), private=True))
         add("GET", "/counters", self._guarded(self._read_counters, private=True))
         add("GET", "/metrics", self._guarded(self._metrics))
         add("*", "/{path:.*}", self._guarded(self._unknown))
         return app
 
-    def _guarded(
-        self,
-        handler: Callable[[web.Request], Awaitable[web.Response]],
-        *,
-        private: bool = False,
-        open_to_all: bool = False,
-    ) -> Callable[[web.Request], Awaitable[web.Response]]:
+    def _guarded(self, handler: Handler, *, private: bool = False, open_to_all: bool = False) -> Handler:
         """`handler` behind a check of the token; every outcome becomes an answer and a count."""
-        from aiohttp import web
-
         expected = self._private_token if private else None if open_to_all else self._client_token
 
         async def guarded(request: web.Request) -> web.Response:
@@ -110,7 +94,7 @@ class App:
             response.headers["Retry-After"] = str(refusal.retry_seconds)
         return response
 
-    def _json(self, work: Callable[[JSON], Awaitable[Any]]) -> Callable[[web.Request], Awaitable[web.Response]]:
+    def _json(self, work: Callable[[JSON], Awaitable[Any]]) -> Handler:
         async def handler(request: web.Request) -> web.Response:
             raw = await request.read()
             try:
@@ -127,10 +111,8 @@ class App:
 
         return handler
 
-    def _binary(self, work: Callable[[Message], Message]) -> Callable[[web.Request], Awaitable[web.Response]]:
+    def _binary(self, work: Callable[[Message], Message]) -> Handler:
         async def handler(request: web.Request) -> web.Response:
-            from aiohttp import web
-
             try:
                 message = unpack(await request.read())
             except WireError as error:
@@ -175,8 +157,6 @@ class App:
         return _json(self._admin.values())
 
     async def _metrics(self, request: web.Request) -> web.Response:
-        from aiohttp import web
-
         self._counters.add("requests_other")
         return web.Response(text=prometheus(self._admin.values()))
 
@@ -186,6 +166,4 @@ class App:
 
 
 def _json(answer: Any, status: int = 200) -> web.Response:
-    from aiohttp import web
-
     return web.Response(body=orjson.dumps(answer), status=status, content_type="application/json")

@@ -1,7 +1,6 @@
 """The trainer's side of the gateway: starts, restarts and stops its process, and sends it the trainer's requests."""
 
 import contextlib
-import dataclasses
 import http.client
 import json
 import secrets
@@ -13,19 +12,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from atropos_exp.errors import EngineError, UserError, WireError
-from atropos_exp.parts.gateway.admin import unpack_provenances
 from atropos_exp.parts.gateway.counters import GAUGES
 from atropos_exp.parts.gateway.options import CLIENT_TOKEN, ENGINE_TOKENS, PRIVATE_TOKEN, Options
 from atropos_exp.parts.gateway.ports import Doors
-from atropos_exp.parts.gateway.upstream import KINDS
 from atropos_exp.processes.child import Child, child_environment
-from atropos_exp.processes.wire import flatten, pack, unpack
+from atropos_exp.processes.wire import pack, unpack
 from atropos_exp.types import Endpoint, Floats, Mask, Provenance, TokenIds
 
 SERVER = "atropos_exp.parts.gateway.server"
+ENGINE_KINDS = ("hf",)  # engines whose protocol `upstream.py` speaks
 POLL_SECONDS = 0.1  # how soon the end of the process is noticed while an answer is due
 
 
@@ -48,11 +44,13 @@ class GatewayClient:
         """Start the process with `options` and wait until it answers. Environments must send `token` as their API key.
 
         Raises EngineError if it does not start, UserError for an engine that it cannot talk to."""
-        if options.engine_kind not in KINDS:
-            raise UserError(
-                f"the gateway cannot talk to an engine of kind {options.engine_kind!r} yet; got that, expected one of "
-                f"{', '.join(KINDS)}; choose engine=hf"
-            )
+        for endpoint in endpoints:
+            if endpoint.kind not in ENGINE_KINDS:
+                raise UserError(
+                    f"the gateway cannot talk to an engine of kind {endpoint.kind!r} yet; got that, expected one of "
+                    f"{', '.join(ENGINE_KINDS)}; choose engine=hf"
+                )
+        self.address = doors.address  # environments use `f"{address}/v1"` as their base URL
         self.token = token
         self.restarts = 0
         self._options = options
@@ -62,19 +60,9 @@ class GatewayClient:
         self._private_token = secrets.token_urlsafe(32)
         self._lock = threading.RLock()  # of what follows
         self._held = False
-        self._past: dict[str, float] = {}  # totals of processes that are gone
+        self._past: dict[str, float] = {}  # totals of processes that are gone; no gauges
         self._seen: dict[str, float] = {}  # last counters of the present one
-        self._process = self._start()
-
-    @property
-    def address(self) -> str:
-        """The gateway's URL. Environments use `f"{address}/v1"` as their base URL."""
-        return self._doors.address
-
-    @property
-    def process(self) -> Child:
-        """The present process."""
-        return self._process
+        self.process = self._start()
 
     def lookup(
         self,
@@ -90,21 +78,12 @@ class GatewayClient:
         """
         if not sequences:
             return []
-        flat, lengths = flatten([token_ids for token_ids, _ in sequences], np.int32)
-        trained, trained_lengths = flatten([trained for _, trained in sequences], np.bool_)
-        hints = logprobs if logprobs is not None else [None] * len(sequences)
-        hint, hint_lengths = flatten(
-            [
-                np.full(len(token_ids), np.nan, np.float32) if given is None else given
-                for (token_ids, _), given in zip(sequences, hints, strict=True)
-            ],
-            np.float32,
-        )
-        assert (lengths == trained_lengths).all() and (lengths == hint_lengths).all(), "one entry per token"
-        message = {"token_ids": flat, "lengths": lengths, "trained": trained, "logprobs_hint": hint, "claim": claim}
-        found = unpack_provenances(self._binary("/ledger/lookup", message, what="what its ledger knows"))
-        assert len(found) == len(sequences)
-        return found
+        hints = [None] * len(sequences) if logprobs is None else logprobs
+        asked = [[token_ids, trained, hint] for (token_ids, trained), hint in zip(sequences, hints, strict=True)]
+        for row in asked:
+            assert len({len(array) for array in row if array is not None}) == 1, "one entry per token"
+        answer = self._binary("/ledger/lookup", {"sequences": asked, "claim": claim}, what="what its ledger knows")
+        return [None if known is None else Provenance(**known) for known in answer["found"]]
 
     def hold(self) -> None:
         """Make new requests wait; those that the engine already has are finished. Raises EngineError."""
@@ -121,11 +100,9 @@ class GatewayClient:
     def counters(self) -> Mapping[str, float]:
         """Totals since the start of the run, restarts included, and gauges: see counters.py. Raises EngineError."""
         with self._lock:
-            values: dict[str, float] = json.loads(self._exchange("GET", "/counters", b"", what="its counters"))
-            self._seen = values
-            totals = {name: value + self._past.get(name, 0) for name, value in values.items() if name not in GAUGES}
-            gauges = {name: value for name, value in values.items() if name in GAUGES}
-            return {**totals, **gauges, "restarts": self.restarts}
+            self._seen = json.loads(self._exchange("GET", "/counters", b"", what="its counters"))
+            totals = {name: value + self._past.get(name, 0) for name, value in self._seen.items()}
+            return {**totals, "restarts": self.restarts}
 
     def check(self) -> None:
         """Raise EngineError unless the process answers within `gateway.health_timeout_seconds`."""
@@ -139,24 +116,24 @@ class GatewayClient:
                 self.check()
                 return False
             except EngineError:
-                self._process.stop()
+                self.process.stop()
             for name, value in self._seen.items():
                 if name not in GAUGES:
                     self._past[name] = self._past.get(name, 0) + value
             self._seen = {}
             self.restarts += 1
-            self._process = self._start()
+            self.process = self._start()
             return True
 
     def stop(self) -> None:
         """End the process and close the sockets. A second call does nothing."""
-        self._process.stop()
+        self.process.stop()
         self._doors.close()
 
     def _start(self) -> Child:
-        options = dataclasses.replace(self._options, incarnation=self.restarts, held=self._held)
+        options = self._options.model_copy(update={"incarnation": self.restarts, "held": self._held})
         process = Child(
-            [sys.executable, "-m", SERVER, options.to_json()],
+            [sys.executable, "-m", SERVER, options.model_dump_json()],
             log=self._log,
             environment=self._environment(),
             pass_fds=options.socket_fds,
@@ -175,10 +152,10 @@ class GatewayClient:
             "TOKENIZERS_PARALLELISM": "false",
             "OMP_NUM_THREADS": "1",  # it computes nothing
             PRIVATE_TOKEN: self._private_token,
+            ENGINE_TOKENS: json.dumps(self._engine_tokens),
         }
         if self.token is not None:
             environment[CLIENT_TOKEN] = self.token
-        environment[ENGINE_TOKENS] = json.dumps(self._engine_tokens)
         return environment
 
     def _wait_until_ready(self, process: Child) -> None:
@@ -205,7 +182,7 @@ class GatewayClient:
     def _exchange(self, method: str, path: str, body: bytes, *, what: str) -> bytes:
         seconds = self._options.health_timeout_seconds
         waiting = f"gateway: waited for {what}"
-        process = self._process
+        process = self.process
         try:
             status, answer = self._request(process, method, path, body, seconds=seconds)
         except TimeoutError:

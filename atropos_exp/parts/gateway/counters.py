@@ -26,7 +26,6 @@ TOTALS = (
     "ledger_evicted",
 )
 GAUGES = ("in_flight", "max_in_flight", "holding", "ledger_entries", "ledger_tokens", "rss_bytes")
-_PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 
 class Counters:
@@ -54,7 +53,7 @@ class Counters:
 def resident_bytes() -> int:
     """Memory of this process in bytes, as the kernel counts it."""
     with open("/proc/self/statm", encoding="ascii") as file:
-        return int(file.read().split()[1]) * _PAGE_BYTES
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def prometheus(values: Mapping[str, float]) -> str:

@@ -14,11 +14,10 @@ class Gate:
         self._counters = counters
         self._max_hold_seconds = max_hold_seconds
         self._opened = asyncio.Event()
+        self._opened.set()
         self._closed_at: float | None = None
         if held:
             self.hold()
-        else:
-            self._opened.set()
 
     @property
     def is_holding(self) -> bool:

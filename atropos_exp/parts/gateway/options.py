@@ -1,24 +1,20 @@
 """The options of the gateway's process: JSON on its command line. Secrets travel in its environment instead."""
 
-from __future__ import annotations
+from pathlib import Path
 
-import dataclasses
-import json
-from dataclasses import dataclass
+from pydantic import BaseModel
 
 PRIVATE_TOKEN = "ATROPOS_EXP_GATEWAY_TOKEN"  # environment variable with the trainer's own token
 CLIENT_TOKEN = "ATROPOS_EXP_GATEWAY_CLIENT_TOKEN"  # with the token that environments must send, if any
 ENGINE_TOKENS = "ATROPOS_EXP_ENGINE_TOKENS"  # with the tokens of the engine's servers, as JSON; null: none
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Options:
+class Options(BaseModel, frozen=True, extra="forbid"):
     """Fields that `GatewaySettings` has too mean the same here."""
 
     socket_fds: tuple[int, ...]  # inherited listening sockets
-    engine_kind: str
     engine_addresses: tuple[str, ...]  # one per server
-    model_folder: str
+    model_folder: Path
     model_name: str
     stop_token_ids: tuple[int, ...]
     max_sequence_length: int
@@ -32,15 +28,3 @@ class Options:
     max_body_mb: int
     start_timeout_seconds: float  # these two bound the trainer's waits; the process ignores them
     health_timeout_seconds: float
-
-    def to_json(self) -> str:
-        """The options as the process's command-line argument."""
-        return json.dumps(dataclasses.asdict(self))
-
-    @classmethod
-    def from_json(cls, text: str) -> Options:
-        """The inverse of `to_json`."""
-        values = json.loads(text)
-        for name in ("socket_fds", "engine_addresses", "stop_token_ids"):
-            values[name] = tuple(values[name])
-        return cls(**values)

@@ -57,12 +57,11 @@ def _bind(host: str, port: int | None, key: str) -> socket.socket:
     try:
         return socket.create_server((host, port or 0), family=family, backlog=BACKLOG)
     except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            what = "another program listens there (another run?)"
-        elif error.errno == errno.EACCES:
-            what = "ports below 1024 are reserved"
-        else:
-            what = error.strerror or str(error)
+        known = {
+            errno.EADDRINUSE: "another program listens there (another run?)",
+            errno.EACCES: "ports below 1024 are reserved",
+        }
+        what = known.get(error.errno or 0) or error.strerror or str(error)
         remedy = (
             "stop that program or choose another port (null takes a free one)"
             if key == "gateway.port"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 
 import numpy as np
 
@@ -15,6 +16,7 @@ from atropos_exp.parts.gateway.refusal import Refusal
 from atropos_exp.parts.gateway.text import Text
 from atropos_exp.parts.gateway.upstream import Answer
 from atropos_exp.parts.gateway.upstreams import Upstreams
+from atropos_exp.processes.wire import split
 from atropos_exp.types import Floats, SamplingParams, TokenIds, TokenScores
 
 LOWEST_LOGPROB = -9999.0  # in the place of minus infinity, which JSON cannot carry; vLLM's choice too
@@ -41,17 +43,14 @@ class Sampler:
         max_tokens = room if request.max_tokens is None else min(room, request.max_tokens)
         if request.max_tokens is not None and request.max_tokens > room:
             self.counters.add("clamped_max_tokens")
-        seed = next(self.seeds) if request.seed is None else request.seed
-        stop_token_ids = request.stop_token_ids
-        if not request.ignore_eos:
-            stop_token_ids = tuple(sorted({*stop_token_ids, *self.stop_token_ids}))
+        own_stops = () if request.ignore_eos else self.stop_token_ids
         params = SamplingParams(
             temperature=request.temperature,
             top_p=request.top_p,
             top_k=request.top_k,
             max_tokens=max_tokens,
-            stop_token_ids=stop_token_ids,
-            seed=seed,
+            stop_token_ids=tuple(sorted({*request.stop_token_ids, *own_stops})),
+            seed=next(self.seeds) if request.seed is None else request.seed,
         )
         await self.gate.enter()
         answer = await self.upstream.generate(
@@ -66,11 +65,7 @@ class Sampler:
         scored = await self.upstream.score(
             sequence, num_top=num_top, temperature=1.0, seconds=self._seconds_left(started)
         )
-        return TokenScores(
-            logprobs=self._finite(scored.logprobs),
-            top_token_ids=scored.top_token_ids,
-            top_logprobs=self._finite(scored.top_logprobs),
-        )
+        return replace(scored, logprobs=self._finite(scored.logprobs), top_logprobs=self._finite(scored.top_logprobs))
 
     def _seconds_left(self, started: float) -> float:
         return max(1.0, self.request_timeout_seconds - (time.monotonic() - started))
@@ -89,38 +84,28 @@ class Sampler:
         return room
 
     def _completions(self, request: SamplingRequest, answer: Answer) -> list[list[Completion]]:
-        logprobs = self._finite(answer.logprobs)
-        groups: list[list[Completion]] = []
-        start = 0
-        lengths, stopped, versions = answer.lengths.tolist(), answer.stopped.tolist(), answer.versions.tolist()
-        assert len(lengths) == len(request.prompts) * request.num_samples
-        for index, length in enumerate(lengths):
-            prompt = request.prompts[index // request.num_samples]
-            if index % request.num_samples == 0:
-                groups.append([])
-                self.counters.add("prompt_tokens", len(prompt))
-            completion = self._completion(
-                request,
-                answer.token_ids[start : start + length],
-                logprobs[start : start + length],
-                stopped=stopped[index],
-                version=versions[index],
-            )
-            start += length
-            groups[-1].append(completion)
-            self.counters.add("completions")
-            self.counters.add("completion_tokens", len(completion.token_ids))
-            self.ledger.add(
-                prompt,
-                completion.token_ids,
-                completion.logprobs,
-                policy_version=completion.policy_version,
-                temperature=request.temperature or 1.0,  # the engine reports a greedy token's logprob at 1
-            )
+        assert len(answer.lengths) == len(request.prompts) * request.num_samples
+        rows = zip(
+            split(answer.token_ids, answer.lengths),
+            split(self._finite(answer.logprobs), answer.lengths),
+            answer.stopped.tolist(),
+            answer.versions.tolist(),
+            strict=True,
+        )
+        groups = []
+        for prompt in request.prompts:
+            self.counters.add("prompt_tokens", len(prompt))
+            groups.append([self._completion(request, prompt, *row) for row in islice(rows, request.num_samples)])
         return groups
 
     def _completion(
-        self, request: SamplingRequest, token_ids: TokenIds, logprobs: Floats, *, stopped: bool, version: int
+        self,
+        request: SamplingRequest,
+        prompt: TokenIds,
+        token_ids: TokenIds,
+        logprobs: Floats,
+        stopped: bool,
+        version: int,
     ) -> Completion:
         finish = "stop" if stopped else "length"
         matched: int | str | None = int(token_ids[-1]) if stopped else None
@@ -134,6 +119,15 @@ class Sampler:
         if isinstance(matched, str):
             end = text.find(matched)
             text = text[: end + len(matched)] if request.include_stop else text[:end]
+        self.counters.add("completions")
+        self.counters.add("completion_tokens", len(token_ids))
+        self.ledger.add(
+            prompt,
+            token_ids,
+            logprobs,
+            policy_version=version,
+            temperature=request.temperature or 1.0,  # the engine reports a greedy token's logprob at 1
+        )
         return Completion(
             token_ids=token_ids, logprobs=logprobs, finish=finish, matched=matched, text=text, policy_version=version
         )

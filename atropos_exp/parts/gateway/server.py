@@ -11,7 +11,9 @@ import os
 import secrets
 import socket
 import sys
-from pathlib import Path
+
+import uvloop
+from aiohttp import web
 
 from atropos_exp.parts.gateway.admin import Admin
 from atropos_exp.parts.gateway.app import App
@@ -26,7 +28,6 @@ from atropos_exp.parts.gateway.upstreams import Upstreams
 from atropos_exp.processes import lifeline
 from atropos_exp.processes.ports import BACKLOG
 from atropos_exp.processes.startup import no_collections, tokenizers_only
-from atropos_exp.types import Endpoint
 
 KEEP_ALIVE_SECONDS = 3600.0
 
@@ -35,14 +36,12 @@ logger = logging.getLogger(__name__)
 
 def main() -> None:
     """Read the options from the command line and serve."""
-    options = Options.from_json(sys.argv[1])
+    options = Options.model_validate_json(sys.argv[1])
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     lifeline.ignore()
-    import uvloop
-
     tokens = {name: os.environ.pop(name, None) for name in (PRIVATE_TOKEN, CLIENT_TOKEN, ENGINE_TOKENS)}
     with tokenizers_only(), no_collections():
-        text = Text(Path(options.model_folder))
+        text = Text(options.model_folder)
     gc.collect()
     gc.freeze()  # what was imported stays; the collector need not walk it again and again
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
@@ -51,21 +50,15 @@ def main() -> None:
 
 async def serve(options: Options, text: Text, tokens: dict[str, str | None]) -> None:
     """Answer requests until the process is killed."""
-    from aiohttp import web
-
     private_token = tokens[PRIVATE_TOKEN]
     assert private_token is not None
-    engine_tokens = json.loads(tokens[ENGINE_TOKENS] or "[]")
-    endpoints = [
-        Endpoint(kind=options.engine_kind, address=address, token=token)
-        for address, token in zip(options.engine_addresses, engine_tokens, strict=True)
-    ]
+    engines = zip(options.engine_addresses, json.loads(tokens[ENGINE_TOKENS] or "[]"), strict=True)
     counters = Counters()
     gate = Gate(counters, max_hold_seconds=options.max_hold_seconds, held=options.held)
     ledger = CompletionLedger(max_tokens=options.ledger_tokens, name=secrets.token_hex(4))
     sampler = Sampler(
         upstream=Upstreams(
-            [Upstream(endpoint, silence_seconds=options.engine_silence_seconds) for endpoint in endpoints], counters
+            [Upstream(*engine, silence_seconds=options.engine_silence_seconds) for engine in engines], counters
         ),
         gate=gate,
         ledger=ledger,

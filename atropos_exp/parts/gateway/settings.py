@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from atropos_exp.config.settings import Seconds, Settings
 from atropos_exp.errors import UserError
 from atropos_exp.parts.gateway.client import GatewayClient
+from atropos_exp.parts.gateway.options import Options
 from atropos_exp.parts.gateway.ports import Doors
 from atropos_exp.types import Endpoint
 
@@ -48,8 +49,6 @@ class GatewaySettings(Settings):
     def listen(self, extra_ports: Sequence[int]) -> Doors:
         """Bind the ports, so that environments know where to connect before the gateway runs. Raises UserError for a
         port that is taken."""
-        from atropos_exp.parts.gateway.ports import Doors
-
         return Doors.open(self.host, self.port, extra_ports)
 
     def start(
@@ -66,27 +65,16 @@ class GatewaySettings(Settings):
     ) -> GatewayClient:
         """Start the process at `doors` and wait until it answers; raises EngineError if it does not. Stopping it closes
         the doors. `endpoints` are the engine's servers, which share the requests."""
-        from atropos_exp.parts.gateway.client import GatewayClient
-        from atropos_exp.parts.gateway.options import Options
-
-        (engine_kind,) = {endpoint.kind for endpoint in endpoints}
         options = Options(
             socket_fds=tuple(listener.fileno() for listener in doors.sockets),
-            engine_kind=engine_kind,
             engine_addresses=tuple(endpoint.address for endpoint in endpoints),
-            model_folder=str(model_folder),
+            model_folder=model_folder,
             model_name=model_name,
-            stop_token_ids=tuple(stop_token_ids),
+            stop_token_ids=stop_token_ids,
             max_sequence_length=max_sequence_length,
             seed=seed,
             incarnation=0,
             held=False,
-            ledger_tokens=self.ledger_tokens,
-            max_hold_seconds=self.max_hold_seconds,
-            request_timeout_seconds=self.request_timeout_seconds,
-            engine_silence_seconds=self.engine_silence_seconds,
-            max_body_mb=self.max_body_mb,
-            start_timeout_seconds=self.start_timeout_seconds,
-            health_timeout_seconds=self.health_timeout_seconds,
+            **self.model_dump(exclude={"host", "port", "token"}),
         )
         return GatewayClient(options, doors=doors, endpoints=endpoints, token=self.token, log_folder=log_folder)

@@ -1,6 +1,7 @@
 """Text to token ids and back, with the model folder's tokenizer and chat template."""
 
 import json
+from bisect import bisect_left
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -66,20 +67,16 @@ class Text:
 
     def cut(self, token_ids: TokenIds, stops: Sequence[str], *, skip_special_tokens: bool) -> tuple[int, str] | None:
         """The smallest number of tokens whose text contains a stop string, and that string; None if there is none."""
-        text = self.decode(token_ids, skip_special_tokens=skip_special_tokens)
-        if not any(stop in text for stop in stops):
+
+        def found(num_tokens: int) -> list[tuple[int, int, str]]:
+            text = self.decode(token_ids[:num_tokens], skip_special_tokens=skip_special_tokens)
+            return [(text.find(stop), -len(stop), stop) for stop in stops if stop in text]
+
+        if not found(len(token_ids)):
             return None
-        low, high = 1, len(token_ids)  # the text only grows with the tokens, so the first place can be bisected
-        while low < high:
-            middle = (low + high) // 2
-            text = self.decode(token_ids[:middle], skip_special_tokens=skip_special_tokens)
-            if any(stop in text for stop in stops):
-                high = middle
-            else:
-                low = middle + 1
-        text = self.decode(token_ids[:low], skip_special_tokens=skip_special_tokens)
-        first = min((text.find(stop), -len(stop), stop) for stop in stops if stop in text)
-        return low, first[2]
+        # The text only grows with the tokens, so the first place can be bisected.
+        num_tokens = bisect_left(range(len(token_ids)), True, lo=1, key=lambda num: bool(found(num)))
+        return num_tokens, min(found(num_tokens))[2]
 
 
 def checked(messages: Any) -> list[dict[str, Any]]:

@@ -1,17 +1,17 @@
 """The gateway's client of one of the engine's servers: every call is one exchange with a deadline."""
 
 import asyncio
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 
+import aiohttp
 import numpy as np
 from numpy.typing import NDArray
 
 from atropos_exp.errors import WireError
 from atropos_exp.parts.gateway.refusal import Refusal
 from atropos_exp.processes.wire import HEARTBEAT, Message, flatten, pack, unpack
-from atropos_exp.types import Endpoint, Floats, Mask, SamplingParams, TokenIds, TokenScores
+from atropos_exp.types import Floats, Mask, SamplingParams, TokenIds, TokenScores
 
-KINDS = ("hf",)  # engines whose protocol this client speaks
 RETRY_SECONDS = 2  # sent as Retry-After while the engine is gone
 HEALTH_SECONDS = 1.0  # how long an answer about the engine's health is valid
 CONNECT_SECONDS = 5.0
@@ -31,16 +31,13 @@ class Answer:
 class Upstream:
     """One server of an engine. Every failure is a Refusal that says what was wrong."""
 
-    def __init__(self, endpoint: Endpoint, *, silence_seconds: float) -> None:
+    def __init__(self, address: str, token: str | None, *, silence_seconds: float) -> None:
         """A server that sends nothing for `silence_seconds`, not even a heartbeat, counts as hung."""
-        import aiohttp
-
-        assert endpoint.kind in KINDS
-        self._address = endpoint.address
+        self._address = address
         self._silence_seconds = silence_seconds
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=60.0),
-            headers={"Authorization": f"Bearer {endpoint.token}"} if endpoint.token else {},
+            headers={"Authorization": f"Bearer {token}"} if token else {},
             auto_decompress=False,
             trust_env=False,  # a proxy has no business on loopback
         )
@@ -59,25 +56,19 @@ class Upstream:
         flat, lengths = flatten(prompts, np.int32)
         message = {"token_ids": flat, "lengths": lengths, "num_samples": num_samples, **asdict(params)}
         answer = await self._exchange("/generate", message, seconds)
-        return Answer(
-            token_ids=answer["token_ids"],
-            logprobs=answer["logprobs"],
-            lengths=answer["lengths"],
-            stopped=answer["stopped"],
-            versions=answer["versions"],
-        )
+        return Answer(**{one.name: answer[one.name] for one in fields(Answer)})
 
     async def score(self, sequence: TokenIds, *, num_top: int, temperature: float, seconds: float) -> TokenScores:
         """Logprobs of `sequence`'s own tokens and of the `num_top` likeliest at each position, within `seconds`."""
         flat, lengths = flatten([sequence], np.int32)
         message = {"token_ids": flat, "lengths": lengths, "temperature": temperature, "num_top": num_top}
         answer = await self._exchange("/score", message, seconds)
-        logprobs = answer["logprobs"]
-        if num_top == 0:
-            none = np.zeros((len(logprobs), 0))
-            answer |= {"top_token_ids": none.astype(np.int32), "top_logprobs": none.astype(np.float32)}
-        top_token_ids, top_logprobs = answer["top_token_ids"], answer["top_logprobs"]
-        return TokenScores(logprobs=logprobs, top_token_ids=top_token_ids, top_logprobs=top_logprobs)
+        none = np.zeros((len(answer["logprobs"]), 0))  # what the engine leaves out when it is not asked for any
+        return TokenScores(
+            logprobs=answer["logprobs"],
+            top_token_ids=answer.get("top_token_ids", none.astype(np.int32)),
+            top_logprobs=answer.get("top_logprobs", none.astype(np.float32)),
+        )
 
     async def check(self) -> None:
         """Raise Refusal unless the server generates a real token now."""
@@ -103,8 +94,6 @@ class Upstream:
             self._check = None
 
     async def _exchange(self, path: str, message: Message, seconds: float) -> Message:
-        import aiohttp
-
         timeout = aiohttp.ClientTimeout(
             total=seconds + 5.0,  # the engine itself gives up at the deadline
             sock_connect=CONNECT_SECONDS,

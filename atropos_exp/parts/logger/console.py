@@ -10,10 +10,10 @@ from typing import IO, TYPE_CHECKING, Any, ClassVar
 
 from atropos_exp.config.settings import Count, Settings
 from atropos_exp.parts.logger.step_line import FirstTimes, LiveFigures, TimeLeft, clock, step_line
-from atropos_exp.types import SampleRecord, StepMetrics
+from atropos_exp.types import RunDescription, SampleRecord, StepMetrics
 
 if TYPE_CHECKING:
-    from rich.progress import Progress, TaskID
+    from rich.progress import Progress
 
 log = logging.getLogger(__name__)
 
@@ -27,18 +27,9 @@ class Console(Settings):
     project: ClassVar[None] = None  # nothing is tracked outside the run folder
     group: ClassVar[None] = None
 
-    def start(
-        self,
-        *,
-        run_folder: Path,
-        config: Mapping[str, Any],
-        name: str,
-        resumed: bool,
-        total_steps: int,
-        group: str | None = None,
-    ) -> ConsoleLogger:
-        """Return the logger of a run with `total_steps` steps."""
-        return ConsoleLogger(self, stream=sys.stdout, name=name, run_folder=run_folder, total_steps=total_steps)
+    def start(self, run: RunDescription) -> ConsoleLogger:
+        """Return the logger of a run, which prints to standard output."""
+        return ConsoleLogger(self, run, sys.stdout)
 
 
 class ConsoleLogger:
@@ -47,31 +38,30 @@ class ConsoleLogger:
     A stream that is closed under it (`| head`) silences it and does not stop the run.
     """
 
-    def __init__(self, settings: Console, *, stream: IO[str], name: str, run_folder: Path, total_steps: int) -> None:
+    def __init__(self, settings: Console, run: RunDescription, stream: IO[str]) -> None:
         self._every = settings.every
+        self._run = run
         self._stream = stream
-        self._run_folder = run_folder
-        self._total_steps = total_steps
-        self._left = TimeLeft(total_steps)
+        self._left = TimeLeft(run.total_steps)
         self._figures = LiveFigures()
         self._first_times = FirstTimes()
-        self._bar: _Bar | None = None
         self._open = True
-        if stream.isatty() if settings.live is None else settings.live:
-            self._bar = _Bar(stream, name, total_steps)
+        is_live = stream.isatty() if settings.live is None else settings.live
+        self._bar = _progress_bar(stream, run.name, run.total_steps) if is_live else None
 
     def log(self, metrics: StepMetrics) -> None:
         """Show a step: move the live line, or print one of its own if the step is one of `every`."""
         left = self._left.after(metrics)
-        line = step_line(metrics, total_steps=self._total_steps, left=left)
+        line = step_line(metrics, total_steps=self._run.total_steps, left=left)
         evaluated = any(name.startswith("eval/") for name in metrics.values)
         for text in self._first_times.in_step(metrics):
             self.say(f"warning: {text}")
         if self._bar is not None:
             if evaluated:  # worth keeping on the screen
                 self.say(line)
-            self._bar.show(metrics.step, self._figures.after(metrics, left))
-        elif evaluated or metrics.step in (0, 1, self._total_steps) or metrics.step % self._every == 0:
+            figures = self._figures.after(metrics, left)
+            self._bar.update(self._bar.task_ids[0], completed=metrics.step, figures=figures)
+        elif evaluated or metrics.step in (0, 1, self._run.total_steps) or metrics.step % self._every == 0:
             self.say(line)
 
     def samples(self, step: int, records: Sequence[SampleRecord]) -> None: ...
@@ -81,7 +71,7 @@ class ConsoleLogger:
         if self._bar is not None:
             bar, self._bar = self._bar, None
             bar.stop()
-        self.say(closing_line(summary, self._run_folder))
+        self.say(closing_line(summary, self._run.folder))
 
     def say(self, text: str) -> None:
         """Print one line, above the live one if there is one."""
@@ -89,7 +79,7 @@ class ConsoleLogger:
             return
         try:
             if self._bar is not None:
-                self._bar.print(text)
+                self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
             else:
                 self._stream.write(text + "\n")
                 self._stream.flush()
@@ -98,34 +88,24 @@ class ConsoleLogger:
             log.warning("the console cannot be written to any more: %s", error)
 
 
-class _Bar:
+def _progress_bar(stream: IO[str], name: str, total_steps: int) -> Progress:
     """rich's progress display, which redraws itself twice a second so that a long step is seen to be alive."""
+    from rich.console import Console as RichConsole
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
+    from rich.table import Column
 
-    def __init__(self, stream: IO[str], name: str, total_steps: int) -> None:
-        from rich.console import Console as RichConsole
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
-        from rich.table import Column
-
-        self._progress: Progress = Progress(
-            SpinnerColumn(),
-            TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=12),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[figures]}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis")),
-            console=RichConsole(file=stream),
-            refresh_per_second=2,
-        )
-        self._task: TaskID = self._progress.add_task(name, total=total_steps, figures="")
-        self._progress.start()
-
-    def show(self, step: int, figures: str) -> None:
-        self._progress.update(self._task, completed=step, figures=figures)
-
-    def print(self, text: str) -> None:
-        self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-    def stop(self) -> None:
-        self._progress.stop()
+    bar = Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=12),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[figures]}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis")),
+        console=RichConsole(file=stream),
+        refresh_per_second=2,
+    )
+    bar.add_task(name, total=total_steps, figures="")
+    bar.start()
+    return bar
 
 
 def closing_line(summary: Mapping[str, Any], run_folder: Path) -> str:

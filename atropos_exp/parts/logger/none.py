@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, ClassVar
 
 from atropos_exp.config.settings import Settings
-from atropos_exp.types import SampleRecord, StepMetrics
+from atropos_exp.types import RunDescription, SampleRecord, StepMetrics
 
 
 class NoLogger(Settings):
@@ -16,16 +15,7 @@ class NoLogger(Settings):
     project: ClassVar[None] = None  # nothing is tracked outside the run folder
     group: ClassVar[None] = None
 
-    def start(
-        self,
-        *,
-        run_folder: Path,
-        config: Mapping[str, Any],
-        name: str,
-        resumed: bool,
-        total_steps: int,
-        group: str | None = None,
-    ) -> SilentLogger:
+    def start(self, run: RunDescription) -> SilentLogger:
         """Return a logger that does nothing."""
         return SilentLogger()
 

@@ -9,37 +9,52 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from math import isfinite
-from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from atropos_exp.parts.logger.console import ConsoleLogger
+from pydantic import Field
+
+from atropos_exp.config.settings import Count, Seconds, Settings
+from atropos_exp.parts.logger.console import Console, ConsoleLogger
 from atropos_exp.parts.logger.feeder import Feeder
 from atropos_exp.runs.redaction import redact
-from atropos_exp.types import SampleRecord, StepMetrics
+from atropos_exp.types import RunDescription, SampleRecord, StepMetrics
+
+
+class RemoteSettings(Settings):
+    """Settings that all loggers with a process of their own have."""
+
+    live: bool | None
+    every: Count
+    project: Annotated[str, Field(min_length=1, description="the name of a project")]
+    group: str | None
+    finish_timeout: Seconds
+    queue_size: Count
+
+    def console(self, run: RunDescription) -> ConsoleLogger:
+        """Return the logger that prints beside this one."""
+        return Console(live=self.live, every=self.every).start(run)
 
 
 class RemoteLogger:
     """A `Logger` that writes to the console and to a library in another process."""
 
     def __init__(
-        self,
-        name: str,
-        module: str,
-        console: ConsoleLogger,
-        *,
-        settings: Mapping[str, Any],
-        log: Path,
-        queue_size: int,
-        finish_timeout: float,
+        self, settings: RemoteSettings, run: RunDescription, *, library: str, name: str, facts: Mapping[str, Any]
     ) -> None:
-        """Start `module` with `settings` as its first message. `name` stands before what the process reports, `log`
-        takes what the library prints."""
-        self._console = console
-        self._finish_timeout = finish_timeout
-        # -P: the working directory, where W&B makes a folder called wandb, stays off the import path
-        command = [sys.executable, "-P", "-m", module]
-        self._feeder = Feeder(command, name=name, log_path=log, queue_size=queue_size, tell=console.say)
-        self._feeder.put(settings)
+        """Start the program `<library>_process.py`, whose first message holds `facts` and what every tracker needs;
+        secrets of the run's configuration are redacted in it. `name` stands before what the process reports."""
+        self._console = settings.console(run)
+        self._finish_timeout = settings.finish_timeout
+        self._feeder = Feeder(
+            # -P: the working directory, where W&B makes a folder called wandb, stays off the import path
+            [sys.executable, "-P", "-m", f"atropos_exp.parts.logger.{library}_process"],
+            name=name,
+            log_path=run.folder / "log" / f"{library}.log",
+            queue_size=settings.queue_size,
+            tell=self._console.say,
+        )
+        group = run.group if settings.group is None else settings.group
+        self._feeder.put({"project": settings.project, "group": group, "config": redact(run.config), **facts})
 
     @property
     def num_dropped(self) -> int:

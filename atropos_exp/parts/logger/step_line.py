@@ -35,7 +35,8 @@ class LiveFigures:
     def after(self, metrics: StepMetrics, left: float | None) -> str:
         """Return at most 80 columns, for example `reward 0.43 eval 0.61 lag 0 12.3k tok/s ETA 0:49`."""
         values = metrics.values
-        self._accuracy = first_given(eval_accuracy(values), self._accuracy)
+        if (accuracy := eval_accuracy(values)) is not None:
+            self._accuracy = accuracy
         reward = values.get("reward/mean", float("nan"))
         parts = [f"reward {reward:.2f}"] if reward == reward else []
         if self._accuracy is not None:
@@ -47,11 +48,6 @@ class LiveFigures:
         if left is not None:
             parts.append(f"ETA {clock(left)}")
         return " ".join(parts)
-
-
-def first_given(*values: float | None) -> float | None:
-    """Return the first value that is not None."""
-    return next((value for value in values if value is not None), None)
 
 
 def step_line(metrics: StepMetrics, *, total_steps: int, left: float | None) -> str:

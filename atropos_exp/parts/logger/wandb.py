@@ -1,18 +1,14 @@
 """`logger=wandb`: Weights & Biases beside the console, from a process of its own (`remote.py` says why)."""
 
 import secrets
-from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
 
-from pydantic import Field
-
-from atropos_exp.config.settings import Count, Seconds, Settings
-from atropos_exp.parts.logger.console import Console, ConsoleLogger
-from atropos_exp.parts.logger.remote import RemoteLogger
+from atropos_exp.config.settings import Seconds
+from atropos_exp.parts.logger.console import ConsoleLogger
+from atropos_exp.parts.logger.remote import RemoteLogger, RemoteSettings
 from atropos_exp.runs.atomic import write_atomic
-from atropos_exp.runs.redaction import redact
+from atropos_exp.types import RunDescription
 
 RUN_ID_FILE = "wandb_run_id.txt"
 
@@ -26,63 +22,31 @@ class Mode(Enum):
     disabled = "disabled"
 
 
-class Wandb(Settings):
+class Wandb(RemoteSettings):
     """Settings of `logger=wandb`."""
 
-    live: bool | None
-    every: Count
     mode: Mode
-    project: Annotated[str, Field(min_length=1, description="the name of a project")]
     entity: str | None
-    group: str | None
     job_type: str | None
     tags: list[str]
     init_timeout: Seconds
-    finish_timeout: Seconds
-    queue_size: Count
 
-    def start(
-        self,
-        *,
-        run_folder: Path,
-        config: Mapping[str, Any],
-        name: str,
-        resumed: bool,
-        total_steps: int,
-        group: str | None = None,
-    ) -> ConsoleLogger | RemoteLogger:
-        """Return the logger of a run. Secrets in `config` are redacted here.
-
-        A resumed run continues its W&B run, whose id lies in the run folder.
-        """
-        console = Console(live=self.live, every=self.every).start(
-            run_folder=run_folder, config=config, name=name, resumed=resumed, total_steps=total_steps, group=None
-        )
+    def start(self, run: RunDescription) -> ConsoleLogger | RemoteLogger:
+        """Return the logger of a run. A resumed run continues its W&B run, whose id lies in the run folder."""
         if self.mode is Mode.disabled:
-            return console
-        settings = {
+            return self.console(run)
+        facts = {
             "mode": self.mode.value,
-            "folder": str(run_folder.absolute()),
-            "id": _run_id(run_folder, resumed),
-            "name": name,
-            "project": self.project,
+            "folder": str(run.folder.absolute()),
+            "id": _run_id(run.folder, run.resumed),
+            "name": run.name,
             "entity": self.entity,
-            "group": group if self.group is None else self.group,
             "job_type": self.job_type,
-            "tags": list(self.tags),
-            "config": redact(config),
+            "tags": self.tags,
             "init_timeout": self.init_timeout,
             "finish_timeout": 0.8 * self.finish_timeout,  # so that the process can still say what is missing
         }
-        return RemoteLogger(
-            "W&B",
-            "atropos_exp.parts.logger.wandb_process",
-            console,
-            settings=settings,
-            log=run_folder / "log" / "wandb.log",
-            queue_size=self.queue_size,
-            finish_timeout=self.finish_timeout,
-        )
+        return RemoteLogger(self, run, library="wandb", name="W&B", facts=facts)
 
 
 def _run_id(run_folder: Path, resumed: bool) -> str:

@@ -26,14 +26,6 @@ from atropos_exp.config.settings import NotNegative, Settings
 if TYPE_CHECKING:
     from torch import Tensor
 
-# our name -> verl's `agg_loss` mode
-AGG_MODES = {
-    "token_mean": "token-mean",
-    "token_sum": "token-sum",
-    "seq_mean_token_sum": "seq-mean-token-sum",
-    "seq_mean_token_mean": "seq-mean-token-mean",
-}
-
 
 class VerlPolicyLoss(Settings):
     """A policy loss of verl's registry (`get_policy_loss_fn`) as a `PolicyLoss`.
@@ -74,9 +66,8 @@ class VerlPolicyLoss(Settings):
         A supervised token costs -advantage * logprob (its advantage is 1, or 0 where it is to teach nothing).
         """
         import torch
-        from verl.trainer.ppo import core_algos
+        from verl.trainer.ppo import core_algos as verl
 
-        verl: Any = core_algos  # only partly annotated
         assert self.kl_coef == 0 or reference_logprobs_NR is not None, "kl_coef needs the reference logprobs"
         policy_NR = mask_NR if supervised_NR is None else mask_NR & ~supervised_NR
 
@@ -133,7 +124,7 @@ class AveragedLoss(VerlPolicyLoss):
     agg_mode: Literal["token_mean", "token_sum", "seq_mean_token_sum", "seq_mean_token_mean"]
 
     def aggregation(self) -> tuple[str, int | None]:
-        return AGG_MODES[self.agg_mode], None
+        return self.agg_mode.replace("_", "-"), None
 
 
 class ClippedRatio(VerlPolicyLoss):

@@ -106,5 +106,5 @@ def copy_description(folder: Path, target: Path) -> None:
 
 def vocab_size(model_folder: Path) -> int:
     """The number of rows of the model's embedding, which may exceed the tokenizer's number of tokens."""
-    config = json.loads((model_folder / "config.json").read_text())
+    config = read_json(model_folder / "config.json")
     return int(config.get("vocab_size") or config["text_config"]["vocab_size"])

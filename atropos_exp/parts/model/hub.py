@@ -19,7 +19,7 @@ class HubModel(ModelSettings):
 
     def fetch(self) -> Path:
         """The model's folder; what the hub's cache lacks is downloaded. Raises UserError."""
-        folder = fetch(self._path, revision=self.revision, with_code=self.trust_remote_code)
+        folder = self._download()
         messages = hf_folder.problems(folder)
         if messages:
             raise UserError("; ".join(messages))
@@ -28,7 +28,51 @@ class HubModel(ModelSettings):
         return folder
 
     def local_folder(self) -> Path | None:
-        return find(self._path, revision=self.revision)
+        """None if it must be downloaded from the hub or copied from HDFS first. A path that cannot be a hub id is
+        returned even if it does not exist."""
+        folder = _as_folder(self._path)
+        if self._path.startswith("hdfs://"):
+            return None
+        if folder.is_dir() or not _is_hub_id(self._path):
+            return folder.resolve()
+        from huggingface_hub import try_to_load_from_cache
+
+        cached = try_to_load_from_cache(self._path, "config.json", revision=self.revision)
+        if not isinstance(cached, str):
+            return None
+        # A download that was cut short leaves config.json without the weights: `fetch` completes it.
+        return None if hf_folder.problems(Path(cached).parent) else Path(cached).parent
+
+    def _download(self) -> Path:
+        """The folder on this machine, downloaded or copied if necessary."""
+        import httpx
+        from huggingface_hub import snapshot_download
+        from verl.utils.fs import copy_to_local
+
+        path, revision = self._path, self.revision
+        folder = Path(copy_to_local(str(_as_folder(path)) if not path.startswith("hdfs://") else path.rstrip("/")))
+        if folder.is_dir():
+            return folder.resolve()
+        if not _is_hub_id(path):
+            raise UserError(f"path: got {path}, expected a folder that exists, or a hub id such as org/name")
+        cached = self.local_folder()
+        if cached is not None and cached.name == revision:  # a commit never changes
+            return cached
+        patterns = [*_FILES, "*.py"] if self.trust_remote_code else _FILES
+        try:
+            return Path(snapshot_download(path, revision=revision, allow_patterns=patterns))
+        except (OSError, ValueError, httpx.HTTPError) as error:  # the hub's own errors are all one of these
+            reason = f"{type(error).__name__}: {str(error).strip().split(chr(10))[0].rstrip('.')}"
+            if cached is not None:
+                _logger.warning(
+                    "could not ask the hub for the newest %s (%s); using the one in the cache", path, reason
+                )
+                return cached
+            raise UserError(
+                f"path: {path} is not a folder here and could not be taken from the Hugging Face hub "
+                f"(revision {revision or 'main'}): {reason}. Check the name, the network, and HF_TOKEN if the model is "
+                "gated; or give the path of a downloaded copy"
+            ) from error
 
     @property
     def _path(self) -> str:
@@ -36,60 +80,10 @@ class HubModel(ModelSettings):
             raise UserError("path: got nothing, expected a hub id such as org/name, or a folder")
         return self.path
 
-    def preflight(self, *, max_prompt_length: int, max_response_length: int, device: str) -> list[str]:
-        messages = super().preflight(
-            max_prompt_length=max_prompt_length, max_response_length=max_response_length, device=device
-        )
+    def own_problems(self) -> list[str]:
         if self.revision and self.path and not self.trust_remote_code and _as_folder(self.path).is_dir():
-            messages.append(f"revision: got {self.revision}, but model.path is a folder, which has none; remove it")
-        return messages
-
-
-def find(path: str, *, revision: str | None) -> Path | None:
-    """The model's folder on this machine; None if it must be downloaded from the hub or copied from HDFS first.
-
-    A path that cannot be a hub id is returned even if it does not exist.
-    """
-    folder = _as_folder(path)
-    if path.startswith("hdfs://"):
-        return None
-    if folder.is_dir() or not _is_hub_id(path):
-        return folder.resolve()
-    from huggingface_hub import try_to_load_from_cache
-
-    cached = try_to_load_from_cache(path, "config.json", revision=revision)
-    if not isinstance(cached, str):
-        return None
-    # A download that was cut short leaves config.json without the weights: `fetch` completes it.
-    return None if hf_folder.problems(Path(cached).parent) else Path(cached).parent
-
-
-def fetch(path: str, *, revision: str | None, with_code: bool) -> Path:
-    """The model's folder on this machine, downloaded or copied if necessary. Raises UserError."""
-    import httpx
-    from huggingface_hub import snapshot_download
-    from verl.utils.fs import copy_to_local
-
-    folder = Path(copy_to_local(str(_as_folder(path)) if not path.startswith("hdfs://") else path.rstrip("/")))
-    if folder.is_dir():
-        return folder.resolve()
-    if not _is_hub_id(path):
-        raise UserError(f"path: got {path}, expected a folder that exists, or a hub id such as org/name")
-    cached = find(path, revision=revision)
-    if cached is not None and cached.name == revision:  # a commit never changes
-        return cached
-    try:
-        return Path(snapshot_download(path, revision=revision, allow_patterns=_FILES + (["*.py"] if with_code else [])))
-    except (OSError, ValueError, httpx.HTTPError) as error:  # the hub's own errors are all one of these
-        reason = f"{type(error).__name__}: {str(error).strip().split(chr(10))[0].rstrip('.')}"
-        if cached is not None:
-            _logger.warning("could not ask the hub for the newest %s (%s); using the one in the cache", path, reason)
-            return cached
-        raise UserError(
-            f"path: {path} is not a folder here and could not be taken from the Hugging Face hub "
-            f"(revision {revision or 'main'}): {reason}. Check the name, the network, and HF_TOKEN if the model is "
-            "gated; or give the path of a downloaded copy"
-        ) from error
+            return [f"revision: got {self.revision}, but model.path is a folder, which has none; remove it"]
+        return []
 
 
 def _check_code(folder: Path, trust_remote_code: bool) -> None:

@@ -66,7 +66,11 @@ class ModelSettings(Settings):
                 f"attn_implementation: got {self.attn_implementation}, which needs an NVIDIA GPU, but device is "
                 f"{device}; use auto"
             )
-        return messages
+        return messages + self.own_problems()
+
+    def own_problems(self) -> list[str]:
+        """What else would go wrong with one option; part of `preflight`."""
+        return []
 
     def compute_dtype(self, device: str) -> str:
         """float32 or bfloat16. `auto` is bfloat16 on a GPU, and float32 on a CPU, where bfloat16 is often slower."""

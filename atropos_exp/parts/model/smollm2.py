@@ -50,13 +50,10 @@ class SmolLM2(HubModel):
     def context_length(self) -> int | None:
         return CONTEXT_LENGTH if self.path is None else super().context_length()
 
-    def preflight(self, *, max_prompt_length: int, max_response_length: int, device: str) -> list[str]:
-        messages = super().preflight(
-            max_prompt_length=max_prompt_length, max_response_length=max_response_length, device=device
-        )
+    def own_problems(self) -> list[str]:
         if self.path is None and self.local_folder() is None and importlib.util.find_spec("gguf") is None:
-            messages.append(_NEEDS_GGUF)
-        return messages
+            return [_NEEDS_GGUF]
+        return super().own_problems()
 
 
 _NEEDS_GGUF = (

@@ -66,22 +66,13 @@ def _write_weights(gguf: Path, fields: dict[str, Any], folder: Path) -> None:
     from transformers import LlamaForCausalLM
     from transformers.utils import logging
 
-    bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
-    try:
-        model = LlamaForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-        model.to(torch.bfloat16)  # the precision of the original
-        _set_facts(model, fields)
-        model.save_pretrained(folder)
-    finally:
-        if bars:
-            logging.enable_progress_bar()
-
-
-def _set_facts(model: Any, fields: dict[str, Any]) -> None:
+    model = LlamaForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    model.to(torch.bfloat16)  # the precision of the original
     model.config.rms_norm_eps = round(fields["llama.attention.layer_norm_rms_epsilon"], 8)  # 1e-5 less float32's error
     for settings in (model.config, model.generation_config):
         settings.bos_token_id = fields["tokenizer.ggml.bos_token_id"]
         settings.eos_token_id = fields["tokenizer.ggml.eos_token_id"]
         settings.pad_token_id = fields["tokenizer.ggml.padding_token_id"]
     assert model.config.tie_word_embeddings
+    model.save_pretrained(folder)

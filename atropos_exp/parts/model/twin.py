@@ -159,13 +159,17 @@ def _shrink_rope(values: dict[str, Any], max_length: int) -> None:
         return
     head = values.get("qk_rope_head_dim") or values.get("head_dim") or 16
     for part in (rope, *(part for part in rope.values() if isinstance(part, dict))):
-        if _is_size(original := part.get("original_max_position_embeddings")):
-            part["original_max_position_embeddings"] = LONGER_THAN if max_length > original else 512
+        _shrink_original(part, max_length)
         share = part.get("partial_rotary_factor") or values.get("partial_rotary_factor") or 1.0
         for name in ("short_factor", "long_factor"):
             if isinstance(part.get(name), list):
                 part[name] = part[name][: int(head * share) // 2]
-    if _is_size(original := values.get("original_max_position_embeddings")):
+    _shrink_original(values, max_length)
+
+
+def _shrink_original(values: dict[str, Any], max_length: int) -> None:
+    original = values.get("original_max_position_embeddings")
+    if isinstance(original, int):
         values["original_max_position_embeddings"] = LONGER_THAN if max_length > original else 512
 
 

@@ -8,8 +8,11 @@ from atropos_exp.config.settings import Count, Settings
 
 
 class PooledReward(Settings):
-    """A reward that `RewardPool` runs. Subclasses add `__call__(answer, prompt) -> float`, and may add `warm_up()`,
-    which imports what the first call would need, before any time limit runs."""
+    """A reward that `RewardPool` runs. Subclasses add `__call__(answer, prompt) -> float`, and override `warm_up` if
+    they import libraries of their own."""
 
     num_workers: Count  # processes
     timeout_seconds: Annotated[float, Field(gt=0, lt=3600, description="seconds")]
+
+    def warm_up(self) -> None:
+        """Import what the first call needs, before any time limit runs."""

@@ -18,15 +18,12 @@ class MathVerify(PooledReward):
     def warm_up(self) -> None:
         import math_verify
 
-        # the pool limits the time, so the library's own limit (a signal) is off, which it would warn about
-        logging.getLogger("math_verify").setLevel(logging.ERROR)
         math_verify.verify(self._parse("\\boxed{1}"), self._parse("\\frac{2}{2}"), timeout_seconds=None)
 
     def __call__(self, answer: str, prompt: Prompt) -> float:
         """Raises ValueError if the ground truth cannot be read."""
         import math_verify
 
-        logging.getLogger("math_verify").setLevel(logging.ERROR)
         boxed = last_boxed(answer)
         if boxed is None and self.require_boxed:
             return 0.0
@@ -43,6 +40,8 @@ class MathVerify(PooledReward):
     def _parse(self, text: str) -> list[Any]:
         from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse
 
+        # the pool limits the time, so the library's own limit (a signal) is off, which it would warn about
+        logging.getLogger("math_verify").setLevel(logging.ERROR)
         config = [LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig()]
         found: list[Any] = parse(text, extraction_config=config, parsing_timeout=None)
         return found

@@ -31,6 +31,7 @@ ENVIRONMENT = (
     "PYTHONHASHSEED", "PYTHONDONTWRITEBYTECODE", "PYTHONPYCACHEPREFIX", "HF_HOME", "HF_HUB_OFFLINE",
 )  # fmt: skip
 ENVIRONMENT_PREFIXES = ("LC_", "XDG_")
+Results = dict[int, float | RewardFailure]  # by the number of the item
 
 
 @dataclass(kw_only=True, eq=False)
@@ -103,7 +104,7 @@ class RewardPool:
         self.close()
 
     def _score(self, items: Sequence[tuple[str, Prompt]]) -> list[float | RewardFailure]:
-        results: list[float | RewardFailure | None] = [None] * len(items)
+        results: Results = {}
         pending = deque(range(len(items)))
         size = max(1, min(LONGEST_CHUNK, len(items) // (4 * self._num_workers)))
         while pending or any(worker.chunk for worker in self._workers):
@@ -119,7 +120,7 @@ class RewardPool:
             for worker in busy:  # after reading: what has arrived is in time
                 if worker.chunk and time.monotonic() > worker.deadline:
                     self._abandon(worker, "timeout", results, pending)
-        return [_known(result) for result in results]
+        return [results[index] for index in range(len(items))]
 
     def _idle_worker(self) -> _Worker | None:
         for worker in self._workers:
@@ -140,7 +141,7 @@ class RewardPool:
         worker.deadline = time.monotonic() + self._timeout_seconds
         return True
 
-    def _read(self, worker: _Worker, results: list[float | RewardFailure | None]) -> bool:
+    def _read(self, worker: _Worker, results: Results) -> bool:
         """Read the worker's results. Return False if it is gone or sends something else."""
         try:
             data = worker.channel.recv(1 << 16)
@@ -165,9 +166,7 @@ class RewardPool:
             worker.deadline = time.monotonic() + self._timeout_seconds
         return bool(data)
 
-    def _abandon(
-        self, worker: _Worker, reason: str, results: list[float | RewardFailure | None], pending: deque[int]
-    ) -> None:
+    def _abandon(self, worker: _Worker, reason: str, results: Results, pending: deque[int]) -> None:
         """Record a failure of the answer being scored, drop the worker, and queue its other answers again."""
         if worker.chunk:
             results[worker.chunk.popleft()] = RewardFailure(reason=reason)
@@ -252,11 +251,6 @@ class RewardPool:
         except subprocess.TimeoutExpired:  # still importing: it has no workers yet
             self._template.kill()
             self._template.wait()
-
-
-def _known(result: float | RewardFailure | None) -> float | RewardFailure:
-    assert result is not None
-    return result
 
 
 def _environment() -> dict[str, str]:

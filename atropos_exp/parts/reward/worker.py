@@ -42,8 +42,8 @@ def main(control: socket.socket) -> None:
         return
     try:
         pickled_reward, memory_bytes = pickle.loads(packet)
-        reward = pickle.loads(pickled_reward)
-        getattr(reward, "warm_up", lambda: None)()
+        reward: Reward = pickle.loads(pickled_reward)
+        reward.warm_up()
     except BaseException as error:
         control.send(pickle.dumps(f"{type(error).__name__}: {error}"[:4000]))
         raise

@@ -1,7 +1,7 @@
 """`rollout=local`: prompts from the data, completions from the engine, scores from the reward; one turn each."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -46,36 +46,26 @@ class LocalSource:
         prompts = self.loader.take(num_groups)
         sampling = replace(self.sampling, seed=derive_seed(self.seed, "rollout", step))
         samples = self.engine.generate([prompt.token_ids for prompt in prompts], sampling, num_samples=self.group_size)
-        flat = [sample for group in samples for sample in group]
-        texts = self.tokenizer.batch_decode([sample.token_ids for sample in flat], skip_special_tokens=True)
+        flat = [sample.token_ids for group in samples for sample in group]
+        texts = self.tokenizer.batch_decode(flat, skip_special_tokens=True)
         owners = [prompt for prompt, group in zip(prompts, samples, strict=True) for _ in group]
         scores = iter(self.scorer.score(list(zip(texts, owners, strict=True))))
 
         dropped: Counter[str] = Counter()
         groups = []
         for prompt, group in zip(prompts, samples, strict=True):
-            rollouts = self._score_group(prompt, group, [next(scores) for _ in group], dropped)
+            rollouts = []
+            for sample in group:
+                score = next(scores)
+                if isinstance(score, RewardFailure):
+                    dropped[score.reason] += 1
+                elif len(sample.token_ids) == 0:
+                    dropped["empty_completion"] += 1
+                else:
+                    rollouts.append(as_rollout(prompt, sample, score, mask_truncated=self.mask_truncated))
             if rollouts:
                 groups.append(RolloutGroup(prompt_id=prompt.prompt_id, source="local", rollouts=tuple(rollouts)))
         return groups, Dropped(reasons=dict(dropped))
-
-    def _score_group(
-        self,
-        prompt: Prompt,
-        samples: Sequence[Sample],
-        scores: Sequence[float | RewardFailure],
-        dropped: Counter[str],
-    ) -> list[Rollout]:
-        rollouts = []
-        for sample, score in zip(samples, scores, strict=True):
-            if isinstance(score, RewardFailure):
-                dropped[score.reason] += 1
-                continue
-            if len(sample.token_ids) == 0:
-                dropped["empty_completion"] += 1
-                continue
-            rollouts.append(as_rollout(prompt, sample, score, mask_truncated=self.mask_truncated))
-        return rollouts
 
     def counters(self) -> Mapping[str, float]:
         return {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -78,7 +79,6 @@ class VerlFSDP2(TrainerSettings):
         layout = layout or self.untried_layout(model)
         dtype = model.compute_dtype(device)
         torch_device = join_process_group(device, timeout_s=self.timeout_s)
-        model_folder = Path(model_folder)
         if not (model_folder / "config.json").is_file():
             raise UserError(f"model_folder={model_folder}: no config.json there; give a Hugging Face model folder")
         if device == "cpu":
@@ -97,31 +97,27 @@ class VerlFSDP2(TrainerSettings):
         # Only now: verl reads the device at import.
         from atropos_exp.parts.trainer.policy_trainer import FSDP2Trainer
         from atropos_exp.parts.trainer.self_check import check_layout
-        from atropos_exp.parts.trainer.verl_backend import BackendOptions, PackedBackend, build_backend
+        from atropos_exp.parts.trainer.verl_backend import BackendOptions, build_backend
 
-        def build(*, frozen: bool) -> PackedBackend:
-            options = BackendOptions(
-                settings=self,
-                model=model,
-                model_folder=model_folder,
-                compute_dtype=dtype,
-                layout=layout,
-                frozen=frozen,
-            )
-            return build_backend(options)
-
-        backend = build(frozen=False)
+        options = BackendOptions(
+            settings=self,
+            model=model,
+            model_folder=model_folder,
+            compute_dtype=dtype,
+            layout=layout,
+            frozen=False,
+        )
+        backend = build_backend(options)
         check_layout(backend, torch_device)
-        uses_reference = loss.kl_coef != 0
+        # With LoRA the reference is the model without its adapters: no second copy.
+        has_reference = loss.kl_coef != 0 and not model.lora.rank
         return FSDP2Trainer(
             self,
             backend=backend,
-            # With LoRA the reference is the model without its adapters: no second copy.
-            reference=build(frozen=True) if uses_reference and not model.lora.rank else None,
-            uses_reference=uses_reference,
+            reference=build_backend(replace(options, frozen=True)) if has_reference else None,
             loss=loss,
             device=torch_device,
-            dump_folder=Path(dump_folder),
+            dump_folder=dump_folder,
         )
 
 

@@ -7,7 +7,7 @@ Shape suffixes beside those of `types.py`:
 
 import heapq
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
@@ -242,24 +242,5 @@ def _temperature(temperature_N: Tensor, sequence_M: Tensor, device: torch.device
 
 
 def _stand_in(device: torch.device, sp_size: int) -> MicroBatch:
-    length = max(2, sp_size)
-    length += -length % sp_size
-    zeros, one = torch.zeros(length, dtype=torch.int64, device=device), torch.ones(1, dtype=torch.int64, device=device)
-    nothing, no = torch.zeros(1, device=device), torch.zeros(1, dtype=torch.bool, device=device)
-    return MicroBatch(
-        token_ids_S=zeros,
-        position_ids_S=torch.arange(length, device=device),
-        packing=Packing(lengths=(length,), device=device, sp_size=sp_size),
-        trained_M=one,
-        rows_M=one - 1,
-        columns_M=one - 1,
-        shape_NR=(1, 1),
-        advantages_M=nothing,
-        behaviour_M=nothing,
-        has_behaviour_M=no,
-        reference_M=nothing,
-        has_reference_M=no,
-        supervised_M=no,
-        temperature=1.0,
-        empty=True,
-    )
+    batch = scoring_batch([np.zeros(max(2, sp_size), dtype=np.int32)], temperature=1.0)
+    return replace(make_micro_batch(batch, [0], device=device, sp_size=sp_size), empty=True)

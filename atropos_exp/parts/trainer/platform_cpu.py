@@ -4,8 +4,7 @@
 """
 
 import types
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -46,48 +45,24 @@ class _CpuDeviceModule(types.ModuleType):
 class PlatformCPU(PlatformBase):  # type: ignore[misc]  # verl is untyped
     """The CPU as verl's platform: gloo collectives and the host's memory. See verl's `PlatformBase`."""
 
-    _device_module = _CpuDeviceModule("verl_cpu_device")
-
-    @property
-    def device_name(self) -> str:
-        return "cpu"
-
-    @property
-    def vendor_name(self) -> str:
-        return "cpu"
-
-    @property
-    def device_module(self) -> types.ModuleType:
-        return self._device_module
+    device_name = vendor_name = "cpu"
+    device_module = _CpuDeviceModule("verl_cpu_device")
 
     def is_available(self) -> bool:
         return True
 
-    def current_device(self) -> Any:
+    def current_device(self) -> str:
         return "cpu"  # verl hands it to Tensor.to, which takes no index for the CPU
 
     def device_count(self) -> int:
         return 1
 
-    def set_device(self, device_index: int) -> None:
-        pass
-
-    def synchronize(self, device_index: int | None = None) -> None:
-        pass
-
     def manual_seed(self, seed: int) -> None:
         torch.manual_seed(seed)
 
-    def manual_seed_all(self, seed: int) -> None:
-        torch.manual_seed(seed)
+    manual_seed_all = manual_seed
 
-    def set_allocator_settings(self, settings: str) -> None:
-        pass
-
-    def empty_cache(self) -> None:
-        pass
-
-    def get_device_capability(self, device_index: int = 0) -> tuple[int | None, int | None]:
+    def get_device_capability(self, device_index: int = 0) -> tuple[None, None]:
         return None, None
 
     def communication_backend_name(self) -> str:
@@ -96,15 +71,8 @@ class PlatformCPU(PlatformBase):  # type: ignore[misc]  # verl is untyped
     def visible_devices_envvar(self) -> str:
         return "CUDA_VISIBLE_DEVICES"
 
-    @contextmanager
-    def nvtx_range(self, msg: str) -> Iterator[None]:
-        yield
-
-    def profiler_start(self) -> None:
-        pass
-
-    def profiler_stop(self) -> None:
-        pass
+    def nvtx_range(self, msg: str) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def ray_resource_name(self) -> str:
         return "CPU"
@@ -115,8 +83,11 @@ class PlatformCPU(PlatformBase):  # type: ignore[misc]  # verl is untyped
     def is_ipc_supported(self) -> bool:
         return False
 
-    def cudart(self) -> Any:
-        return None
+    def _nothing(self, *_: Any) -> None:
+        """What verl asks of a platform and a CPU does not have."""
+
+    set_device = synchronize = set_allocator_settings = empty_cache = _nothing
+    profiler_start = profiler_stop = cudart = _nothing
 
 
 def install() -> None:

@@ -42,7 +42,6 @@ class FSDP2Trainer:
         *,
         backend: PackedBackend,
         reference: PackedBackend | None,
-        uses_reference: bool,
         loss: PolicyLoss,
         device: torch.device,
         dump_folder: Path,
@@ -50,7 +49,6 @@ class FSDP2Trainer:
         self._settings = settings
         self._backend = backend
         self._reference = reference
-        self._uses_reference = uses_reference
         self._loss = loss
         self._device = device
         self._dump_folder = dump_folder
@@ -72,7 +70,7 @@ class FSDP2Trainer:
                 f"a batch of {len(batch.lengths_N)} sequences cannot make trainer.num_mini_batches={num_mini_batches}"
             )
         groups = [part.tolist() for part in np.array_split(np.arange(len(batch.lengths_N)), num_mini_batches)]
-        mini_batches = [self._micro_batches(batch, group) for group in groups]
+        mini_batches = [[self._pack(batch, micro) for micro in self._plan(batch, group)] for group in groups]
         every = [micro for micros in mini_batches for micro in micros]
         # With one optimizer step the old policy is the current one; no extra pass is needed.
         old = iter(_score(self._backend, every) if num_mini_batches > 1 else [None] * len(every))
@@ -127,21 +125,18 @@ class FSDP2Trainer:
 
     def logprobs(self, sequences: Sequence[TokenIds], *, temperature: float) -> list[Floats]:
         """For each sequence [T] the logprobs [T - 1] of all tokens but the first, nats, under the current weights."""
-        longer = [index for index, ids in enumerate(sequences) if len(ids) > 1]
         lengths = [len(ids) - 1 for ids in sequences]
-        flat = torch.zeros(sum(lengths), dtype=torch.float32)
-        if longer:
-            batch = scoring_batch([sequences[index] for index in longer], temperature)
-            plan = self._plan(batch, range(len(longer)))[self._dp_rank]
-            scores = _score(self._backend, [self._pack(batch, micro) for micro in plan])
-            ends = np.cumsum([len(sequences[index]) - 1 for index in longer])
-            for micro, values in zip(plan, scores, strict=True):
-                where = [torch.arange(ends[i] - (len(sequences[longer[i]]) - 1), ends[i]) for i in micro]
-                if where and self._backend.is_mp_src_rank_with_outputs():
-                    flat[torch.cat(where)] = values.cpu()
-            if dist.get_world_size() > 1:
-                dist.all_reduce(flat)  # each position is set on one rank and 0 on the others
-        return [part.astype(np.float32) for part in np.split(flat.numpy(), np.cumsum(lengths)[:-1])]
+        ends = np.cumsum(lengths)
+        flat = torch.zeros(int(ends[-1]), dtype=torch.float32)
+        batch = scoring_batch(sequences, temperature)
+        plan = self._plan(batch, range(len(sequences)))
+        scores = _score(self._backend, [self._pack(batch, micro) for micro in plan])
+        for micro, values in zip(plan, scores, strict=True):
+            if micro and self._backend.is_mp_src_rank_with_outputs():
+                where = torch.cat([torch.arange(ends[i] - lengths[i], ends[i]) for i in micro])
+                flat[where] = values[: len(where)].cpu()  # a stand-in has more
+        dist.all_reduce(flat)  # each position is set on one rank and 0 on the others
+        return np.split(flat.numpy(), ends[:-1])
 
     def parameters(self) -> Iterator[tuple[str, Tensor]]:
         """See `PolicyTrainer.parameters`; float32, and empty tensors on other ranks than 0."""
@@ -153,14 +148,14 @@ class FSDP2Trainer:
 
     def save(self, folder: Path) -> None:
         """Write weights, optimizer, counters and random streams to `folder` (safetensors and JSON). Rank 0 writes."""
-        state.save(Path(folder), self._backend, vars(self._progress), self._device)
+        state.save(folder, self._backend, vars(self._progress), self._device)
 
     def load(self, folder: Path) -> None:
         """Continue exactly after `save`, with any number of ranks. Raises UserError if the checkpoint does not fit."""
-        self._progress = TrainerCounters(**state.load(Path(folder), self._backend, self._device))
+        self._progress = TrainerCounters(**state.load(folder, self._backend, self._device))
 
-    def _plan(self, batch: TrainBatch, sequences: Sequence[int]) -> list[list[list[int]]]:
-        """Which sequences share a micro-batch: result[data-parallel rank][micro-batch] lists their indices."""
+    def _plan(self, batch: TrainBatch, sequences: Sequence[int]) -> list[list[int]]:
+        """The indices of the sequences in each micro-batch of this data-parallel rank."""
         lengths = batch.lengths_N.tolist()
         plan = plan_micro_batches(
             [lengths[index] for index in sequences],
@@ -168,10 +163,7 @@ class FSDP2Trainer:
             max_tokens=self._settings.max_tokens_per_micro_batch,
             kind=self._backend.options.layout.kind,
         )
-        return [[[sequences[i] for i in micro] for micro in rank] for rank in plan]
-
-    def _micro_batches(self, batch: TrainBatch, sequences: Sequence[int]) -> list[MicroBatch]:
-        return [self._pack(batch, micro) for micro in self._plan(batch, sequences)[self._dp_rank]]
+        return [[sequences[i] for i in micro] for micro in plan[self._dp_rank]]
 
     def _pack(self, batch: TrainBatch, sequences: Sequence[int]) -> MicroBatch:
         return make_micro_batch(batch, sequences, device=self._device, sp_size=self._backend.sp_size)
@@ -185,7 +177,7 @@ class FSDP2Trainer:
 
     def _reference_logprobs(self, micros: Sequence[MicroBatch], batch: TrainBatch) -> Sequence[Tensor | None]:
         """Reference logprobs [M] of each micro-batch, from the batch or else computed; None without a KL term."""
-        if not self._uses_reference:
+        if self._loss.kl_coef == 0:
             return [None] * len(micros)
         if bool((batch.has_reference_N | batch.supervised_N).all()):  # the same on every rank
             return [micro.reference_M for micro in micros]

@@ -10,18 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-DTYPES = {
-    "torch_cpu": torch.uint8,
-    "torch_cuda": torch.uint8,
-    "numpy_state": torch.int64,
-    "numpy_gauss": torch.float64,
-    "python_state": torch.int64,
-    "python_gauss": torch.float64,
-}
-
 
 def capture() -> dict[str, Tensor]:
-    """The state of this process's random streams, by the names in `DTYPES`."""
+    """The state of this process's random streams, by name."""
     legacy: Any = np.random.get_state(legacy=True)
     _, keys, position, has_gauss, gauss = legacy
     version, internal, python_gauss = random.getstate()
@@ -41,10 +32,7 @@ def gather() -> dict[str, Tensor]:
     streams = {}
     for key, mine in capture().items():
         everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-        if dist.get_world_size() > 1:
-            dist.all_gather(everyone, mine)
-        else:
-            everyone = [mine]
+        dist.all_gather(everyone, mine)
         streams[key] = torch.stack(everyone)
     return streams
 

@@ -67,7 +67,7 @@ def load(folder: Path, backend: PackedBackend, device: torch.device) -> dict[str
 
     Raises UserError if the checkpoint is damaged or belongs to another model."""
     ranks = Ranks.of_group()
-    stored: dict[str, Any] = json.loads(ranks.broadcast(_describe(folder) if ranks.is_zero else ""))
+    stored = ranks.broadcast(_describe(folder) if ranks.is_zero else {})
     if error := stored.get("error"):
         raise UserError(error)
     if stored["lora"] != backend.lora_facts:
@@ -80,11 +80,11 @@ def load(folder: Path, backend: PackedBackend, device: torch.device) -> dict[str
     slots = _slots(backend)
     _require_same(folder, slots, shapes)
     for stem in STEMS:
-        with TensorReader(folder, stem) as reader:
-            for slot in slots:
-                if slot.stem == stem:
-                    weights.scatter(_from_rank_zero(reader, slot, device), slot.tensor)
-    random_state.restore(_streams(folder, stored["random"]))
+        reader = TensorReader(folder, stem) if ranks.is_zero else None
+        for slot in slots:
+            if slot.stem == stem:
+                weights.scatter(_from_rank_zero(reader, slot, device), slot.tensor)
+    random_state.restore(stored["random"])
     dist.barrier()
     return {name: int(value) for name, value in stored["counters"].items()}
 
@@ -101,19 +101,20 @@ def _slots(backend: PackedBackend) -> list[Slot]:
     return slots
 
 
-def _describe(folder: Path) -> str:
-    """What `folder` stores, or what is wrong with it, as JSON, so that all ranks come to the same decision."""
+def _describe(folder: Path) -> dict[str, Any]:
+    """What `folder` stores besides weights and moments, or what is wrong with it."""
     from safetensors import SafetensorError
+    from safetensors.torch import load as load_bytes
 
     try:
         facts: dict[str, Any] = json.loads((folder / "trainer.json").read_text())
         facts["shapes"] = {stem: read_shapes(folder, stem) for stem in STEMS}
-        facts["random"] = read_shapes(folder, "random")
+        facts["random"] = load_bytes((folder / "random.safetensors").read_bytes())
+        return facts
     except FileNotFoundError as error:
-        facts = {"error": f"{folder} is not a complete checkpoint of the trainer: {error.filename} is missing"}
+        return {"error": f"{folder} is not a complete checkpoint of the trainer: {error.filename} is missing"}
     except (OSError, ValueError, SafetensorError) as error:
-        facts = {"error": f"{folder}: the checkpoint of the trainer is damaged: {type(error).__name__}: {error}"}
-    return json.dumps(facts)
+        return {"error": f"{folder}: the checkpoint of the trainer is damaged: {type(error).__name__}: {error}"}
 
 
 def _require_same(folder: Path, slots: list[Slot], shapes: Mapping[str, Mapping[str, list[int]]]) -> None:
@@ -130,23 +131,12 @@ def _require_same(folder: Path, slots: list[Slot], shapes: Mapping[str, Mapping[
     )
 
 
-def _from_rank_zero(reader: TensorReader, slot: Slot, device: torch.device) -> Tensor:
+def _from_rank_zero(reader: TensorReader | None, slot: Slot, device: torch.device) -> Tensor:
     """The full tensor that `slot` stores, on every rank. Collective."""
-    if dist.get_rank() == 0:
+    if reader is not None:
         full = reader.get(slot.key).to(device, slot.tensor.dtype)
     else:
         full = torch.empty(slot.tensor.shape, dtype=slot.tensor.dtype, device=device)
     if dist.get_world_size() > 1:
         dist.broadcast(full, src=0)
     return full
-
-
-def _streams(folder: Path, shapes: Mapping[str, list[int]]) -> dict[str, Tensor]:
-    """The saved random streams of all ranks, on every rank. Collective."""
-    streams = {}
-    with TensorReader(folder, "random") as reader:
-        for key in sorted(shapes):
-            dtype = random_state.DTYPES[key]
-            slot = Slot(stem="random", key=key, tensor=torch.empty(shapes[key], dtype=dtype))
-            streams[key] = _from_rank_zero(reader, slot, torch.device("cpu"))
-    return streams

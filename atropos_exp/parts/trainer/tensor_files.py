@@ -43,34 +43,20 @@ class TensorReader:
     """Reads tensors by key, with one file open at a time."""
 
     def __init__(self, folder: Path, stem: str) -> None:
-        self._folder, self._stem = folder, stem
-        self._files: dict[str, str] | None = None
+        self._folder = folder
+        self._files = _stored_files(folder, stem)
         self._open_file = ""
         self._handle: Any = None
-
-    def __enter__(self) -> TensorReader:
-        return self
-
-    def __exit__(self, *exception: Any) -> None:
-        self._close()
 
     def get(self, key: str) -> Tensor:
         """The full tensor `key`, on the CPU."""
         from safetensors import safe_open
 
-        if self._files is None:
-            self._files = _stored_files(self._folder, self._stem)
         if self._files[key] != self._open_file:
-            self._close()
             self._open_file = self._files[key]
-            self._handle = safe_open(self._folder / self._open_file, framework="pt").__enter__()
+            self._handle = safe_open(self._folder / self._open_file, framework="pt")
         tensor: Tensor = self._handle.get_tensor(key)
         return tensor
-
-    def _close(self) -> None:
-        if self._handle is not None:
-            self._handle.__exit__(None, None, None)
-            self._handle = None
 
 
 def read_shapes(folder: Path, stem: str) -> dict[str, list[int]]:

@@ -12,23 +12,25 @@ import logging
 import math
 import warnings
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from transformers.utils import logging as transformers_logging
 
 from atropos_exp.errors import UserError
+from atropos_exp.parts.trainer.distributed import sum_over_ranks
 from atropos_exp.parts.trainer.layouts import Layout, model_input
 from atropos_exp.parts.trainer.logprob_head import LogprobHead, LogprobRequest
 from atropos_exp.parts.trainer.noise import evaluation_mode, without_noise
 from atropos_exp.parts.trainer.packing import MicroBatch
 from atropos_exp.parts.trainer.settings import ModelChoice, TrainerSettings
+from atropos_exp.parts.trainer.sharding import layer_classes
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # verl and its dependencies warn of their own deprecations at import
@@ -114,8 +116,9 @@ class PackedBackend(FSDPEngineWithLMHead):  # type: ignore[misc]  # verl is unty
 
     def initialize(self) -> None:
         """Build the model and its optimizer. verl's checkpoint manager is not used: `state.py` writes checkpoints."""
+        transformers_logging.disable_progress_bar()  # the run has its own console
         printed = io.StringIO()
-        with redirect_stdout(printed), _no_progress_bar(), warnings.catch_warnings():
+        with redirect_stdout(printed), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             self._build_model_optimizer()
         for line in printed.getvalue().splitlines():
@@ -134,14 +137,11 @@ class PackedBackend(FSDPEngineWithLMHead):  # type: ignore[misc]  # verl is unty
         return module
 
     def _build_fsdp_module(self, module: nn.Module) -> nn.Module:
-        """Shard layer by layer, also where the architecture does not name the class of its layers, or its
-        configuration says nothing of tied weights."""
+        """Shard layer by layer, whatever the architecture calls its layers and says of tied weights."""
         model: Any = module.get_base_model() if isinstance(module, PeftModel) else module
         if model.get_input_embeddings().weight is model.get_output_embeddings().weight:
             model.config.tie_word_embeddings = True
-        if not model._no_split_modules:
-            lists = [part for part in model.modules() if isinstance(part, nn.ModuleList) and len(part)]
-            model._no_split_modules = sorted({type(layer).__name__ for layer in max(lists, key=len)})
+        model._no_split_modules = layer_classes(model)
         sharded: nn.Module = super()._build_fsdp_module(module)
         return sharded
 
@@ -169,9 +169,20 @@ class PackedBackend(FSDPEngineWithLMHead):  # type: ignore[misc]  # verl is unty
         """The number of ranks that share one sequence (Ulysses)."""
         return int(self.ulysses_sequence_parallel_size)
 
-    def evaluating(self, *, adapters: bool = True) -> AbstractContextManager[Any]:
-        """A context without gradients and with the weights on the device. Without `adapters`, LoRA is switched off."""
-        return _Evaluating(self, adapters)
+    @contextmanager
+    def evaluating(self, *, adapters: bool = True) -> Iterator[None]:
+        """A context without gradients and with the weights on the device. Without `adapters`, LoRA is switched off.
+
+        Afterwards all weights are sharded again: without a backward pass FSDP2 leaves the gathered ones in place, and
+        the next reader of the parameters would get those, in the compute dtype.
+        """
+        with torch.no_grad(), self.eval_mode(), nullcontext() if adapters else self.disable_adapter():
+            try:
+                yield
+            finally:
+                for part in self.module.modules():
+                    if isinstance(part, FSDPModule):
+                        part.reshard()
 
     @contextmanager
     def training(self) -> Iterator[None]:
@@ -226,9 +237,7 @@ class PackedBackend(FSDPEngineWithLMHead):  # type: ignore[misc]  # verl is unty
     def grad_norm(self) -> float:
         """L2 norm of the gradient over all ranks, from the shards: DTensor operations cost more. Collective."""
         grads = self._local_grads()
-        square = torch.stack(torch._foreach_norm(grads)).square().sum().double()
-        if dist.get_world_size() > 1:
-            dist.all_reduce(square)
+        square = sum_over_ranks(torch.stack(torch._foreach_norm(grads)).square().sum().double())
         return math.sqrt(value) if math.isfinite(value := float(square)) else value
 
     def step(self, *, learning_rate: float, grad_norm: float) -> None:
@@ -267,45 +276,6 @@ class PackedBackend(FSDPEngineWithLMHead):  # type: ignore[misc]  # verl is unty
     def _local_grads(self) -> list[Tensor]:
         grads = [parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]
         return [grad.to_local() if isinstance(grad, DTensor) else grad for grad in grads]
-
-
-class _Evaluating:
-    """Evaluation mode without gradients, optionally without adapters, for one `with` block.
-
-    Afterwards all weights are sharded again: without a backward pass FSDP2 leaves the gathered ones in place, and
-    the next reader of the parameters would get those, in the compute dtype.
-    """
-
-    def __init__(self, backend: PackedBackend, adapters: bool) -> None:
-        self._module = backend.module
-        self._contexts: list[AbstractContextManager[Any]] = [torch.no_grad(), backend.eval_mode()]
-        if not adapters:
-            self._contexts.append(backend.disable_adapter())
-
-    def __enter__(self) -> None:
-        for context in self._contexts:
-            context.__enter__()
-
-    def __exit__(self, *exception: Any) -> None:
-        for part in self._module.modules():
-            if isinstance(part, FSDPModule):
-                part.reshard()
-        for context in reversed(self._contexts):
-            context.__exit__(*exception)
-
-
-@contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    """Keeps transformers from drawing a bar per loaded model: the run has its own console."""
-    from transformers.utils import logging as transformers_logging
-
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()
 
 
 def build_backend(options: BackendOptions) -> PackedBackend:

@@ -84,7 +84,7 @@ def test_an_engine_sees_the_devices_that_are_kept_for_it(monkeypatch: pytest.Mon
         log = tmp_path / "log"
         log.unlink(missing_ok=True)
         program = ServerProcess("this_prints_its_environment", (), python=str(shell), environment={}, log=log)
-        program.wait(20)
+        program.child.wait(20)
         program.stop()
         return log.read_text().strip()
 

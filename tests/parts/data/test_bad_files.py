@@ -150,7 +150,7 @@ def test_bad_rows_are_quarantined_and_counted(
     path = write_rows(tmp_path / "bad.parquet", broken_rows(rows_of), row_group_size=7)
     for _ in range(2):  # a resumed run writes the same list, not a second one
         loader = open_loader(parquet_paths=path, max_bad_fraction=0.3)  # six of twenty
-    assert (loader.counts.num_prompts, loader.counts.total.num_quarantined) == (14, 6)
+    assert (loader.counts.total.num_prompts, loader.counts.total.num_quarantined) == (14, 6)
     expected = {f"text {number}" for number in range(20)} - {f"text {number}" for number in REASONS}
     assert {prompt.text for prompt in loader.take(14)} == expected
     lines = [json.loads(line) for line in (tmp_path / "run" / "quarantine.jsonl").read_text().splitlines()]

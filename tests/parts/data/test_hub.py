@@ -57,7 +57,7 @@ def test_every_kind_of_local_copy_gives_the_same_prompts(
     folder = save(tmp_path / "gsm8k", raw_gsm8k)
     name = f"{folder}:main" if save is save_parquet else str(folder)
     loader = open_loader(hf_datasets=name, eval_paths=f"{name}@test", max_bad_fraction=0.1)
-    assert loader.counts.num_prompts == 9  # eight and one of them twice
+    assert loader.counts.total.num_prompts == 9  # eight and one of them twice
     assert loader.counts.total.num_quarantined == 1 and loader.counts.total.num_eval_overlap == 1
     prompts = {prompt.prompt_id: prompt for prompt in loader.take(9)}
     third = prompts["openai/gsm8k/train/2"]
@@ -73,7 +73,7 @@ def test_a_single_saved_split_is_train(tmp_path: Path, raw_gsm8k: Raw, open_load
     from datasets import Dataset
 
     Dataset.from_list(raw_gsm8k["train"][:3]).save_to_disk(str(tmp_path / "one"))
-    assert open_loader(hf_datasets=str(tmp_path / "one")).counts.num_prompts == 3
+    assert open_loader(hf_datasets=str(tmp_path / "one")).counts.total.num_prompts == 3
 
 
 def test_a_local_copy_in_verls_schema_is_taken_as_it_is(tmp_path: Path, rows_of: Make, open_loader: Make) -> None:

@@ -95,7 +95,7 @@ def test_overlong_prompts_are_left_out_and_counted(
     path = write_rows(tmp_path / "long.parquet", rows_of(["x" * length for length in range(1, 11)]))
     loader = open_loader(parquet_paths=path, max_prompt_length=9)  # three tokens of template: up to six of text
     assert sorted(len(prompt.text) for prompt in loader.take(6)) == [1, 2, 3, 4, 5, 6]
-    assert (loader.counts.num_prompts, loader.counts.total.num_overlong) == (6, 4)
+    assert (loader.counts.total.num_prompts, loader.counts.total.num_overlong) == (6, 4)
     with pytest.raises(
         UserError, match=r"long\.parquet gives no prompt: of 10 rows 10 are longer than max_prompt_length=3"
     ):
@@ -122,7 +122,7 @@ def test_max_prompts_is_shared_out_by_size(tmp_path: Path, rows_of: Make, write_
     large = write_rows(tmp_path / "large.parquet", rows_of([f"l{i}" for i in range(30)], source="large"))
     loader = open_loader(parquet_paths=[str(small), str(large)], max_prompts=8)
     assert {prompt.text for prompt in loader.take(8)} == {"s0", "s1", "l0", "l1", "l2", "l3", "l4", "l5"}
-    assert loader.counts.num_prompts == 8
+    assert loader.counts.total.num_prompts == 8
     assert loader.counts.total.num_beyond_cap == 32
     assert loader.counts.lines()[1] == f"{large}: 6 prompts of 30 rows, 6 an epoch (left out: 24 beyond max_prompts)"
 

@@ -194,7 +194,7 @@ def test_a_server_lost_in_the_middle_of_an_update_to_a_group(
 
         for one in engines.replicas:  # started anew side by side, on the transport that they share
             os.kill(one.process.pid, signal.SIGKILL)
-            one.process.wait(10)
+            one.process.child.wait(10)
         assert (resync.publish(3).policy_version, resync.num_restarts) == (3, 2)
         engines.check()
     finally:

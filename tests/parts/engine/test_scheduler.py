@@ -193,7 +193,7 @@ def test_weight_store_accounts_for_every_tensor() -> None:
     for tied in (True, False):
         store = WeightStore(random_model(tied=tied))
         parameters = dict(random_model(tied=tied, seed=1).named_parameters())
-        assert set(store.expected()) == set(parameters)
+        assert set(store.account.expected) == set(parameters)
         name = "model.layers.0.mlp.down_proj.weight"
         with pytest.raises(Refused, match="without an update"):
             store.load(name, parameters[name])
@@ -211,7 +211,7 @@ def test_weight_store_accounts_for_every_tensor() -> None:
             store.load("other.weight", parameters[name])
         with pytest.raises(Refused, match=r"misses model\.embed_tokens\.weight, .* and \d+ more"):
             store.finish()
-        assert store.version == 0 and store.problem is not None
+        assert store.account.version == 0 and store.account.problem is not None
 
 
 def test_a_tied_head_sent_separately_must_agree() -> None:
@@ -225,11 +225,11 @@ def test_a_tied_head_sent_separately_must_agree() -> None:
             store.load(name, tensor)
         if agrees:
             store.finish()
-            assert store.version == 3 and store.problem is None
+            assert store.account.version == 3 and store.account.problem is None
         else:
             with pytest.raises(Refused, match=r"lm_head\.weight is tied to model\.embed_tokens\.weight"):
                 store.finish()
-            assert store.problem is not None
+            assert store.account.problem is not None
 
 
 def test_versions_never_go_back() -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import pytest
 
-from atropos_exp.parts.gateway.admin import pack_provenances, unpack_provenances
 from atropos_exp.parts.gateway.ledger import ENTRY_TOKENS, CompletionLedger
 from atropos_exp.processes.wire import pack, unpack
 from atropos_exp.types import Provenance
@@ -248,10 +248,9 @@ def test_what_is_known_travels() -> None:
         returned_before=False,
         key="a-2",
     )
-    back = unpack_provenances(unpack(pack(pack_provenances([None, first, None, second]))))
-    assert back[0] is None and back[2] is None
-    for found, expected in ((back[1], first), (back[3], second)):
-        assert found is not None and found.logprobs.tolist() == expected.logprobs.tolist()
+    back = unpack(pack({"found": [asdict(first), None, asdict(second)]}))["found"]
+    assert back[1] is None
+    for found, expected in ((Provenance(**back[0]), first), (Provenance(**back[2]), second)):
+        assert found.logprobs.dtype == np.float32 and found.logprobs.tolist() == expected.logprobs.tolist()
         for name in ("policy_version", "temperature", "returned_before", "key"):
             assert getattr(found, name) == getattr(expected, name)
-    assert unpack_provenances(unpack(pack(pack_provenances([None])))) == [None]

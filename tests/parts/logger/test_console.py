@@ -16,7 +16,7 @@ from atropos_exp.parts.logger.console import Console, ConsoleLogger
 from atropos_exp.parts.logger.none import NoLogger
 from atropos_exp.parts.logger.step_line import LiveFigures, TimeLeft, clock, step_line
 from atropos_exp.parts.logger.wandb import Wandb
-from atropos_exp.types import StepMetrics
+from atropos_exp.types import RunDescription, StepMetrics
 from tests.helpers.paths import CONF, ROOT
 
 LOGGERS = CONF / "logger"
@@ -31,7 +31,8 @@ def step(number: int, **values: float) -> StepMetrics:
 
 def logger(stream: Any, *, live: bool | None = None, every: int = 1) -> ConsoleLogger:
     settings = Console(live=live, every=every)
-    return ConsoleLogger(settings, stream=stream, name="trial", run_folder=Path("outputs/trial"), total_steps=30)
+    run = RunDescription(folder=Path("outputs/trial"), config={}, name="trial", total_steps=30, resumed=False)
+    return ConsoleLogger(settings, run, stream)
 
 
 @pytest.mark.parametrize(("option", "schema"), [("console", Console), ("none", NoLogger), ("wandb", Wandb)])

@@ -16,7 +16,7 @@ import pytest
 from atropos_exp.errors import UserError
 from atropos_exp.parts.logger.remote import RemoteLogger
 from atropos_exp.parts.logger.wandb import Mode, Wandb
-from atropos_exp.types import SampleRecord, StepMetrics
+from atropos_exp.types import RunDescription, SampleRecord, StepMetrics
 from tests.helpers.paths import ROOT
 
 KEY = "0123456789abcdef" * 2 + "01234567"  # of the form that wandb accepts
@@ -34,7 +34,7 @@ def settings(**changed: Any) -> Wandb:
 
 def start(folder: Path, *, resumed: bool = False, config: dict[str, Any] | None = None, **changed: Any) -> RemoteLogger:
     logger = settings(**changed).start(
-        run_folder=folder, config=config or {"seed": 7}, name="trial", resumed=resumed, total_steps=3
+        RunDescription(folder=folder, config=config or {"seed": 7}, name="trial", resumed=resumed, total_steps=3)
     )
     assert isinstance(logger, RemoteLogger)
     return logger
@@ -148,10 +148,10 @@ def test_a_killed_run_loses_nothing(tmp_path: Path, read_wandb_offline: Callable
 import sys, time
 from pathlib import Path
 from atropos_exp.parts.logger.wandb import Mode, Wandb
-from atropos_exp.types import StepMetrics
+from atropos_exp.types import RunDescription, StepMetrics
 logger = Wandb(live=False, every=1000, mode=Mode.offline, project="p", entity=None, group=None, tags=[],
                job_type=None, init_timeout=30.0, finish_timeout=30.0, queue_size=1000).start(
-    run_folder=Path({str(tmp_path)!r}), config={{}}, name="n", resumed=False, total_steps=20)
+    RunDescription(folder=Path({str(tmp_path)!r}), config={{}}, name="n", resumed=False, total_steps=20))
 for number in range(1, 21):
     logger.log(StepMetrics(step=number, values={{"reward/mean": 0.5}}))
 print("logged", flush=True)
@@ -181,7 +181,7 @@ time.sleep(60)
 
 def test_disabled_starts_no_process(tmp_path: Path) -> None:
     logger = settings(mode=Mode.disabled).start(
-        run_folder=tmp_path, config={}, name="trial", resumed=False, total_steps=3
+        RunDescription(folder=tmp_path, config={}, name="trial", resumed=False, total_steps=3)
     )
     assert not isinstance(logger, RemoteLogger)
     assert list(tmp_path.iterdir()) == []

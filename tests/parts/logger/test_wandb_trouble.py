@@ -18,7 +18,7 @@ import pytest
 
 from atropos_exp.parts.logger.remote import RemoteLogger
 from atropos_exp.parts.logger.wandb import Mode, Wandb
-from atropos_exp.types import StepMetrics
+from atropos_exp.types import RunDescription, StepMetrics
 from tests.helpers.paths import ROOT
 
 KEY = "0123456789abcdef" * 2 + "01234567"
@@ -39,7 +39,7 @@ def start(folder: Path, *, resumed: bool = False, **changed: Any) -> RemoteLogge
         "job_type": "train", "tags": ["a"], "init_timeout": 30.0, "finish_timeout": 30.0, "queue_size": 1000,
     }  # fmt: skip
     logger = Wandb(**given | changed).start(
-        run_folder=folder, config={"seed": 7}, name="trial", resumed=resumed, total_steps=100
+        RunDescription(folder=folder, config={"seed": 7}, name="trial", resumed=resumed, total_steps=100)
     )
     assert isinstance(logger, RemoteLogger)
     return logger

@@ -25,6 +25,9 @@ class Obedient:
         action = getattr(self, f"do_{command}", None)
         return float(len(answer)) if action is None else action(argument)
 
+    def warm_up(self) -> None:
+        pass
+
     def do_loop(self, _: str) -> float:
         while True:
             pass

@@ -18,7 +18,7 @@ from atropos_exp.errors import UserError
 from atropos_exp.metrics import sentence
 from atropos_exp.processes.ports import HeldPort
 from atropos_exp.report.dashboard.workspace import sections
-from atropos_exp.types import StepMetrics
+from atropos_exp.types import RunDescription, StepMetrics
 from tests.helpers.paths import ROOT
 
 HAS_WORKSPACES = importlib.util.find_spec("wandb_workspaces") is not None
@@ -97,7 +97,7 @@ def test_a_run_is_in_the_local_dashboard(tmp_path: Path) -> None:
     run_folder, store = tmp_path / "demo" / "today" / "now", tmp_path / "trackio"
     for resumed, numbers in ((False, (1, 2)), (True, (3,))):
         logger = trackio(store).start(
-            run_folder=run_folder, config={"seed": 7}, name="demo", resumed=resumed, total_steps=3
+            RunDescription(folder=run_folder, config={"seed": 7}, name="demo", resumed=resumed, total_steps=3)
         )
         for number in numbers:
             logger.log(StepMetrics(step=number, values={"reward/mean": number / 4}))

@@ -36,14 +36,9 @@ class Attempt:
     until: float  # its end, or the last that is known of it
 
     @property
-    def was_warned(self) -> bool:
-        """Whether it was asked to stop, so that its end says nothing about the run."""
-        return bool(self.signals)
-
-    @property
     def is_failure(self) -> bool:
-        """Whether it failed, or was killed without a warning."""
-        return self.how == "failed" or (self.how is None and not self.was_warned)
+        """Whether it failed, or was killed without a warning: the end of one that was asked to stop says nothing."""
+        return self.how == "failed" or (self.how is None and not self.signals)
 
 
 class Attempts:

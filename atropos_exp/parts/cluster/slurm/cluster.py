@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from atropos_exp.parts.cluster.slurm.jobs import JobSpec
 from atropos_exp.parts.cluster.slurm.settings import SlurmSettings
+from atropos_exp.parts.cluster.slurm.single import submit_single
 from atropos_exp.parts.cluster.slurm.sweep import SlurmBackend
 from atropos_exp.runs.sweep_folder import SweepFolder
 
@@ -23,13 +25,8 @@ class Slurm(SlurmSettings):
 
         `arguments`: what follows the interpreter in the command line of one rank.
         """
-        from atropos_exp.parts.cluster.slurm.jobs import JobSpec
-        from atropos_exp.parts.cluster.slurm.single import submit_single
-
         return submit_single(JobSpec(name=name, arguments=tuple(arguments), run_folder=run_folder), self)
 
     def sweep_backend(self, sweep: SweepFolder, settings: object) -> SlurmBackend:
         """Return what executes the runs of a sweep as job arrays. Slurm needs nothing of the sweep's `settings`."""
-        from atropos_exp.parts.cluster.slurm.sweep import SlurmBackend
-
         return SlurmBackend(sweep, self)

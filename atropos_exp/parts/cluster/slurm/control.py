@@ -1,8 +1,7 @@
-"""What a process inside a job asks of Slurm: the address of a node, the state of its job, to be queued again."""
+"""What is asked of Slurm's commands; inside a job: the address of a node, the job's state, to be queued again."""
 
 import fcntl
 import re
-import shutil
 import socket
 import struct
 import subprocess
@@ -14,18 +13,13 @@ COMMAND_SECONDS = 60.0  # for one call; a busy controller answers late
 _SIOCGIFADDR = 0x8915
 
 
-def run_scontrol(*arguments: str) -> str | None:
-    """Return the output of scontrol; None if it cannot be asked.
-
-    It may not be installed (as in a container), refuse, or not answer in time.
+def ask_slurm(*command: str) -> str | None:
+    """Return the output of one of Slurm's commands; None if it is not installed (as in a container), refuses, or does
+    not answer in time.
     """
-    if shutil.which("scontrol") is None:
-        return None
     try:
-        done = subprocess.run(
-            ["scontrol", *arguments], capture_output=True, text=True, timeout=COMMAND_SECONDS, check=False
-        )
-    except subprocess.TimeoutExpired:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=COMMAND_SECONDS, check=False)
+    except (FileNotFoundError, PermissionError, subprocess.TimeoutExpired):
         return None
     return done.stdout if done.returncode == 0 else None
 
@@ -41,7 +35,7 @@ def own_job(environ: Mapping[str, str]) -> str:
 
 def job_state(job: str, *, restarts: int) -> str | None:
     """Return the state, such as RUNNING, of a job that has been restarted `restarts` times; None if unknown."""
-    text = run_scontrol("show", "job", "-o", job) or ""
+    text = ask_slurm("scontrol", "show", "job", "-o", job) or ""
     state, started = re.search(r"JobState=(\w+)", text), re.search(r"Restarts=(\d+)", text)
     if state is not None and started is not None and state[1] == "COMPLETING":
         return "REQUEUED" if int(started[1]) > restarts else "CANCELLED"
@@ -50,12 +44,12 @@ def job_state(job: str, *, restarts: int) -> str | None:
 
 def requeue(job: str) -> bool:
     """Queue the job again; True if Slurm has accepted, which ends its processes soon after."""
-    return run_scontrol("requeue", job) is not None
+    return ask_slurm("scontrol", "requeue", job) is not None
 
 
 def address_of(node: str) -> str:
     """Return the address at which the other nodes of a job reach `node`: as Slurm itself does, else by its name."""
-    found = re.search(r"NodeAddr=(\S+)", run_scontrol("show", "node", "-o", node) or "")
+    found = re.search(r"NodeAddr=(\S+)", ask_slurm("scontrol", "show", "node", "-o", node) or "")
     for name in ([found[1]] if found else []) + [node]:
         try:
             socket.getaddrinfo(name, None)

@@ -1,17 +1,16 @@
 """Submit runs to Slurm, ask for their state, cancel them: what a single run and a sweep have in common."""
 
 import re
-import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from atropos_exp.errors import UserError
+from atropos_exp.parts.cluster.slurm.control import ask_slurm
 from atropos_exp.parts.cluster.slurm.rank import RankJob
 from atropos_exp.parts.cluster.slurm.script import parameters, python_of
 from atropos_exp.parts.cluster.slurm.settings import SlurmSettings
 
-COMMAND_SECONDS = 60.0
 ACTIVE = ("PENDING", "CONFIGURING", "RUNNING", "SUSPENDED", "COMPLETING", "STOPPED", "RESIZING", "SIGNALING")
 REQUEUED = ("REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT")
 
@@ -59,7 +58,15 @@ def submit(
     if cwd is not None:
         asked["additional_parameters"]["chdir"] = str(cwd)
     executor.update_parameters(**asked)
-    contents = [_content(job, settings) for job in jobs]
+    contents = [
+        RankJob(
+            arguments=job.arguments,
+            run_folder=str(job.run_folder.absolute()),
+            environment=tuple(job.environment.items()),
+            settings=settings,
+        )
+        for job in jobs
+    ]
     try:
         if len(contents) == 1:
             return [str(executor.submit(contents[0]).job_id)]
@@ -74,15 +81,6 @@ def submit(
     return [str(job.job_id) for job in submitted]
 
 
-def _content(job: JobSpec, settings: SlurmSettings) -> RankJob:
-    return RankJob(
-        arguments=job.arguments,
-        run_folder=str(job.run_folder.absolute()),
-        environment=tuple(job.environment.items()),
-        settings=settings,
-    )
-
-
 def states(job_ids: Iterable[str]) -> dict[str, JobState]:
     """Return the state of every job.
 
@@ -93,9 +91,8 @@ def states(job_ids: Iterable[str]) -> dict[str, JobState]:
     if not wanted:
         return {}
     found = _from_queue(wanted)
-    missing = [job_id for job_id in wanted if job_id not in found]
-    if missing:
-        found |= {job_id: state for job_id, state in _from_accounting(missing).items() if job_id in missing}
+    if missing := [job_id for job_id in wanted if job_id not in found]:
+        found = _from_accounting(missing) | found
     unknown = JobState(state="UNKNOWN", reason="", exit_code="")
     return {job_id: found.get(job_id, unknown) for job_id in wanted}
 
@@ -103,12 +100,12 @@ def states(job_ids: Iterable[str]) -> dict[str, JobState]:
 def cancel(job_ids: Iterable[str]) -> None:
     """Remove jobs from the queue, or end them; those that have ended already are ignored."""
     if wanted := list(job_ids):
-        _output("scancel", "--quiet", *wanted)
+        ask_slurm("scancel", "--quiet", *wanted)
 
 
 def _from_queue(job_ids: Sequence[str]) -> dict[str, JobState]:
     # One call for all: asking by id makes squeue fail for a job that it has forgotten.
-    text = _output("squeue", "--noheader", "--array", "--me", "--states=all", "--format=%i|%T|%r") or ""
+    text = ask_slurm("squeue", "--noheader", "--array", "--me", "--states=all", "--format=%i|%T|%r") or ""
     found = {}
     for line in text.splitlines():
         job_id, _, rest = line.partition("|")
@@ -121,7 +118,7 @@ def _from_queue(job_ids: Sequence[str]) -> dict[str, JobState]:
 def _from_accounting(job_ids: Sequence[str]) -> dict[str, JobState]:
     numbers = ",".join(sorted({job_id.split("_")[0] for job_id in job_ids}))
     columns = "--format=JobID,State,ExitCode,Reason"
-    text = _output("sacct", "--allocations", "--noheader", "--parsable2", "--array", columns, "--jobs", numbers) or ""
+    text = ask_slurm("sacct", "--allocations", "--noheader", "--parsable2", "--array", columns, "--jobs", numbers) or ""
     found = {}
     for line in text.splitlines():
         parts = line.split("|")
@@ -129,12 +126,3 @@ def _from_accounting(job_ids: Sequence[str]) -> dict[str, JobState]:
             state = (re.match(r"\w+", parts[1]) or [""])[0]  # such as "CANCELLED by 0"
             found[parts[0]] = JobState(state=state, reason="" if parts[3] == "None" else parts[3], exit_code=parts[2])
     return found
-
-
-def _output(*command: str) -> str | None:
-    """None where it is not installed, fails or does not answer."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=COMMAND_SECONDS, check=False)
-    except (FileNotFoundError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout if done.returncode == 0 else None

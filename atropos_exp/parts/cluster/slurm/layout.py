@@ -14,11 +14,6 @@ class Place:
     local: int  # number of the task on its node
     rank: int | None  # of the trainer; None: it only keeps a device of the engine
 
-    @property
-    def role(self) -> str:
-        """The task in words."""
-        return "engine" if self.rank is None else f"rank {self.rank}"
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Layout:

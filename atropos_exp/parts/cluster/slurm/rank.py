@@ -15,18 +15,10 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 
+from atropos_exp.parts.cluster.slurm import control
 from atropos_exp.parts.cluster.slurm.attempts import Attempts
 from atropos_exp.parts.cluster.slurm.board import POLL_SECONDS, Board, Pulse
-from atropos_exp.parts.cluster.slurm.control import (
-    address_of,
-    interface_towards,
-    job_state,
-    own_job,
-    requeue,
-    run_scontrol,
-)
 from atropos_exp.parts.cluster.slurm.settings import SlurmSettings
 from atropos_exp.processes.lifeline import dying_with_parent
 from atropos_exp.processes.locks import is_held
@@ -83,7 +75,7 @@ class Launcher:
     def run(self) -> str:
         """Run the task to its end. Leaves by SystemExit unless the run has finished."""
         for number in STOP_SIGNALS:
-            signal.signal(number, self._note_signal)
+            signal.signal(number, lambda number, _: self._signals.append(signal.Signals(number)))
         if self._is_head:
             try:
                 return self._lead()
@@ -93,7 +85,7 @@ class Launcher:
         try:
             reason = "" if self._place.rank is None else self._follow()
         except Exception as error:
-            reason = f"{self._place.role} on {socket.gethostname()}: {type(error).__name__}: {error}"
+            reason = f"rank {self._place.rank} on {socket.gethostname()}: {type(error).__name__}: {error}"
         if reason:
             self._say(reason)
             self._board.fail(self._task, reason)
@@ -117,7 +109,7 @@ class Launcher:
         """Rank 0: prepare the attempt, run the rank, decide what becomes of the job."""
         earlier = self._board.begin()
         before = self._attempts.failures_without_progress()
-        first = run_scontrol("show", "hostnames", self._environ["SLURM_JOB_NODELIST"])
+        first = control.ask_slurm("scontrol", "show", "hostnames", self._environ["SLURM_JOB_NODELIST"])
         nodes = (first or self._environ.get("SLURMD_NODENAME", socket.gethostname())).split()
         self._first_step = self._attempts.last_step()
         self._attempts.start(nodes=nodes, earlier_until=earlier)
@@ -133,7 +125,7 @@ class Launcher:
         if self._status() == "finished":  # by that process
             self._attempts.end("finished", code=0)
             return self._leave(0, "finished", is_over=True)
-        address = address_of(nodes[0]) if self._layout.nodes > 1 else "127.0.0.1"
+        address = control.address_of(nodes[0]) if self._layout.nodes > 1 else "127.0.0.1"
         port = HeldPort("")  # rank 0 listens on it once it has loaded its libraries
         self._board.meet(address=address, port=port.number)
         for line in self._layout.describe(address=address):
@@ -156,7 +148,7 @@ class Launcher:
         if self._status() == "finished":
             self._attempts.end("finished", code=0)
             return self._leave(0, "finished", is_over=True)
-        state = job_state(own_job(self._environ), restarts=self._restarts)
+        state = control.job_state(control.own_job(self._environ), restarts=self._restarts)
         if state == "CANCELLED" or not self._settings.requeue:
             why = "cancelled" if state == "CANCELLED" else "cluster.requeue is false"
             self._attempts.end("stopped", code=UNFINISHED, reason=why)
@@ -184,10 +176,10 @@ class Launcher:
         return self._leave(code, f"failed: {reason}")
 
     def _queue_again(self, what: str) -> str:
-        job = own_job(self._environ)
-        if job_state(job, restarts=self._restarts) in ("PENDING", "REQUEUED"):  # somebody else has seen to it
+        job = control.own_job(self._environ)
+        if control.job_state(job, restarts=self._restarts) in ("PENDING", "REQUEUED"):  # somebody else has seen to it
             return self._leave(0, f"{what}; already in the queue again")
-        if requeue(job):
+        if control.requeue(job):
             return self._leave(0, f"{what}; queued again")
         # In a container there may be no scontrol: the script outside looks for this file when the ranks have ended.
         (self._folder / "slurm" / f"requeue_{self._job_id}").touch()
@@ -204,7 +196,7 @@ class Launcher:
         """Start the rank and wait for its end: its exit code, negative for a signal that killed it."""
         own = self._layout.environment(self._place, address=address, port=port, given=self._environ)
         if address != "127.0.0.1" and "GLOO_SOCKET_IFNAME" not in self._environ:
-            interface = interface_towards(address)
+            interface = control.interface_towards(address)
             own |= {"GLOO_SOCKET_IFNAME": interface} if interface else {}
         log = self._folder / "log" / f"rank_{self._place.rank}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -255,9 +247,7 @@ class Launcher:
     def _lock_is_free(self) -> bool:
         """After a node failure the old process may live on where Slurm cannot see it."""
         deadline = time.monotonic() + LOCK_SECONDS
-        while not self._signals:
-            if not is_held(self._folder / "lock"):
-                return True
+        while not self._signals and is_held(self._folder / "lock"):
             if time.monotonic() > deadline:
                 return False
             time.sleep(POLL_SECONDS)
@@ -266,9 +256,6 @@ class Launcher:
     def _status(self) -> str:
         """Of the run, as it says itself; "" for nothing, as of a program that is no run."""
         return run_status(self._folder)[0] or ""
-
-    def _note_signal(self, number: int, _frame: FrameType | None) -> None:
-        self._signals.append(signal.Signals(number))
 
     def _say(self, text: str) -> None:
         print(f"[{time.strftime('%H:%M:%S')} job {self._job_id} task {self._task}] {text}", flush=True)

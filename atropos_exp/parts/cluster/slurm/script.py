@@ -59,10 +59,7 @@ def parameters(settings: SlurmSettings, *, name: str, folder: Path, run_folders:
         found["gpus_per_node"] = settings.gpus_per_node
     if settings.mem_gb is not None:
         found["mem"] = f"{round(settings.mem_gb * 1024)}M"
-    for key in ("partition", "account", "qos", "constraint"):
-        if (value := getattr(settings, key)) is not None:
-            found[key] = value
-    return found
+    return found | settings.model_dump(include={"partition", "account", "qos", "constraint"}, exclude_none=True)
 
 
 def srun_arguments(settings: SlurmSettings) -> list[str]:

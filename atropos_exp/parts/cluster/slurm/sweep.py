@@ -44,7 +44,6 @@ class SlurmBackend:
                 name=job.name,
                 arguments=tuple(job.command[1:]),  # less the interpreter: the nodes may have another
                 run_folder=job.run_folder,
-                environment=job.environment,
             )
             for job in jobs
         ]
@@ -76,10 +75,8 @@ class SlurmBackend:
 
     def _jobs(self) -> dict[int, tuple[str, Path]]:
         """number -> (newest job, run folder)."""
-        found = {}
-        for row in read_json_lines(self._path)[0]:
-            found[int(row["number"])] = (str(row["job_id"]), Path(row["run_folder"]))
-        return found
+        rows = read_json_lines(self._path)[0]
+        return {int(row["number"]): (str(row["job_id"]), Path(row["run_folder"])) for row in rows}
 
     def _ask(self) -> dict[str, JobState]:
         if time.monotonic() - self._asked_at > ASK_SECONDS:

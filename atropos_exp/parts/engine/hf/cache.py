@@ -60,11 +60,6 @@ def make_cache(num_rows: int, num_positions: int) -> Any:
                 new[:, :, : self.length] = old[:, :, : self.length].index_select(0, row_N)
                 setattr(self, name, new)
 
-        def append_rows(self, others: Sequence[SlabLayer]) -> None:
-            if others:
-                self.keys = torch.cat([self.keys, *(other.keys for other in others)])
-                self.values = torch.cat([self.values, *(other.values for other in others)])
-
     class Slab(Cache):  # type: ignore[misc]
         """Layers appear as the model first writes to them."""
 
@@ -74,7 +69,9 @@ def make_cache(num_rows: int, num_positions: int) -> Any:
 
         def append_rows(self, others: Sequence[Slab]) -> None:
             """Add the rows of caches of the same used length."""
-            for index, layer in enumerate(self.layers):
-                layer.append_rows([other.layers[index] for other in others])
+            if others:
+                for layers in zip(self.layers, *(other.layers for other in others), strict=True):
+                    layers[0].keys = torch.cat([layer.keys for layer in layers])
+                    layers[0].values = torch.cat([layer.values for layer in layers])
 
     return Slab(layer_class_to_replicate=SlabLayer)

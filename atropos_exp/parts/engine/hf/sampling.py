@@ -41,15 +41,10 @@ def sample_tokens(
 
     rows = max(1, MAX_CDF_ELEMENTS // logits_NV.shape[1])
     if len(logits_NV) > rows:
+        whole = (logits_NV, temperature_N, top_p_N, top_k_N, uniform_N)
         parts = [
-            sample_tokens(
-                logits_NV[start : start + rows],
-                temperature_N=temperature_N[start : start + rows],
-                top_p_N=top_p_N[start : start + rows],
-                top_k_N=top_k_N[start : start + rows],
-                uniform_N=uniform_N[start : start + rows],
-            )
-            for start in range(0, len(logits_NV), rows)
+            sample_tokens(logits, temperature_N=temperature, top_p_N=top_p, top_k_N=top_k, uniform_N=uniform)
+            for logits, temperature, top_p, top_k, uniform in zip(*(x.split(rows) for x in whole), strict=True)
         ]
         return torch.cat([tokens for tokens, _ in parts]), torch.cat([logprobs for _, logprobs in parts])
 

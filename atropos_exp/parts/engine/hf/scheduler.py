@@ -52,18 +52,13 @@ class Scheduler(queue.RequestQueues[Generation]):
     ) -> None:
         """`max_batch_tokens`: rows × (prompt + answer) tokens of one batch. `batching_wait_seconds`: an idle server
         waits this long for more requests before it decodes the first."""
-        super().__init__(lambda: weights.problem, batching_wait_seconds=batching_wait_seconds)
+        super().__init__(lambda: weights.account.problem, batching_wait_seconds=batching_wait_seconds)
         self._decoder = decoder
         self._weights = weights
         self._max_batch_tokens = max_batch_tokens
         self._in_probe = False
         self.num_batches = 0
         self.num_rows = 0
-
-    @property
-    def num_waiting(self) -> int:
-        """Generations not finished yet."""
-        return len(self._generations)
 
     def run_forever(self) -> None:
         """The work of the thread that owns the model."""
@@ -73,12 +68,12 @@ class Scheduler(queue.RequestQueues[Generation]):
 
     def decode_now(self, generation: Generation) -> Message:
         """The answer to one request that is decoded by itself. Only for work that runs on the model's thread."""
-        self._decode([generation], [list(generation.todo)])
+        self._decode([(generation, row) for row in generation.todo])
         return generation.result()
 
     def on_step(self) -> None:
         """Called between forward passes, where only a probe may run. (A probe's own forward passes call it too.)"""
-        if self._probes and not self._in_probe and self._weights.problem is None:
+        if self._probes and not self._in_probe and self._weights.account.problem is None:
             self._in_probe = True
             try:
                 self._run_all(self._probes)
@@ -88,8 +83,7 @@ class Scheduler(queue.RequestQueues[Generation]):
     def turn(self) -> None:
         """Do what can be done now: control first, then probes and scores, then one batch."""
         self._run_all(self._control)
-        problem = self._weights.problem
-        if problem is not None:
+        if (problem := self._weights.account.problem) is not None:
             self._refuse_waiting(problem)
             return
         self.on_step()
@@ -98,13 +92,14 @@ class Scheduler(queue.RequestQueues[Generation]):
             self._decode_batch()
 
     def _decode_batch(self) -> None:
-        generations, rows_of = self._take_rows()
-        if not generations:
+        rows = self._take_rows()
+        if not rows:
             return
+        generations = list(dict.fromkeys(generation for generation, _ in rows))
         try:
-            self._decode(generations, rows_of)
+            self._decode(rows)
             self.num_batches += 1
-            self.num_rows += sum(map(len, rows_of))
+            self.num_rows += len(rows)
             for generation in generations:
                 if generation.num_left == 0:
                     self._drop(generation)
@@ -117,11 +112,10 @@ class Scheduler(queue.RequestQueues[Generation]):
                 if not generation.done.done():
                     generation.done.set_exception(error)
 
-    def _take_rows(self) -> tuple[list[Generation], list[list[int]]]:
+    def _take_rows(self) -> list[tuple[Generation, int]]:
         """The next rows, first come first served, as many as `max_batch_tokens` holds (at least one)."""
-        generations: list[Generation] = []
-        rows_of: list[list[int]] = []
-        num_rows = longest_prompt = longest_answer = 0
+        rows: list[tuple[Generation, int]] = []
+        longest_prompt = longest_answer = 0
         with self._changed:
             waiting = list(self._generations)
         for generation in waiting:
@@ -129,28 +123,24 @@ class Scheduler(queue.RequestQueues[Generation]):
                 self._drop(generation)
                 continue
             answer = max(longest_answer, generation.params.max_tokens)
-            rows: list[int] = []
             while generation.todo:
                 prompt = max(longest_prompt, len(generation.prompt_of(generation.todo[0])))
-                if num_rows and (num_rows + 1) * (prompt + answer) > self._max_batch_tokens:
-                    break
-                rows.append(generation.todo.popleft())
-                num_rows, longest_prompt, longest_answer = num_rows + 1, prompt, answer
-            if rows:
-                generations.append(generation)
-                rows_of.append(rows)
-            if generation.todo:
-                break
-        return generations, rows_of
+                if rows and (len(rows) + 1) * (prompt + answer) > self._max_batch_tokens:
+                    return rows
+                rows.append((generation, generation.todo.popleft()))
+                longest_prompt, longest_answer = prompt, answer
+        return rows
 
-    def _decode(self, generations: list[Generation], rows_of: list[list[int]]) -> None:
-        # Sorted by prompt and key, the batch is the same whatever order the requests came in.
-        taken = [(g, order, row) for order, g in enumerate(generations) for row in rows_of[order]]
-        prompts = sorted({g.prompt_of(row).tobytes() for g, _, row in taken}, key=lambda raw: (len(raw), raw))
+    def _decode(self, rows: list[tuple[Generation, int]]) -> None:
+        """Decode rows of generations. Sorted by prompt and key, the batch is the same whatever order they came in."""
+        prompts = sorted({g.prompt_of(row).tobytes() for g, row in rows}, key=lambda raw: (len(raw), raw))
         index_of = {prompt: index for index, prompt in enumerate(prompts)}
-        stops = {stop: index for index, stop in enumerate(sorted({g.params.stop_token_ids for g in generations}))}
-        rows = sorted((index_of[g.prompt_of(row).tobytes()], int(g.key_N[row]), order, row) for g, order, row in taken)
-        params = [generations[order].params for _, _, order, _ in rows]
+        placed = sorted(
+            ((index_of[g.prompt_of(row).tobytes()], int(g.key_N[row]), g, row) for g, row in rows),
+            key=lambda place: place[:2],
+        )
+        params = [g.params for _, _, g, _ in placed]
+        stops = {stop: index for index, stop in enumerate(sorted({p.stop_token_ids for p in params}))}
 
         def column(values: list[Any], dtype: Any) -> NDArray[Any]:
             return np.array(values, dtype=dtype)
@@ -158,8 +148,8 @@ class Scheduler(queue.RequestQueues[Generation]):
         decoded = self._decoder.decode(
             Rows(
                 prompts=[np.frombuffer(prompt, dtype=np.int32) for prompt in prompts],
-                prompt_N=column([prompt for prompt, *_ in rows], np.int64),
-                key_N=column([key for _, key, *_ in rows], np.uint64),
+                prompt_N=column([prompt for prompt, *_ in placed], np.int64),
+                key_N=column([key for _, key, *_ in placed], np.uint64),
                 temperature_N=column([p.temperature for p in params], np.float32),
                 top_p_N=column([p.top_p for p in params], np.float32),
                 top_k_N=column([p.top_k for p in params], np.int64),
@@ -168,13 +158,13 @@ class Scheduler(queue.RequestQueues[Generation]):
                 stop_N=column([stops[p.stop_token_ids] for p in params], np.int64),
             )
         )
-        for index, (_, _, order, row) in enumerate(rows):
-            generation, length = generations[order], int(decoded.length_N[index])
+        for index, (_, _, generation, row) in enumerate(placed):
+            length = int(decoded.length_N[index])
             generation.token_ids_NR[row, :length] = decoded.token_ids_NR[index, :length]
             generation.logprobs_NR[row, :length] = decoded.logprobs_NR[index, :length]
             generation.length_N[row] = length
             generation.stopped_N[row] = decoded.stopped_N[index]
-            generation.version_N[row] = self._weights.version
+            generation.version_N[row] = self._weights.account.version
             generation.num_left -= 1
 
     def _drop(self, generation: Generation) -> None:

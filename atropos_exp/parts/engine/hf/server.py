@@ -1,6 +1,5 @@
 """The server process of `engine=hf`, started as `python -m atropos_exp.parts.engine.hf.server --model FOLDER …`."""
 
-import argparse
 import gc
 import logging
 import sys
@@ -20,7 +19,11 @@ logger = logging.getLogger(__name__)
 
 def main() -> None:
     """Load the model and serve it until the process is killed."""
-    options = _options()
+    command_line = parser("atropos_exp.parts.engine.hf.server", __doc__)
+    command_line.add_argument("--twin", type=Path, help="folder of a small model of this kind, to try ways with")
+    command_line.add_argument("--max-batch-tokens", type=int, required=True)
+    command_line.add_argument("--batching-wait-seconds", type=float, required=True)
+    options = command_line.parse_args()
     token = prepare(options)
 
     with no_collections():
@@ -53,8 +56,9 @@ def main() -> None:
     )
     backend = HFBackend(
         scheduler=scheduler,
-        decoder=decoder,
-        weights=weights,
+        model=decoder,
+        account=weights.account,
+        update=weights,
         source=bucket_source(options),
         vocab_size=model.config.get_text_config().vocab_size,
         max_sequence_length=options.max_sequence_length,
@@ -63,14 +67,6 @@ def main() -> None:
     run_model_thread(scheduler.run_forever)
     logger.info("serving %s on %s as %s, decoded by %s", options.model, options.device, options.dtype, way)
     serve(backend, options, token=token)
-
-
-def _options() -> argparse.Namespace:
-    options = parser("atropos_exp.parts.engine.hf.server", __doc__)
-    options.add_argument("--twin", type=Path, help="folder of a small model of the same architecture, to try ways with")
-    options.add_argument("--max-batch-tokens", type=int, required=True)
-    options.add_argument("--batching-wait-seconds", type=float, required=True)
-    return options.parse_args()
 
 
 if __name__ == "__main__":

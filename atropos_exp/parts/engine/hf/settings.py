@@ -38,13 +38,11 @@ class HFEngine(ServerSettings):
     def preflight(self, *, device: str) -> list[str]:
         """Why `start` would fail, one sentence each, found without starting a server."""
         problems = []
-        if self.python is not None:
-            missing = missing_modules(self.python, (*NEEDS, "atropos_exp"))
-            if missing:
-                problems.append(
-                    f"engine.python: {self.python} cannot serve engine=hf: {missing}; name an interpreter of an "
-                    "environment that has this package, or null for the trainer's own"
-                )
+        if self.python is not None and (missing := missing_modules(self.python, (*NEEDS, "atropos_exp"))):
+            problems.append(
+                f"engine.python: {self.python} cannot serve engine=hf: {missing}; name an interpreter of an "
+                "environment that has this package, or null for the trainer's own"
+            )
         if self.transport == "shm" and not hasattr(os, "memfd_create"):
             problems.append("engine.transport is shm, which needs Linux; use engine.transport=disk")
         return problems + self.placement_problems(device=device)

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 
 class WeightStore:
-    """The model's parameters and persistent buffers, their version, and whether they are one consistent policy. One
-    thread uses it.
+    """The model's parameters and persistent buffers. `account`: their version, and whether they are one consistent
+    policy. One thread uses it.
 
         store = WeightStore(model)
         store.begin(7)
@@ -23,7 +23,8 @@ class WeightStore:
             store.load(name, tensor)
         store.finish()  # version 7 is served
 
-    What does not fit raises Refused.
+    What does not fit raises Refused. A tied tensor is expected under one name; it may be sent under its other name too,
+    and is then compared.
     """
 
     def __init__(self, model: Any, *, problem: str | None = None) -> None:
@@ -40,51 +41,36 @@ class WeightStore:
         every = model.state_dict(keep_vars=True)  # buffers too, which a checkpoint holds
         self._parameters |= {name: value for name, value in every.items() if name not in {*self._parameters, *aliases}}
         kinds = {name: (dtype_name(tensor), tuple(tensor.shape)) for name, tensor in self._parameters.items()}
-        self._account = UpdateAccount(kinds, aliases, problem=problem)
+        self.account = UpdateAccount(kinds, aliases, problem=problem)
         self._alias_digests: dict[str, str] = {}
-
-    @property
-    def version(self) -> int:
-        """Of the last complete update; 0 before the first."""
-        return self._account.version
-
-    @property
-    def problem(self) -> str | None:
-        """Why nothing may be sampled from these weights, or None."""
-        return self._account.problem
-
-    def expected(self) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """name -> (dtype, shape) of every tensor that an update must bring. A tied tensor has one name here; it may be
-        sent under its other name too, and is then compared."""
-        return dict(self._account.expected)
 
     def begin(self, version: int) -> None:
         """Start an update, whatever became of the last one."""
-        self._account.begin(version)
+        self.account.begin(version)
         self._alias_digests = {}
 
     def load(self, name: str, tensor: Tensor) -> None:
         """Copy one tensor into the model. From the first one on the weights are incomplete until `finish`."""
-        self._account.admit(name, (dtype_name(tensor), tuple(tensor.shape)))
-        self._account.received(name)
-        if name in self._account.aliases:
+        self.account.admit(name, (dtype_name(tensor), tuple(tensor.shape)))
+        self.account.received(name)
+        if name in self.account.aliases:
             self._alias_digests[name] = digest(tensor)
         else:
             self._parameters[name].data.copy_(tensor)
 
     def finish(self) -> None:
         """Accept the update if every tensor has arrived; otherwise the weights stay incomplete."""
-        self._account.check_complete()
+        self.account.check_complete()
         for alias, sent in self._alias_digests.items():
-            owner = self._account.aliases[alias]
+            owner = self.account.aliases[alias]
             if sent != digest(self._parameters[owner].cpu()):
                 self.abort()
                 raise Refused(400, f"{alias} is tied to {owner}, but the two were sent with different values")
-        self._account.finish()
+        self.account.finish()
 
     def abort(self) -> None:
         """Abandon the update. If it changed a weight, nothing may be sampled until a complete one has arrived."""
-        self._account.abort()
+        self.account.abort()
 
     def digests(self, *, on_device: bool = False) -> dict[str, str]:
         """The digest of each parameter as the model holds it now, computed `on_device` or from a copy on the host."""

@@ -6,7 +6,7 @@ import asyncio
 import hmac
 import math
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -24,18 +24,17 @@ if TYPE_CHECKING:
     from starlette.responses import Response
 
 Encode = Callable[[Any], Message]  # from what a backend's future holds to the message of the answer
-Work = tuple[Future[Any], Encode]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Service:
-    """The routes' work. Each method checks a message, asks the backend, and returns the future of the result with the
-    function that encodes it as a message. Raises Refused or WireError for a wrong message."""
+    """The routes' work. Each method checks a message, asks the backend, and returns the future of the result. Raises
+    Refused or WireError for a wrong message."""
 
     backend: Backend
     heartbeat_seconds: float
 
-    def generate(self, message: Message) -> Work:
+    def generate(self, message: Message) -> Future[Message]:
         params = SamplingParams(
             temperature=_number(message, "temperature", 0.0, math.inf),
             top_p=_number(message, "top_p", 0.0, 1.0),
@@ -49,58 +48,34 @@ class Service:
         prompts = self._sequences(message, room=params.max_tokens)
         num_samples = int(_number(message, "num_samples", 1, 1 << 20))
         first_prompt = int(_number({"first_prompt": 0, **message}, "first_prompt", 0, 1 << 40))
-        work = self.backend.generate(
+        return self.backend.generate(
             prompts, params, num_samples=num_samples, first_prompt=first_prompt, deadline=_deadline(message)
         )
-        return work, dict
 
-    def score(self, message: Message) -> Work:
+    def score(self, message: Message) -> Future[list[TokenScores]]:
         sequences = self._sequences(message, room=0)
         temperature = _number(message, "temperature", 0.0, math.inf)
         num_top = min(int(_number({"num_top": 0, **message}, "num_top", 0, 1 << 31)), self.backend.vocab_size)
-        deadline = _deadline(message)
-        scored = self.backend.score(sequences, temperature=temperature, num_top=num_top, deadline=deadline)
-        return scored, lambda rows: _scored(rows, with_top=num_top > 0)
+        return self.backend.score(sequences, temperature=temperature, num_top=num_top, deadline=_deadline(message))
 
-    def health(self, message: Message) -> Work:
-        """One real token of the model, as a sign of health."""
-        return self.backend.probe(deadline=_deadline(message)), dict
-
-    def info(self, message: Message) -> Work:
+    def info(self, message: Message) -> Future[Message]:
         facts = {
             "expected": [[name, kind, list(shape)] for name, (kind, shape) in self.backend.expected().items()],
             "vocab_size": self.backend.vocab_size,
             "max_sequence_length": self.backend.max_sequence_length,
         }
-        return _done({**facts, **self.backend.info()}), dict
+        return _done({**facts, **self.backend.info()})
 
-    def pause(self, message: Message) -> Work:
-        return self.backend.pause(deadline=_deadline(message)), _nothing
-
-    def resume(self, message: Message) -> Work:
+    def resume(self, message: Message) -> Future[Message]:
         self.backend.resume()
-        return _done(None), _nothing
+        return _done({})
 
-    def sleep(self, message: Message) -> Work:
-        return self.backend.sleep(deadline=_deadline(message)), dict
-
-    def begin(self, message: Message) -> Work:
+    def begin(self, message: Message) -> Future[Any]:
         version = int(_number(message, "version", 0, 1 << 62))
-        return self.backend.begin(version, deadline=_deadline(message)), _nothing
+        return self.backend.begin(version, deadline=_deadline(message))
 
-    def bucket(self, message: Message) -> Work:
-        return self.backend.load(message, deadline=_deadline(message)), _nothing
-
-    def finish(self, message: Message) -> Work:
-        return self.backend.finish(deadline=_deadline(message)), _nothing
-
-    def abort(self, message: Message) -> Work:
-        return self.backend.abort(deadline=_deadline(message)), _nothing
-
-    def digests(self, message: Message) -> Work:
-        on_device = message.get("on_device") is True
-        digests = self.backend.digests(on_device=on_device, deadline=_deadline(message))
-        return digests, lambda found: {"digests": dict(found)}
+    def digests(self, message: Message) -> Future[Mapping[str, str]]:
+        return self.backend.digests(on_device=message.get("on_device") is True, deadline=_deadline(message))
 
     def _sequences(self, message: Message, *, room: int) -> Sequence[TokenIds]:
         sequences = split(_array(message, "token_ids", np.int32), _array(message, "lengths", np.int64))
@@ -135,36 +110,40 @@ def make_app(service: Service, *, token: str) -> Starlette:
     from starlette.routing import Route
 
     expected = f"Bearer {token}".encode()
+    backend = service.backend
 
-    def answer(status: int, message: Message) -> Response:
-        return Response(pack(message), status_code=status, media_type="application/msgpack")
+    def answer(message: Message) -> Response:
+        return Response(pack(message), status_code=message.get("status", 200), media_type="application/msgpack")
 
-    def outcome(done: asyncio.Future[Any], encode: Encode) -> tuple[int, Message]:
+    def problem(status: int, reason: object) -> Message:
+        return {"status": status, "error": str(reason)}
+
+    def outcome(done: asyncio.Future[Any], encode: Encode) -> Message:
         try:
-            return 200, encode(done.result())
+            return encode(done.result())
         except Refused as refusal:
-            return refusal.status, {"status": refusal.status, "error": str(refusal)}
+            return problem(refusal.status, refusal)
         except WireError as error:
-            return 400, {"status": 400, "error": str(error)}
+            return problem(400, error)
         except Exception as error:  # logged where it happened; the client raises it
-            return 500, {"status": 500, "error": f"{type(error).__name__}: {error}"}
+            return problem(500, f"{type(error).__name__}: {error}")
 
-    def route(path: str, work: Callable[[Message], Work]) -> Route:
+    def route(path: str, work: Callable[[Message], Future[Any]], encode: Encode = _whole) -> Route:
         async def endpoint(request: Request) -> Response:
             if not hmac.compare_digest(request.headers.get("authorization", "").encode(), expected):
-                return answer(401, {"status": 401, "error": "wrong or missing token"})
+                return answer(problem(401, "wrong or missing token"))
             if int(request.headers.get("content-length", 0)) > MAX_MESSAGE_BYTES:
-                return answer(413, {"status": 413, "error": f"a message has at most {MAX_MESSAGE_BYTES} bytes"})
+                return answer(problem(413, f"a message has at most {MAX_MESSAGE_BYTES} bytes"))
             try:
-                future, encode = work(unpack(await request.body()))
+                future = work(unpack(await request.body()))
             except Refused as refusal:
-                return answer(refusal.status, {"status": refusal.status, "error": str(refusal)})
+                return answer(problem(refusal.status, refusal))
             except (WireError, KeyError, TypeError) as error:
-                return answer(400, {"status": 400, "error": f"bad request: {error}"})
+                return answer(problem(400, f"bad request: {error}"))
             done = asyncio.wrap_future(future)
             await asyncio.wait({done}, timeout=service.heartbeat_seconds)
             if done.done():
-                return answer(*outcome(done, encode))
+                return answer(outcome(done, encode))
             return StreamingResponse(alive_until(done, encode), media_type="application/msgpack")
 
         return Route(path, endpoint, methods=["POST"])
@@ -172,49 +151,52 @@ def make_app(service: Service, *, token: str) -> Starlette:
     async def alive_until(done: asyncio.Future[Any], encode: Encode) -> AsyncIterator[bytes]:
         try:
             while not done.done():
-                if service.backend.is_moving():
+                if backend.is_moving():
                     yield HEARTBEAT
                 await asyncio.wait({done}, timeout=service.heartbeat_seconds)
-            _, message = outcome(done, encode)
-            yield pack(message)
+            yield pack(outcome(done, encode))
         finally:
             done.cancel()  # no effect if it has ended; otherwise the client has gone and its rows need not be decoded
 
     return Starlette(
         routes=[
             route("/generate", service.generate),
-            route("/score", service.score),
-            route("/health", service.health),
+            route("/score", service.score, _scored),
+            route("/health", lambda message: backend.probe(deadline=_deadline(message))),
             route("/info", service.info),
-            route("/pause", service.pause),
+            route("/pause", lambda message: backend.pause(deadline=_deadline(message)), _nothing),
             route("/resume", service.resume),
-            route("/sleep", service.sleep),
-            route("/weights/begin", service.begin),
-            route("/weights/bucket", service.bucket),
-            route("/weights/finish", service.finish),
-            route("/weights/abort", service.abort),
-            route("/weights/digests", service.digests),
+            route("/sleep", lambda message: backend.sleep(deadline=_deadline(message))),
+            route("/weights/begin", service.begin, _nothing),
+            route("/weights/bucket", lambda message: backend.load(message, deadline=_deadline(message)), _nothing),
+            route("/weights/finish", lambda message: backend.finish(deadline=_deadline(message)), _nothing),
+            route("/weights/abort", lambda message: backend.abort(deadline=_deadline(message)), _nothing),
+            route("/weights/digests", service.digests, lambda found: {"digests": dict(found)}),
         ]
     )
 
 
-def _done(answer: Any) -> Future[Any]:
-    future: Future[Any] = Future()
-    future.set_result(answer)
-    return future
+def _whole(message: Message) -> Message:
+    return message
 
 
 def _nothing(result: Any) -> Message:
     return {}
 
 
-def _scored(rows: Sequence[TokenScores], *, with_top: bool) -> Message:
+def _scored(rows: Sequence[TokenScores]) -> Message:
     flat, lengths = flatten([row.logprobs for row in rows], np.float32)
     answer: Message = {"logprobs": flat, "lengths": lengths}
-    if with_top:  # [sum of lengths, num_top]
+    if rows[0].top_token_ids.shape[1]:  # [sum of lengths, num_top]
         answer["top_token_ids"] = np.concatenate([row.top_token_ids for row in rows])
         answer["top_logprobs"] = np.concatenate([row.top_logprobs for row in rows])
     return answer
+
+
+def _done(answer: Message) -> Future[Message]:
+    future: Future[Message] = Future()
+    future.set_result(answer)
+    return future
 
 
 def _deadline(message: Message) -> float:

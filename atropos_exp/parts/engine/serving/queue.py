@@ -95,6 +95,11 @@ class RequestQueues(Generic[G]):
         self._scores: deque[Call] = deque()
         self._generations: deque[G] = deque()
 
+    @property
+    def num_waiting(self) -> int:
+        """Generations not finished yet."""
+        return len(self._generations)
+
     def submit(self, generation: G) -> Future[Message]:
         return self._put(self._generations, generation)
 

@@ -11,8 +11,9 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 from atropos_exp.parts.engine.process import TOKEN_VARIABLE
 from atropos_exp.parts.engine.serving.app import Service, make_app
@@ -22,6 +23,7 @@ from atropos_exp.weights.group import BACKENDS, GroupSource
 from atropos_exp.weights.receiver import BucketSource, inherited
 
 logger = logging.getLogger(__name__)
+B = TypeVar("B", bound=Backend)
 
 
 def prepare(options: argparse.Namespace) -> str:
@@ -44,7 +46,33 @@ def serve(backend: Backend, options: argparse.Namespace, *, token: str) -> None:
         timeout_keep_alive=3600,
         ws="none",
     )
-    _web_server(config).run(sockets=[socket.socket(fileno=options.socket_fd)])
+
+    class Server(uvicorn.Server):
+        """Leaves the signals as `prepare` set them."""
+
+        @contextlib.contextmanager
+        def capture_signals(self) -> Iterator[None]:
+            yield
+
+    logger.info("serving %s on %s as %s", options.model, options.device, options.dtype)
+    Server(config).run(sockets=[socket.socket(fileno=options.socket_fd)])
+
+
+def serve_from_thread(
+    make: Callable[[argparse.Namespace], B], run: Callable[[B], None], options: argparse.Namespace
+) -> None:
+    """Make a backend and `run` it, both on the thread that owns its model, as a CUDA device belongs to a thread; and
+    answer requests with it until the process ends."""
+    token = prepare(options)
+    made: Future[B] = Future()
+
+    def own_the_model() -> None:
+        backend = make(options)
+        made.set_result(backend)
+        run(backend)
+
+    run_model_thread(own_the_model)
+    serve(made.result(), options, token=token)
 
 
 def run_model_thread(work: Callable[[], None]) -> None:
@@ -92,16 +120,3 @@ def bucket_source(options: argparse.Namespace) -> BucketSource:
         cuda_ipc=options.weights_cuda_ipc,
         group=group,
     )
-
-
-def _web_server(config: Any) -> Any:
-    import uvicorn
-
-    class Server(uvicorn.Server):
-        """Leaves the signals as `prepare` set them."""
-
-        @contextlib.contextmanager
-        def capture_signals(self) -> Iterator[None]:
-            yield
-
-    return Server(config)

@@ -104,7 +104,7 @@ class SGLangBackend:
         return self._run(self._finish(), deadline)
 
     def abort(self, *, deadline: float) -> Future[Any]:
-        return self._run(self._abort(), deadline)
+        return self._run(self._update.abort(), deadline)
 
     def digests(self, *, on_device: bool, deadline: float) -> Future[Mapping[str, str]]:
         return self._run(self._update.digests(on_device=on_device), deadline)
@@ -242,9 +242,6 @@ class SGLangBackend:
         await self._update.finish()
         async with self._changed:
             self._changed.notify_all()
-
-    async def _abort(self) -> None:
-        self._update.abort()
 
     async def _num_cached(self) -> int:
         """Tokens of the sentinel prompt that the prefix cache knows; afterwards it knows them all."""

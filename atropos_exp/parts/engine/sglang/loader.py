@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from atropos_exp.weights.digest import digests
 from atropos_exp.weights.resident import has_plain_layers, views
-from atropos_exp.weights.tensors import ALIGNMENT, Kind, Piece, read_piece
+from atropos_exp.weights.tensors import ALIGNMENT, Piece, read_piece
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,20 +54,13 @@ def _do(model: Any, request: Mapping[str, Any], memory: Tensor) -> dict[str, Any
         model.load_weights([(piece.name, read_piece(piece, bucket)) for piece in pieces])
         return {}
     kinds = {name: (kind, tuple(shape)) for name, (kind, shape) in request["kinds"].items()}
-    held = resident(model, kinds)
+    # What the model computes with, under Hugging Face names; nothing, if any layer repacks or quantises its weights.
+    held = views(dict(model.named_parameters()), FUSED, kinds) if has_plain_layers(model) else {}
     if "digests" not in request:
         return {"names": list(held)}
     held = {name: held[name] for name in request["digests"]}
     tensors = [tensor if request["on_device"] else tensor.cpu() for tensor in held.values()]
     return {"digests": dict(zip(held, digests(tensors), strict=True))}
-
-
-def resident(model: Any, kinds: Mapping[str, Kind]) -> dict[str, Tensor]:
-    """The tensors that the model computes with, under their Hugging Face names; parts of fused ones are views. Those of
-    `kinds` that it does not keep as they came are left out: all, if any layer repacks or quantises its weights."""
-    if not has_plain_layers(model):
-        return {}
-    return views(dict(model.named_parameters()), FUSED, kinds)
 
 
 def answer_bytes(names: Sequence[str]) -> int:

@@ -6,18 +6,14 @@ It runs in SGLang's own environment, which has this package on its path and need
 import argparse
 import importlib.metadata
 import json
-import logging
 import os
-import threading
 
-from atropos_exp.parts.engine.serving.server import bucket_source, parser, prepare, run_model_thread, serve
+from atropos_exp.parts.engine.serving.server import bucket_source, parser, serve_from_thread
 from atropos_exp.parts.engine.sglang.backend import SGLangBackend
 from atropos_exp.parts.engine.sglang.loader import LOADER
 from atropos_exp.weights.account import UpdateAccount
 from atropos_exp.weights.receiver import expected_tensors
 from atropos_exp.weights.resident import EMBEDDING, HEAD
-
-logger = logging.getLogger(__name__)
 
 # SGLang takes prompts of fewer tokens than its context less 6 (tp_worker.py), and a score's prompt is a whole sequence.
 ROOM = 7
@@ -25,21 +21,10 @@ ROOM = 7
 
 def main() -> None:
     """Load SGLang and the model, and serve it until the process is killed."""
-    options = _options()
-    token = prepare(options)
-    ready = threading.Event()
-    made: list[SGLangBackend] = []
-
-    def own_the_loop() -> None:
-        backend = make_backend(options)
-        made.append(backend)
-        backend.loop.call_soon(ready.set)
-        backend.loop.run_forever()
-
-    run_model_thread(own_the_loop)
-    ready.wait()
-    logger.info("serving %s on %s as %s", options.model, options.device, options.dtype)
-    serve(made[0], options, token=token)
+    options = parser("atropos_exp.parts.engine.sglang.server", __doc__)
+    options.add_argument("--engine-arguments", required=True, help="JSON, for sglang.Engine")
+    options.add_argument("--seeded", action="store_true", help="each row has a seed of its own")
+    serve_from_thread(make_backend, lambda backend: backend.loop.run_forever(), options.parse_args())
 
 
 def make_backend(options: argparse.Namespace) -> SGLangBackend:
@@ -77,13 +62,6 @@ def make_backend(options: argparse.Namespace) -> SGLangBackend:
 
 def _nccl_variables() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name.startswith("NCCL_")}
-
-
-def _options() -> argparse.Namespace:
-    options = parser("atropos_exp.parts.engine.sglang.server", __doc__)
-    options.add_argument("--engine-arguments", required=True, help="JSON, for sglang.Engine")
-    options.add_argument("--seeded", action="store_true", help="each row has a seed of its own")
-    return options.parse_args()
 
 
 if __name__ == "__main__":

@@ -28,9 +28,12 @@ class SGLangEngine(ServerSettings):
     seeded: bool
 
     colocate: ClassVar[bool] = False
-    gpu_memory_utilization: ClassVar[float | None] = None
     kv_cache_gb: ClassVar[float | None] = None
     max_batch_tokens: ClassVar[int | None] = None
+
+    @property
+    def gpu_memory_utilization(self) -> float:
+        return self.mem_fraction_static
 
     @property
     def _python(self) -> str:

@@ -95,13 +95,13 @@ class SchedulerUpdate:
             if num_cached:
                 raise Refused(500, f"the prefix cache still gives {num_cached} tokens of older weights")
         except Exception:
-            self.abort()
+            await self.abort()
             raise
         self.num_cache_proofs += 1
         self._account.finish()
         self._release()
 
-    def abort(self) -> None:
+    async def abort(self) -> None:
         """Abandon the update and release its memory."""
         self._account.abort()
         self._release()

@@ -182,12 +182,8 @@ class Core:
 def _scored(flat: Any, num_top: int) -> TokenScores:
     """vLLM's flat list of a prompt holds nothing for token 0; then at each place the token itself and the likeliest."""
     if flat is None:
-        none = np.zeros((0, num_top))
-        return TokenScores(
-            logprobs=none.sum(axis=1).astype(np.float32),
-            top_token_ids=none.astype(np.int32),
-            top_logprobs=none.astype(np.float32),
-        )
+        none = np.zeros((0, num_top), dtype=np.float32)
+        return TokenScores(logprobs=none.sum(axis=1), top_token_ids=none.astype(np.int32), top_logprobs=none)
     starts = np.array(flat.start_indices[1:], dtype=np.int64)
     logprobs = np.array(flat.logprobs, dtype=np.float32)
     top = starts[:, None] + 1 + np.arange(num_top)

@@ -1,7 +1,8 @@
 """One sampling request inside the vLLM server, from its rows to the arrays of its answer."""
 
+import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from atropos_exp.types import Floats, TokenIds
 class Generation(queue.Generation):
     """One request and the rows of it that vLLM has finished."""
 
-    number: int  # unique in this server
+    number: int = field(default_factory=itertools.count(1).__next__)  # unique in this server
 
     def __post_init__(self) -> None:
         # vLLM takes a seed of 63 bits for each row; those of one request differ and do not depend on other requests.
@@ -56,11 +57,10 @@ class Generation(queue.Generation):
         """The answer, once every row has ended. `version`: of the policy that sampled it."""
         token_ids, lengths = flatten(self.token_ids, np.int32)
         logprobs, _ = flatten(self.logprobs, np.float32)
-        versions = np.full(self.num_rows, version, dtype=np.int64)
         return {
             "token_ids": token_ids,
             "logprobs": logprobs,
             "lengths": lengths,
             "stopped": self.stopped_N,
-            "versions": versions,
+            "versions": np.full(self.num_rows, version, dtype=np.int64),
         }

@@ -22,8 +22,7 @@ class Scheduler(RequestQueues[Generation]):
 
     @property
     def num_waiting(self) -> int:
-        """Generations not finished yet."""
-        return len(self._generations) + len(self._running) + len(self._unscored)
+        return super().num_waiting + len(self._running) + len(self._unscored)
 
     def run_forever(self) -> None:
         """The work of the thread that owns vLLM's engine."""
@@ -38,8 +37,7 @@ class Scheduler(RequestQueues[Generation]):
         self._expire_sampling()
         while self._control and not (self._control[0].when_idle and (self._running or self._unscored)):
             self._control.popleft().run()
-        problem = self._account.problem
-        if problem is not None:
+        if (problem := self._account.problem) is not None:
             self._refuse_waiting(problem)
             return
         self._run_all(self._probes)

@@ -7,12 +7,11 @@ import argparse
 import dataclasses
 import importlib.metadata
 import json
-import logging
-import threading
 
-from atropos_exp.parts.engine.serving.server import bucket_source, parser, prepare, run_model_thread, serve
+from atropos_exp.parts.engine.serving.server import bucket_source, parser, serve_from_thread
 from atropos_exp.parts.engine.vllm.backend import VLLMBackend
 from atropos_exp.parts.engine.vllm.core import Core
+from atropos_exp.parts.engine.vllm.scheduler import Scheduler
 from atropos_exp.parts.engine.vllm.update import WorkerUpdate
 from atropos_exp.parts.engine.vllm.worker import EXTENSION
 from atropos_exp.weights.account import UpdateAccount
@@ -20,26 +19,16 @@ from atropos_exp.weights.receiver import adapter_tensors, expected_tensors
 from atropos_exp.weights.resident import EMBEDDING, HEAD
 from atropos_exp.weights.tensors import some
 
-logger = logging.getLogger(__name__)
-
 
 def main() -> None:
     """Load vLLM and the model, and serve it until the process is killed."""
-    options = _options()
-    token = prepare(options)
-    ready = threading.Event()
-    made: list[VLLMBackend] = []
-
-    def own_the_model() -> None:
-        backend = make_backend(options)  # on the thread that will use it: a CUDA device belongs to a thread
-        made.append(backend)
-        ready.set()
-        backend.scheduler.run_forever()
-
-    run_model_thread(own_the_model)
-    ready.wait()
-    logger.info("serving %s on %s as %s", options.model, options.device, options.dtype)
-    serve(made[0], options, token=token)
+    options = parser("atropos_exp.parts.engine.vllm.server", __doc__)
+    options.add_argument("--engine-arguments", required=True, help="JSON, for vLLM's EngineArgs")
+    options.add_argument("--seeded", action="store_true", help="each row has a random generator of its own")
+    options.add_argument("--lora-rank", type=int, default=0, help="of LoRA matrices that come by themselves")
+    options.add_argument("--lora-targets", nargs="*", default=[], help="layers that they adapt")
+    options.add_argument("--step-timeout-seconds", type=float, required=True, help="longer: the model counts as hung")
+    serve_from_thread(make_backend, lambda backend: backend.scheduler.run_forever(), options.parse_args())
 
 
 def make_backend(options: argparse.Namespace) -> VLLMBackend:
@@ -87,8 +76,10 @@ def make_backend(options: argparse.Namespace) -> VLLMBackend:
         max_sequence_length=options.max_sequence_length,
     )
     return VLLMBackend(
-        account,
-        update,
+        scheduler=Scheduler(core, account),
+        model=core,
+        account=account,
+        update=update,
         vocab_size=int(engine.vllm_config.model_config.get_vocab_size()),
         max_sequence_length=options.max_sequence_length,
         step_timeout_seconds=options.step_timeout_seconds,
@@ -104,16 +95,6 @@ def vllm_version() -> str:
         except importlib.metadata.PackageNotFoundError:
             continue
     return "unknown"
-
-
-def _options() -> argparse.Namespace:
-    options = parser("atropos_exp.parts.engine.vllm.server", __doc__)
-    options.add_argument("--engine-arguments", required=True, help="JSON, for vLLM's EngineArgs")
-    options.add_argument("--seeded", action="store_true", help="each row has a random generator of its own")
-    options.add_argument("--lora-rank", type=int, default=0, help="of LoRA matrices that come by themselves")
-    options.add_argument("--lora-targets", nargs="*", default=[], help="layers that they adapt")
-    options.add_argument("--step-timeout-seconds", type=float, required=True, help="longer: the model counts as hung")
-    return options.parse_args()
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from pydantic import AfterValidator, Field
 from atropos_exp.config.lora import LoraSettings
 from atropos_exp.config.settings import Count, Seconds
 from atropos_exp.parts.engine.launch import ServerProgram, ServerSettings, built_in
-from atropos_exp.parts.engine.preflight import BESIDE_CHECKOUT, environment_problems, interpreter
+from atropos_exp.parts.engine.preflight import environment_problems, interpreter
 
 SERVER = "atropos_exp.parts.engine.vllm.server"
 INSTALL = (
@@ -39,7 +39,7 @@ class VLLMEngine(ServerSettings):
 
     @property
     def _python(self) -> str:
-        return interpreter(self.python, environment=BESIDE_CHECKOUT)
+        return interpreter(self.python, environment=".venv-vllm")
 
     def preflight(self, *, device: str, lora: LoraSettings | None = None) -> list[str]:
         """Why `start` would fail, one sentence each, found without starting a server. `lora`: of the model."""
@@ -53,7 +53,7 @@ class VLLMEngine(ServerSettings):
                 "engine.colocate=true gives the engine's memory to the trainer during an update, so the two must share "
                 f"a GPU; got {where}. Leave engine.colocate=false"
             )
-        if self.serves_adapter and lora is not None:
+        if self.lora == "adapter" and lora is not None:
             reasons = self._against_adapter(lora, on_gpu=device != "cpu")
             problems += [f"engine.lora=adapter {reason}; use engine.lora=merged" for reason in reasons]
         return problems
@@ -73,15 +73,11 @@ class VLLMEngine(ServerSettings):
             found.append("keeps the base in the engine, but engine.colocate=true throws it away at every update")
         return found
 
-    @property
-    def serves_adapter(self) -> bool:
-        return self.lora == "adapter"
-
     def program(
         self, *, device: str, max_sequence_length: int, lora: LoraSettings | None, twin: Path | None
     ) -> ServerProgram:
-        adapter = lora if self.serves_adapter else None
-        assert adapter is not None or not self.serves_adapter, "the model's LoRA is an argument"
+        adapter = lora if self.lora == "adapter" else None
+        assert adapter is not None or self.lora == "merged", "the model's LoRA is an argument"
         return ServerProgram(
             kind="vllm",
             module=SERVER,
@@ -92,7 +88,16 @@ class VLLMEngine(ServerSettings):
                 *(["--seeded"] if self.seeded else []),
                 *(["--lora-rank", str(adapter.rank), "--lora-targets", *adapter.target_modules] if adapter else []),
             ],
-            environment=self._environment(),
+            environment={
+                # One process holds the server and vLLM's engine core: nothing to keep in step, and one thing to kill.
+                "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+                "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+                "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",  # a score draws one token past the longest sequence
+                "VLLM_NO_USAGE_STATS": "1",
+                "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the cores are the trainer's too
+                # Compiled at start-up where its kernels are not there; and it cannot draw from seeds.
+                "VLLM_USE_FLASHINFER_SAMPLER": os.environ.get("VLLM_USE_FLASHINFER_SAMPLER", "0"),
+            },
             tensor_parallel_size=self.tensor_parallel_size,
             receivers_per_server=self.tensor_parallel_size,  # each of vLLM's workers
         )
@@ -119,15 +124,3 @@ class VLLMEngine(ServerSettings):
         if not on_cpu:
             arguments["gpu_memory_utilization"] = self.gpu_memory_utilization
         return arguments
-
-    def _environment(self) -> dict[str, str]:
-        return {
-            # One process holds the server and vLLM's engine core: nothing to keep in step, and one thing to kill.
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-            "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
-            "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",  # a score draws one token past the longest sequence
-            "VLLM_NO_USAGE_STATS": "1",
-            "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the cores are the trainer's too
-            # Compiled at start-up where its kernels are not there; and it cannot draw from seeds.
-            "VLLM_USE_FLASHINFER_SAMPLER": os.environ.get("VLLM_USE_FLASHINFER_SAMPLER", "0"),
-        }

@@ -27,7 +27,7 @@ class WorkerUpdate:
         self, core: Core, account: UpdateAccount, source: BucketSource, *, block_size: int, max_sequence_length: int
     ) -> None:
         """`block_size`: tokens of one block of keys and values, the unit of the prefix cache."""
-        self.core = core
+        self._core = core
         self._account = account
         self._source = source
         self._tied: set[str] = set()  # names that came in this update and own no tensor
@@ -49,28 +49,28 @@ class WorkerUpdate:
     def sleep(self) -> Message:
         """Release the memory until the next update, whose `begin` wakes the weights, and its `finish` keys and values.
         Bytes in use on all GPUs before and after."""
-        if not self.core.can_sleep:
+        if not self._core.can_sleep:
             raise Refused(400, "this engine was started without engine.colocate=true")
         if self._account.is_open:
             raise Refused(409, "an update is in progress")
-        before = sum(self.core.ask_workers("atropos_memory"))
+        before = sum(self._core.ask_workers("atropos_memory"))
         if not self._asleep:
             self._account.fall_asleep()
             self._asleep = ["weights", "kv_cache"]
-            self.core.sleep()
-        return {"bytes_before": before, "bytes_after": sum(self.core.ask_workers("atropos_memory"))}
+            self._core.sleep()
+        return {"bytes_before": before, "bytes_after": sum(self._core.ask_workers("atropos_memory"))}
 
     def begin(self, version: int) -> None:
         """Start an update, whatever became of the last one."""
         self._account.begin(version)
         if self._sentinel is not None and self._account.problem is None:
             with self._account.spent("prefixes"):
-                self.core.draw(self._sentinel)
+                self._core.draw(self._sentinel)
         self._wake("weights")
         self._tied = set()
         self._account.mark_incomplete()  # vLLM may take its layers apart for the time of the update
         with self._account.spent("begin"):
-            self.core.ask_workers("atropos_begin", self._account.kinds)
+            self._core.ask_workers("atropos_begin", self._account.kinds)
 
     def load(self, message: Message) -> None:
         """Load one bucket in every worker."""
@@ -80,7 +80,7 @@ class WorkerUpdate:
         tied = tuple(self._account.aliases)
         self._on_device = self._source.on_device
         with self._account.spent("load"):
-            self.is_plain = all(self.core.ask_workers("atropos_load", self._source, message, tied))
+            self.is_plain = all(self._core.ask_workers("atropos_load", self._source, message, tied))
         for name, _ in kinds:
             self._account.received(name)
             if name in self._account.aliases:
@@ -92,9 +92,9 @@ class WorkerUpdate:
             self._account.check_complete()
             self._check_tied()
             with self._account.spent("finish"):
-                self.core.ask_workers("atropos_end")
+                self._core.ask_workers("atropos_end")
             if self._account.adapter:
-                self.core.serve_adapter()
+                self._core.serve_adapter()
             self._wake("kv_cache")  # not before: a reload may need the room
             with self._account.spent("prefixes"):
                 self._forget_prefixes()
@@ -107,25 +107,25 @@ class WorkerUpdate:
         """Abandon the update; layers that were taken apart are put together again."""
         if self._account.is_open:
             self._account.abort()
-        self.core.ask_workers("atropos_end")
+        self._core.ask_workers("atropos_end")
 
     def digests(self, *, on_device: bool) -> Mapping[str, str]:
         """The digest of every expected tensor that has arrived, by name."""
         with self._account.spent("digests"):
-            held = agreed(self.core.ask_workers("atropos_digests", on_device))
+            held = agreed(self._core.ask_workers("atropos_digests", on_device))
         self.num_resident = sum(is_resident for name, (_, is_resident) in held.items() if name not in self._tied)
         return {name: value for name, (value, _) in held.items() if name not in self._tied}
 
     def _wake(self, tag: str) -> None:
         if tag in self._asleep:
             with self._account.spent("wake"):
-                self.core.wake(tag)
+                self._core.wake(tag)
             self._asleep.remove(tag)
 
     def _check_tied(self) -> None:
         if not self._tied:
             return
-        held = agreed(self.core.ask_workers("atropos_digests", self._on_device))
+        held = agreed(self._core.ask_workers("atropos_digests", self._on_device))
         for alias in self._tied:
             owner = self._account.aliases[alias]
             if held[alias][0] != held[owner][0]:
@@ -133,10 +133,10 @@ class WorkerUpdate:
 
     def _forget_prefixes(self) -> None:
         """Empty the prefix cache, and see that it is: a prompt that was in it must not be found there."""
-        self.core.forget_prefixes()
+        self._core.forget_prefixes()
         if self._sentinel is None:
             return
-        _, _, num_cached = self.core.draw(self._sentinel)
+        _, _, num_cached = self._core.draw(self._sentinel)
         if num_cached:
             raise Refused(
                 500,

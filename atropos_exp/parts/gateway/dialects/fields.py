@@ -9,34 +9,34 @@ import numpy as np
 from atropos_exp.parts.gateway.refusal import Refusal, invalid, unsupported
 from atropos_exp.types import TokenIds
 
-# Parameters that change nothing here when they have one of these values. Any other value is refused.
-NEUTRAL: Mapping[str, tuple[Any, ...]] = {
-    "stream": (False,),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "repetition_penalty": (1,),
-    "length_penalty": (1,),
-    "min_p": (0,),
-    "min_tokens": (0,),
-    "min_new_tokens": (0,),
-    "logit_bias": ({},),
-    "bad_words": ([],),
-    "use_beam_search": (False,),
-    "early_stopping": (False,),
-    "echo": (False,),
-    "suffix": ("",),
-    "response_format": ({"type": "text"},),
-    "spaces_between_special_tokens": (True,),
-    "detokenize": (True,),
-    "parallel_tool_calls": (True,),
-    "modalities": (["text"],),
-    "top_logprobs": (0,),
-    "top_logprobs_num": (0,),
-    "logprob_start_len": (-1,),
-    "return_text_in_logprobs": (False,),
-    "return_hidden_states": (False,),
-    "return_tokens_as_token_ids": (False,),
-    "add_special_tokens": (True,),
+# Parameters that change nothing here when they have this value. Any other value is refused.
+NEUTRAL: Mapping[str, Any] = {
+    "stream": False,
+    "presence_penalty": 0,
+    "frequency_penalty": 0,
+    "repetition_penalty": 1,
+    "length_penalty": 1,
+    "min_p": 0,
+    "min_tokens": 0,
+    "min_new_tokens": 0,
+    "logit_bias": {},
+    "bad_words": [],
+    "use_beam_search": False,
+    "early_stopping": False,
+    "echo": False,
+    "suffix": "",
+    "response_format": {"type": "text"},
+    "spaces_between_special_tokens": True,
+    "detokenize": True,
+    "parallel_tool_calls": True,
+    "modalities": ["text"],
+    "top_logprobs": 0,
+    "top_logprobs_num": 0,
+    "logprob_start_len": -1,
+    "return_text_in_logprobs": False,
+    "return_hidden_states": False,
+    "return_tokens_as_token_ids": False,
+    "add_special_tokens": True,
 }
 # Parameters that say nothing about sampling.
 HARMLESS = frozenset(
@@ -76,9 +76,8 @@ class Fields:
         value = self._left.pop(name, default)
         if value is None:
             return None
-        if isinstance(value, bool) or not isinstance(value, int | float) or value != value // 1:
-            raise invalid(self._prefix + name, value, f"a whole number {_range(low, high)}")
-        if not low <= value <= high:
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or not low <= value <= high or value != value // 1:
             raise invalid(self._prefix + name, value, f"a whole number {_range(low, high)}")
         return int(value)
 
@@ -106,12 +105,9 @@ class Fields:
     def finish(self) -> None:
         """Raise Refusal if a field is left whose value would have an effect."""
         for name, value in self._left.items():
-            if name in HARMLESS or any(value == neutral for neutral in NEUTRAL.get(name, ())):
-                continue
-            known = NEUTRAL.get(name)
-            raise unsupported(
-                self._prefix + name, value, f"leave it out or set it to {known[0]!r}" if known else "leave it out"
-            )
+            if name not in HARMLESS and (name not in NEUTRAL or value != NEUTRAL[name]):
+                also = f" or set it to {NEUTRAL[name]!r}" if name in NEUTRAL else ""
+                raise unsupported(self._prefix + name, value, f"leave it out{also}")
 
 
 def token_ids(value: Any, name: str) -> TokenIds:

@@ -21,9 +21,7 @@ async def completions(sampler: Sampler, model: str, body: JSON) -> JSON:
     if num_logprobs:
         raise unsupported("logprobs", num_logprobs, "set it to 0: the logprob of each sampled token")
     with_ids = fields.flag("return_token_ids", False)
-    request = take_sampling(
-        fields, prompts, sampler.text, include_stop=fields.flag("include_stop_str_in_output", False)
-    )
+    request = take_sampling(fields, prompts, sampler.text)
     best_of = fields.integer("best_of", None, 1, 1 << 31)
     if best_of not in (None, request.num_samples):
         raise unsupported("best_of", best_of, "leave it out or set it to n")
@@ -51,13 +49,7 @@ async def chat(sampler: Sampler, model: str, body: JSON) -> JSON:
     prompt = _chat_prompt(sampler, fields)
     with_logprobs = fields.flag("logprobs", False)
     with_ids = fields.flag("return_token_ids", False)
-    request = take_sampling(
-        fields,
-        (prompt,),
-        sampler.text,
-        max_names=("max_completion_tokens", "max_tokens"),
-        include_stop=fields.flag("include_stop_str_in_output", False),
-    )
+    request = take_sampling(fields, (prompt,), sampler.text, max_names=("max_completion_tokens", "max_tokens"))
     fields.finish()
     groups = await sampler.sample(request)
     choices: list[JSON] = []

@@ -48,16 +48,18 @@ def take_sampling(
     *,
     max_names: tuple[str, ...] = ("max_tokens",),
     seed_name: str = "seed",
-    include_stop: bool,
+    include_stop_name: str = "include_stop_str_in_output",
 ) -> SamplingRequest:
-    """Take the parameters that all dialects share out of `fields`. `max_names`: how this dialect may call the limit of
-    tokens. Raises Refusal."""
+    """Take the parameters that all dialects share out of `fields`; the names are how this dialect may call the limit of
+    tokens, the seed, and the wish to keep the stop string. Raises Refusal."""
     limits = {name: fields.integer(name, None, 1, 1 << 31) for name in max_names}
     given = {name: limit for name, limit in limits.items() if limit is not None}
     if len(set(given.values())) > 1:
         raise invalid(" and ".join(given), given, "one and the same limit")
     max_tokens = next(iter(given.values()), None)
-    top_k = fields.count("top_k", 0, -1, 1 << 31)
+    top_p = fields.number("top_p", 1.0, 0.0, 1.0)
+    if top_p == 0.0:
+        raise invalid("top_p", top_p, "above 0 and at most 1 (1 turns it off)")
     ids = fields.take("stop_token_ids") or None
     stop_token_ids = set() if ids is None else set(token_ids(ids, "stop_token_ids").tolist())
     stops = []
@@ -71,20 +73,13 @@ def take_sampling(
         prompts=prompts,
         num_samples=fields.count("n", 1, 1, MAX_SAMPLES),
         temperature=fields.number("temperature", 1.0, 0.0, MAX_TEMPERATURE),
-        top_p=_top_p(fields),
-        top_k=max(0, top_k),
+        top_p=top_p,
+        top_k=max(0, fields.count("top_k", 0, -1, 1 << 31)),
         max_tokens=max_tokens,
         stop_token_ids=tuple(sorted(stop_token_ids)),
         ignore_eos=fields.flag("ignore_eos", False),
         stops=tuple(stops),
-        include_stop=include_stop,
+        include_stop=fields.flag(include_stop_name, False),
         skip_special_tokens=fields.flag("skip_special_tokens", True),
         seed=fields.integer(seed_name, None, -(1 << 63), (1 << 64) - 1),
     )
-
-
-def _top_p(fields: Fields) -> float:
-    top_p = fields.number("top_p", 1.0, 0.0, 1.0)
-    if top_p == 0.0:
-        raise invalid("top_p", top_p, "above 0 and at most 1 (1 turns it off)")
-    return top_p

@@ -25,7 +25,7 @@ async def generate(sampler: Sampler, body: JSON) -> JSON | list[JSON]:
         sampler.text,
         max_names=("max_new_tokens", "max_tokens", "max_completion_tokens"),
         seed_name="sampling_seed" if "sampling_seed" in sampling else "seed",
-        include_stop=sampling.flag("no_stop_trim", False),
+        include_stop_name="no_stop_trim",
     )
     sampling.finish()
     groups = await sampler.sample(request)
@@ -40,26 +40,21 @@ async def generate(sampler: Sampler, body: JSON) -> JSON | list[JSON]:
 def _answer(
     sampler: Sampler, prompt: TokenIds, completion: Completion, *, with_logprobs: bool, with_text: bool
 ) -> JSON:
-    reason: JSON = {"type": completion.finish}
-    if completion.matched is not None:
-        reason["matched"] = completion.matched
-    else:
-        reason["length"] = len(completion.token_ids)
+    num_tokens = len(completion.token_ids)
+    reached = {"length": num_tokens} if completion.matched is None else {"matched": completion.matched}
     meta: JSON = {
         "id": uuid.uuid4().hex,
-        "finish_reason": reason,
+        "finish_reason": {"type": completion.finish, **reached},
         "prompt_tokens": len(prompt),
-        "completion_tokens": len(completion.token_ids),
+        "completion_tokens": num_tokens,
         "cached_tokens": 0,
         "weight_version": str(completion.policy_version),
     }
     output_ids = completion.token_ids.tolist()
     if with_logprobs:
-        texts = sampler.text.token_texts(completion.token_ids) if with_text else [None] * len(output_ids)
+        texts = sampler.text.token_texts(completion.token_ids) if with_text else [None] * num_tokens
         meta["input_token_logprobs"] = []
-        meta["output_token_logprobs"] = [
-            list(entry) for entry in zip(completion.logprobs.tolist(), output_ids, texts, strict=True)
-        ]
+        meta["output_token_logprobs"] = list(zip(completion.logprobs.tolist(), output_ids, texts, strict=True))
     return {"text": completion.text, "output_ids": output_ids, "meta_info": meta}
 
 

@@ -23,13 +23,8 @@ async def generate(sampler: Sampler, body: JSON) -> JSON:
     if num_logprobs:
         raise unsupported("logprobs", num_logprobs, "set it to 0: the logprob of each sampled token")
     num_top = fields.integer("prompt_logprobs", None, 0, MAX_PROMPT_LOGPROBS)
-    request = take_sampling(
-        fields,
-        (prompt,),
-        sampler.text,
-        max_names=("max_tokens", "max_completion_tokens", "max_new_tokens"),
-        include_stop=fields.flag("include_stop_str_in_output", False),
-    )
+    max_names = ("max_tokens", "max_completion_tokens", "max_new_tokens")
+    request = take_sampling(fields, (prompt,), sampler.text, max_names=max_names)
     fields.finish()
     (completions,) = await sampler.sample(request)
     answer: JSON = {
@@ -71,8 +66,7 @@ def prompt_logprobs(prompt: TokenIds, scored: TokenScores) -> list[dict[str, flo
 
 def _prompt(sampler: Sampler, prompt: Any) -> TokenIds:
     if isinstance(prompt, dict):
-        known = {"prompt_token_ids", "prompt"}
-        for name in prompt.keys() - known:
+        for name in prompt.keys() - {"prompt_token_ids", "prompt"}:
             if prompt[name] is not None:
                 raise unsupported(f"prompt.{name}", prompt[name], "leave it out")
         if prompt.get("prompt_token_ids") is not None:
