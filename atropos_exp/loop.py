@@ -4,14 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from atropos_exp.batching import pack
-from atropos_exp.interfaces import (
-    AdvantageEstimator,
-    Checkpointer,
-    Evaluator,
-    Publisher,
-    Recorder,
-    RolloutSource,
-)
+from atropos_exp.interfaces import AdvantageEstimator, Checkpointer, Evaluator, Publisher, Recorder, RolloutSource
 from atropos_exp.metrics import Clock
 from atropos_exp.types import StepFacts, TrainBatch, UpdateStats
 

@@ -175,9 +175,7 @@ def _of_groups(groups: Sequence[RolloutGroup], policy_version: int) -> dict[str,
         "rollout/supervised": sum(rollout.supervised for rollout in rollouts),
         "rollout/num_tokens": sum(len(rollout.token_ids) for rollout in rollouts),
     }
-    by_source: Counter[str] = Counter()
-    for group in groups:
-        by_source[slug(group.source)] += len(group.rollouts)
+    by_source = Counter(slug(group.source) for group in groups for _ in group.rollouts)
     values |= {f"rollout/num_{source}": num for source, num in by_source.items()}
     if not rollouts:
         return values | {"reward/mean": float("nan")}

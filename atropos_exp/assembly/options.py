@@ -9,14 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from atropos_exp.config.lora import LoraSettings
-from atropos_exp.interfaces import (
-    Engine,
-    Logger,
-    PromptLoader,
-    RemoteSource,
-    Reward,
-    RolloutSource,
-)
+from atropos_exp.interfaces import Engine, Logger, PromptLoader, RemoteSource, Reward, RolloutSource
 from atropos_exp.parts.data.settings import PrepareSettings
 from atropos_exp.runs.sweep_backend import Backend
 from atropos_exp.runs.sweep_folder import SweepFolder

@@ -7,14 +7,7 @@ from typing import TYPE_CHECKING, get_type_hints
 
 from typing_extensions import get_protocol_members, is_protocol
 
-from atropos_exp.assembly.options import (
-    ClusterPart,
-    DataPart,
-    EnginePart,
-    LoggerPart,
-    RewardPart,
-    RolloutPart,
-)
+from atropos_exp.assembly.options import ClusterPart, DataPart, EnginePart, LoggerPart, RewardPart, RolloutPart
 from atropos_exp.interfaces import AdvantageEstimator, PolicyLoss
 from atropos_exp.parts.atropos.environment import Environment
 from atropos_exp.parts.atropos.settings import AtroposSettings

@@ -9,7 +9,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from atropos_exp.config.settings import Settings
-from atropos_exp.config.typed import Mistake, construct
+from atropos_exp.config.typed import Mistake, SettingsError, construct
 from atropos_exp.errors import UserError
 
 PACKAGE = "atropos_exp"
@@ -26,9 +26,12 @@ def build(node: Mapping[str, Any] | DictConfig, group: str = "") -> Any:
     outside this package is ever imported or called. Raises UserError with every mistake, one a line.
     """
     mistakes: list[Mistake] = []
-    part = build_into(mistakes, _plain(node), group)
+    values: Any = node
+    if isinstance(node, DictConfig):
+        values = OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
+    part = build_into(mistakes, values, group)
     if mistakes:
-        raise UserError("\n".join(f"{mistake.path}: {mistake.message}".lstrip(": ") for mistake in mistakes))
+        raise SettingsError(mistakes)
     return part
 
 
@@ -82,9 +85,3 @@ def find_class(target: object, group: str = "") -> type[Settings]:
     if f"{found.__module__}.{found.__qualname__}" != target:
         raise UserError(f"got {target!r}, which is another name of {found.__module__}.{found.__qualname__}")
     return found
-
-
-def _plain(node: Mapping[str, Any] | DictConfig) -> Mapping[str, Any]:
-    if isinstance(node, DictConfig):
-        return OmegaConf.to_container(node, resolve=True, throw_on_missing=True)  # type: ignore[return-value]
-    return node

@@ -99,13 +99,8 @@ def _shown(file: Path) -> str:
 
 def report(mistakes: list[Mistake], origin: Origin) -> str:
     """One line per mistake: key, what is wrong, where it was set."""
-    lines = []
-    for mistake in mistakes:
-        place = origin.of(mistake.path) if mistake.path else ""
-        text = f"{mistake.path}: {mistake.message}" if mistake.path else mistake.message
-        line = f"{text} [{place}]" if place else text
-        if line not in lines:
-            lines.append(line)
+    placed = [(mistake, origin.of(mistake.path) if mistake.path else "") for mistake in mistakes]
+    lines = list(dict.fromkeys(f"{mistake} [{place}]" if place else str(mistake) for mistake, place in placed))
     if len(lines) == 1:
         return f"Wrong configuration: {lines[0]}"
     return "\n  ".join([f"Wrong configuration, {len(lines)} mistakes:", *lines])

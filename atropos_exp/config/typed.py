@@ -28,6 +28,9 @@ class Mistake:
     path: str
     message: str
 
+    def __str__(self) -> str:
+        return f"{self.path}: {self.message}" if self.path else self.message
+
     def below(self, path: str) -> Mistake:
         """The same mistake where `path` holds the object that it was found in."""
         message = self.message
@@ -44,7 +47,7 @@ class SettingsError(UserError):
         self.mistakes = mistakes
 
     def __str__(self) -> str:
-        return "\n".join(f"{one.path}: {one.message}" if one.path else one.message for one in self.mistakes)
+        return "\n".join(map(str, self.mistakes))
 
 
 def construct(cls: type[BaseModel], values: Mapping[str, Any], path: str, mistakes: list[Mistake]) -> Any:

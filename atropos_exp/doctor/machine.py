@@ -110,7 +110,8 @@ def _gpu_memory(checked: Checked, needs: memory.Estimate, told: str) -> Line:
     found = gpus()
     if not found:
         return warn("memory", f"{told}; nvidia-smi does not tell what there is", "see why nvidia-smi does not run")
-    engine, there, beside, too_little = checked.parts.engine, found[0].total, needs.engine_total, False
+    engine, there = checked.parts.engine, found[0].total
+    beside, too_little = needs.engine_total, False
     if isinstance(engine, ServerSettings):
         if engine.gpus:
             beside = 0

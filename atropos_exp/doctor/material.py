@@ -74,7 +74,7 @@ def check_tokenizer(checked: Checked, folder: Path, tokenizer: Any) -> list[Line
     if beyond:
         text = f"{len(beyond)} of its tokens, such as {beyond[0]!r}, have no row among the model's {rows}"
         lines.append(fail("tokenizer", text, "use the tokenizer of this model"))
-    if checked.parts.data.format == "chat" and getattr(tokenizer, "chat_template", None):
+    if checked.parts.data.format == "chat" and tokenizer.chat_template:
         lines += _turn_end(tokenizer, stops)
     names = ", ".join(repr(tokenizer.convert_ids_to_tokens(stop)) for stop in stops)
     return lines or [ok("tokenizer", f"{len(tokenizer)} tokens; sampling stops at {names}")]

@@ -7,6 +7,7 @@ from atropos_exp.metrics import sentence
 from atropos_exp.report.charts import STAGES
 from atropos_exp.report.html import card_table, escape, figure, seconds_figure, signed, tag
 from atropos_exp.report.run_data import RunData, flatten
+from atropos_exp.report.sections import swatch
 from atropos_exp.runs.files import Row
 
 LONGEST_TEXT = 6000  # characters shown of a prompt or completion
@@ -37,20 +38,17 @@ def time_shares(runs: Sequence[RunData], labels: Sequence[str], *, timing: str) 
                 title=f"{stage}: {seconds_figure(means[stage])}, {means[stage] / whole:.1%}")
             for at, stage in enumerate(stages)
         )  # fmt: skip
-        bar = tag("span", pieces, class_="bar", role="img", aria_label=_spoken(means, whole))
+        spoken = ", ".join(f"{stage} {seconds / whole:.0%}" for stage, seconds in means.items() if seconds)
+        bar = tag("span", pieces, class_="bar", role="img", aria_label=spoken)
         name = label if len(runs) > 1 else "mean step"
         bars.append(tag("div", tag("span", escape(name)), bar, tag("span", seconds_figure(whole)), class_="share"))
         if len(runs) == 1:
             bars.append(_stage_table(means, whole, steps))
     if not bars:
         return ""
-    keys = "".join(
-        tag("span", tag("i", class_="swatch", style=f"--c:var(--c{at})"), stage) for at, stage in enumerate(stages)
-    )
-    return tag("h2", "Where the time goes") + (
-        tag("div", tag("div", keys, class_="keys"), *bars, class_="card shares")
-        + timing.replace('"card"', '"card wide"', 1)
-    )
+    keys = tag("div", *(tag("span", swatch(at), stage) for at, stage in enumerate(stages)), class_="keys")
+    shares = tag("div", keys, *bars, class_="card shares")
+    return tag("h2", "Where the time goes") + shares + timing.replace('"card"', '"card wide"', 1)
 
 
 def samples(runs: Sequence[RunData], labels: Sequence[str]) -> str:
@@ -60,26 +58,15 @@ def samples(runs: Sequence[RunData], labels: Sequence[str]) -> str:
         if not run.samples:
             continue
         words = ["Early", "Late"] if len(run.samples) > 1 else ["Only"]
-        columns = [
-            tag(
-                "div",
-                tag("h3", f"{word}: step {step}"),
-                *(_sample(record) for record in records[:MOST_SAMPLES]),
-                _more(step, len(records)),
-            )
-            for word, (step, records) in zip(words, run.samples, strict=True)
-        ]
+        columns = (_column(word, *found) for word, found in zip(words, run.samples, strict=True))
         pair = tag("div", *columns, class_="pair")
         blocks.append(pair if len(runs) == 1 else tag("details", tag("summary", escape(label)), pair, class_="samples"))
     if not blocks:
         return ""
-    about = ("As the tokenizer decodes them, special tokens included. A green edge: the update made the completion "
-             "likelier; a red one: less likely.")  # fmt: skip
-    return (
-        tag("h2", "Sample rollouts")
-        + tag("p", about, class_="muted small", style="margin-bottom:10px")
-        + "".join(blocks)
-    )
+    text = ("As the tokenizer decodes them, special tokens included. A green edge: the update made the completion "
+            "likelier; a red one: less likely.")  # fmt: skip
+    about = tag("p", text, class_="muted small", style="margin-bottom:10px")
+    return tag("h2", "Sample rollouts") + about + "".join(blocks)
 
 
 def all_metrics(runs: Sequence[RunData]) -> str:
@@ -98,13 +85,12 @@ def all_metrics(runs: Sequence[RunData]) -> str:
 def configurations(runs: Sequence[RunData], labels: Sequence[str]) -> str:
     """Return the resolved configurations, folded; for several runs, first the settings in which they differ."""
     blocks = [tag("h2", "Configuration")]
-    differing = differences([run.config for run in runs])
     if len(runs) > 1:
+        differing = differences([run.config for run in runs])
         keys = [key for key in differing if key not in _PLACES]
         rows = [[escape(label), *(escape(str(differing[key][at])) for key in keys)] for at, label in enumerate(labels)]
-        blocks.append(
-            card_table(["Run", *keys], rows, numeric_from=99) if keys else tag("p", "All runs have the same.")
-        )
+        table = card_table(["Run", *keys], rows, numeric_from=99)
+        blocks.append(table if keys else tag("p", "All runs have the same."))
     for run, label in zip(runs, labels, strict=True):
         name = "config.yaml" if len(runs) == 1 else label
         text = run.config_text or "config.yaml is not there"
@@ -143,21 +129,17 @@ def _setting(key: str, value: Any) -> str:
 
 def _stage_table(means: Mapping[str, float], whole: float, steps: Sequence[Mapping[str, float]]) -> str:
     rows = [
-        [tag("i", class_="swatch", style=f"--c:var(--c{at})") + " " + stage, seconds_figure(means[stage]),
+        [f"{swatch(at)} {stage}", seconds_figure(means[stage]),
          f"{means[stage] / whole:.1%}", seconds_figure(max(step[stage] for step in steps))]
         for at, stage in enumerate(means)
     ]  # fmt: skip
     return card_table(["Stage", "Mean of a step", "Share", "Longest"], rows).replace("card scroll", "scroll")
 
 
-def _spoken(means: Mapping[str, float], whole: float) -> str:
-    return ", ".join(f"{stage} {seconds / whole:.0%}" for stage, seconds in means.items() if seconds)
-
-
-def _more(step: int, num_records: int) -> str:
-    num_left = num_records - MOST_SAMPLES
-    text = f"{num_left} more in samples/step_{step:06d}.jsonl"
-    return tag("p", text, class_="muted small") if num_left > 0 else ""
+def _column(word: str, step: int, records: Sequence[Mapping[str, Any]]) -> str:
+    num_left = len(records) - MOST_SAMPLES
+    more = tag("p", f"{num_left} more in samples/step_{step:06d}.jsonl", class_="muted small") if num_left > 0 else ""
+    return tag("div", tag("h3", f"{word}: step {step}"), *map(_sample, records[:MOST_SAMPLES]), more)
 
 
 def _sample(record: Mapping[str, Any]) -> str:
@@ -168,10 +150,8 @@ def _sample(record: Mapping[str, Any]) -> str:
     if record.get("finish") == "length":
         marks.append(tag("span", "cut at the token limit"))
     marks.append(tag("span", escape(str(record.get("prompt_id", "")))))
-    completion = _clipped(record.get("completion"))
-    answer = (
-        tag("pre", escape(completion), class_="completion") if completion else tag("pre", "(empty)", class_="nothing")
-    )
+    completion = escape(_clipped(record.get("completion")))
+    answer = tag("pre", completion or "(empty)", class_="completion" if completion else "nothing")
     prompt = tag("pre", escape(_clipped(record.get("prompt"))), class_="prompt")
     return tag("div", tag("div", *marks, class_="marks"), prompt, answer, class_=f"card sample {_push(record)}")
 
@@ -184,6 +164,5 @@ def _push(record: Mapping[str, Any]) -> str:
 
 def _clipped(text: Any) -> str:
     shown = text if isinstance(text, str) else ""
-    return (
-        shown if len(shown) <= LONGEST_TEXT else f"{shown[:LONGEST_TEXT]}\n… and {len(shown) - LONGEST_TEXT} characters"
-    )
+    num_left = len(shown) - LONGEST_TEXT
+    return f"{shown[:LONGEST_TEXT]}\n… and {num_left} characters" if num_left > 0 else shown

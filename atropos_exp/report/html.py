@@ -23,9 +23,8 @@ def figure(value: Any, digits: int = 4) -> str:
     size = abs(value)
     if size >= 1e9 or size < 1e-3:
         mantissa, exponent = f"{value:.2e}".split("e")
-        return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}".replace(
-            "e-", "e−"
-        )  # a line never breaks at this minus
+        shown = f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
+        return shown.replace("e-", "e−")  # a line never breaks at this minus
     if size >= 1000:
         return f"{value:,.0f}"
     return f"{value:.{digits}g}"

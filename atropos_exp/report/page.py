@@ -5,7 +5,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from atropos_exp.report.charts import STAGES, chart_specs, curve
+from atropos_exp.report.charts import STAGES, chart_specs, curve, line
 from atropos_exp.report.details import all_metrics, configurations, run_labels, samples, stage_seconds, time_shares
 from atropos_exp.report.html import tag
 from atropos_exp.report.run_data import RunData, columns, find_runs, load_run
@@ -77,5 +77,4 @@ def _telling(
 def _timing_chart(*, several: bool) -> dict[str, Any]:
     stages = [curve(f"time/{stage}_s", stage) for stage in (*STAGES, "other")]
     about = "Seconds of each step by stage, stacked." + (" Of the first run that the legend shows." if several else "")
-    return {"kind": "stack", "title": "Time by stage", "about": about, "unit": "s", "scale": "linear", "floor": 0.0,
-            "ceiling": None, "series": stages}  # fmt: skip
+    return line("Time by stage", about, *stages, unit="s", floor=0.0) | {"kind": "stack"}

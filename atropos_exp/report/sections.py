@@ -17,17 +17,16 @@ def header(runs: Sequence[RunData], labels: Sequence[str]) -> str:
     if len(runs) > 1:
         states = [run.status for run in runs]
         counts = [f"{states.count(state)} {state}" for state in dict.fromkeys(states)]
-        title = tag("div", tag("h1", f"{len(runs)} runs"), tag("span", ", ".join(counts), class_="muted"), button,
-                    class_="line")  # fmt: skip
+        status = tag("span", ", ".join(counts), class_="muted")
+        title = tag("div", tag("h1", f"{len(runs)} runs"), status, button, class_="line")
         return tag("header", title, *(_problems(run, f"{label}: ") for run, label in zip(runs, labels, strict=True)))
     (run,) = runs
     title = tag("div", tag("h1", escape(run.name)), _pill(run), button, class_="line")
     folder = tag("p", escape(str(run.folder)), class_="folder muted small")
-    facts = "".join(tag("li", tag("b", escape(key)), escape(value)) for key, value in _facts(run))
-    command = tag("pre", escape("\n".join(f"$ {line}" for line in run.commands)), class_="card command")
-    return tag(
-        "header", title, folder, tag("ul", facts, class_="facts"), command if run.commands else "", _problems(run)
-    )
+    facts = tag("ul", *(tag("li", tag("b", escape(key)), escape(value)) for key, value in _facts(run)), class_="facts")
+    lines = escape("\n".join(f"$ {line}" for line in run.commands))
+    command = tag("pre", lines, class_="card command") if lines else ""
+    return tag("header", title, folder, facts, command, _problems(run))
 
 
 def tiles(run: RunData) -> str:
@@ -137,10 +136,8 @@ def _facts(run: RunData) -> list[tuple[str, str]]:
 
 def _problems(run: RunData, prefix: str = "") -> str:
     found = ""
-    if run.summary.get("error"):
-        found += tag(
-            "div", tag("b", escape(prefix) + "Failed. "), escape(str(run.summary["error"])), class_="card note failed"
-        )
+    if error := run.summary.get("error"):
+        found += tag("div", tag("b", f"{escape(prefix)}Failed. "), escape(str(error)), class_="card note failed")
     if run.missing:
         items = "".join(tag("li", escape(text)) for text in run.missing)
         found += tag("div", tag("b", escape(prefix) + "Not in this report"), tag("ul", items), class_="card note")
@@ -160,11 +157,9 @@ def _tile(what: str, value: str, more: str) -> str:
 
 
 def _change(values: Sequence[float]) -> str:
-    if not values:
-        return "–"
-    return (
-        f"<small>{figure(values[0], 3)} →</small> {figure(values[-1], 3)}" if len(values) > 1 else figure(values[0], 3)
-    )
+    if len(values) < 2:
+        return figure(values[0] if values else None, 3)
+    return f"<small>{figure(values[0], 3)} →</small> {figure(values[-1], 3)}"
 
 
 def _interval(evaluated: Sequence[tuple[Mapping[str, Any], float]]) -> str:

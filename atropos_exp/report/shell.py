@@ -69,19 +69,10 @@ def curves(charts: Sequence[dict[str, Any]], zeros: Sequence[str], labels: Seque
 def chart_figure(at: int, chart: dict[str, Any]) -> str:
     """Return the empty figure that charts.js draws chart number `at` into."""
     unit = tag("span", f" {chart['unit']}", class_="unit") if chart["unit"] else ""
-    caption = tag(
-        "figcaption",
-        tag("h3", escape(chart["title"]), unit),
-        tag(
-            "button",
-            "⤢",
-            class_="grow",
-            type="button",
-            title="larger or smaller",
-            aria_label=f"enlarge {chart['title']}",
-        ),
-        tag("p", escape(chart["about"]), class_="about"),
-    )
+    label = f"enlarge {chart['title']}"
+    grow = tag("button", "⤢", class_="grow", type="button", title="larger or smaller", aria_label=label)
+    about = tag("p", escape(chart["about"]), class_="about")
+    caption = tag("figcaption", tag("h3", escape(chart["title"]), unit), grow, about)
     return tag("figure", caption, tag("div", class_="series"), tag("div", class_="plot"), class_="card", data_chart=at)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from atropos_exp.errors import UserError
 
 STEP = "step"
+CLOSED = ("Weights in the engine",)  # sections that are folded at first
 INSTALL = "pip install 'atropos-exp[dashboard]'"
 
 
@@ -20,67 +21,42 @@ class Panel:
     smoothing: float = 0.0
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Section:
-    """Panels under a title."""
-
-    title: str
-    panels: tuple[Panel, ...]
-    is_open: bool = True
-
-
-def sections(eval_sets: tuple[str, ...]) -> tuple[Section, ...]:
-    """Return the sections in the order of one's questions: does it learn, is it healthy, where does the time go."""
+def sections(eval_sets: tuple[str, ...]) -> dict[str, tuple[Panel, ...]]:
+    """Return panels by section, in the order of questions: does it learn, is it healthy, where does the time go."""
     accuracy = tuple(f"eval/{name}/accuracy" for name in eval_sets)
-    return (
-        Section(
-            title="Learning",
-            panels=(
-                Panel(title="Reward", metrics=("reward/mean",), smoothing=0.5),
-                Panel(title="Spread of rewards", metrics=("reward/std",), smoothing=0.5),
-                Panel(title="Held-out accuracy", metrics=accuracy),
-                Panel(title="Groups that teach nothing", metrics=("group/zero_variance_fraction",), smoothing=0.5),
-            ),
+    return {
+        "Learning": (
+            Panel(title="Reward", metrics=("reward/mean",), smoothing=0.5),
+            Panel(title="Spread of rewards", metrics=("reward/std",), smoothing=0.5),
+            Panel(title="Held-out accuracy", metrics=accuracy),
+            Panel(title="Groups that teach nothing", metrics=("group/zero_variance_fraction",), smoothing=0.5),
         ),
-        Section(
-            title="Stability",
-            panels=(
-                Panel(title="Entropy", metrics=("policy/entropy",)),
-                Panel(title="Gradient norm", metrics=("grad/norm",)),
-                Panel(title="Trainer against sampler", metrics=("policy/mismatch_kl", "policy/logprob_gap_mean")),
-                Panel(title="Clipped tokens", metrics=("policy/clip_fraction",)),
-                Panel(title="Capped importance weights", metrics=("policy/importance_truncated_fraction",)),
-                Panel(title="KL to the reference", metrics=("policy/reference_kl",)),
-                Panel(title="Loss", metrics=("loss/policy", "loss/total")),
-                Panel(title="Learning rate", metrics=("lr",)),
-            ),
+        "Stability": (
+            Panel(title="Entropy", metrics=("policy/entropy",)),
+            Panel(title="Gradient norm", metrics=("grad/norm",)),
+            Panel(title="Trainer against sampler", metrics=("policy/mismatch_kl", "policy/logprob_gap_mean")),
+            Panel(title="Clipped tokens", metrics=("policy/clip_fraction",)),
+            Panel(title="Capped importance weights", metrics=("policy/importance_truncated_fraction",)),
+            Panel(title="KL to the reference", metrics=("policy/reference_kl",)),
+            Panel(title="Loss", metrics=("loss/policy", "loss/total")),
+            Panel(title="Learning rate", metrics=("lr",)),
         ),
-        Section(
-            title="Rollouts",
-            panels=(
-                Panel(title="Answer length", metrics=("length/response_mean", "length/response_max")),
-                Panel(title="Cut answers", metrics=("length/truncated_fraction",)),
-                Panel(title="Age in updates", metrics=("policy/version_lag_mean", "policy/version_lag_max")),
-                Panel(title="Sampled by", metrics=("rollout/num_atropos", "rollout/num_local")),
-            ),
+        "Rollouts": (
+            Panel(title="Answer length", metrics=("length/response_mean", "length/response_max")),
+            Panel(title="Cut answers", metrics=("length/truncated_fraction",)),
+            Panel(title="Age in updates", metrics=("policy/version_lag_mean", "policy/version_lag_max")),
+            Panel(title="Sampled by", metrics=("rollout/num_atropos", "rollout/num_local")),
         ),
-        Section(
-            title="Weights in the engine",
-            is_open=False,
-            panels=(
-                Panel(title="Canary gap", metrics=("sync/canary_gap_max", "sync/canary_gap_mean")),
-                Panel(title="Sync and proof", metrics=("time/sync_s", "time/proof_s")),
-            ),
+        "Weights in the engine": (
+            Panel(title="Canary gap", metrics=("sync/canary_gap_max", "sync/canary_gap_mean")),
+            Panel(title="Sync and proof", metrics=("time/sync_s", "time/proof_s")),
         ),
-        Section(
-            title="Speed",
-            panels=(
-                Panel(title="A step", metrics=("time/step_s",)),
-                Panel(title="Of it", metrics=("time/rollout_s", "time/update_s", "time/eval_s", "time/save_s")),
-                Panel(title="Tokens a second", metrics=("throughput/tokens_per_s", "throughput/trained_tokens_per_s")),
-            ),
+        "Speed": (
+            Panel(title="A step", metrics=("time/step_s",)),
+            Panel(title="Of it", metrics=("time/rollout_s", "time/update_s", "time/eval_s", "time/save_s")),
+            Panel(title="Tokens a second", metrics=("throughput/tokens_per_s", "throughput/trained_tokens_per_s")),
         ),
-    )
+    }
 
 
 def build(*, entity: str, project: str, name: str, eval_sets: tuple[str, ...], by: str | None) -> Any:
@@ -101,8 +77,8 @@ def build(*, entity: str, project: str, name: str, eval_sets: tuple[str, ...], b
         return reports.LinePlot(title=panel.title, x=STEP, y=list(panel.metrics), **options)
 
     made = [
-        workspaces.Section(name=part.title, is_open=part.is_open, panels=[plot(panel) for panel in part.panels])
-        for part in sections(eval_sets)
+        workspaces.Section(name=title, is_open=title not in CLOSED, panels=[plot(panel) for panel in panels])
+        for title, panels in sections(eval_sets).items()
     ]
     return workspaces.Workspace(
         name=name, entity=entity, project=project, sections=made, settings=workspaces.WorkspaceSettings(x_axis=STEP)
