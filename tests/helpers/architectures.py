@@ -177,14 +177,20 @@ Other engines serve what they know; every weight sync is proven with any of them
 """
 
 
+def line(row: Row) -> str:
+    """The row of a table."""
+    cells = (row.name, row.refused) if row.refused else (row.name, row.trained, row.decoded)
+    return f"| {' | '.join(cells)} |"
+
+
 def table(rows: list[Row]) -> Iterator[str]:
     """The lines of the two tables."""
     right = [row for row in rows if not row.refused]
     refused = [row for row in rows if row.refused]
     yield f"\n## Right ({len(right)})\n\n| architecture | trained in | decoded with |\n| --- | --- | --- |"
-    yield from (f"| {row.name} | {row.trained} | {row.decoded} |" for row in right)
+    yield from map(line, right)
     yield f"\n## Refused before anything starts ({len(refused)})\n\n| architecture | why |\n| --- | --- |"
-    yield from (f"| {row.name} | {row.refused} |" for row in refused)
+    yield from map(line, refused)
 
 
 def main(names: list[str]) -> None:
