@@ -8,57 +8,16 @@ from tests.helpers import architectures
 from tests.helpers.paths import ROOT
 
 # Name -> the layout that it is known to train in.
-PACKED = [
-    "llama",
-    "qwen2",
-    "qwen2_moe",
-    "qwen3",
-    "qwen3_moe",
-    "mistral",
-    "mixtral",
-    "gemma",
-    "gemma3",
-    "gemma3_text",
-    "gemma4_text",
-    "phi",
-    "phi3",
-    "olmo2",
-    "olmo3",
-    "olmoe",
-    "granite",
-    "glm4",
-    "glm4_moe",
-    "ernie4_5",
-    "ernie4_5_moe",
-    "smollm3",
-    "starcoder2",
-    "gpt_neox",
-    "gpt2",
-    "minimax_m2",
-    "exaone4",
-    "cohere2",
-    "opt",
-]
-ROWS = [
-    "gemma2",
-    "gpt_oss",
-    "llama4_text",
-    "deepseek_v3",
-    "qwen3_5_text",
-    "qwen3_next",
-    "lfm2",
-    "falcon_h1",
-    "bamba",
-    "jamba",
-    "mamba2",
-    "granitemoehybrid",
-    "stablelm",
-    "bloom",
-    "falcon",
-    "nemotron",
-    "recurrent_gemma",
-    "olmo_hybrid",
-]
+PACKED = (
+    "llama", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "mistral", "mixtral", "gemma", "gemma3", "gemma3_text",
+    "gemma4_text", "phi", "phi3", "olmo2", "olmo3", "olmoe", "granite", "glm4", "glm4_moe", "ernie4_5",
+    "ernie4_5_moe", "smollm3", "starcoder2", "gpt_neox", "gpt2", "minimax_m2", "exaone4", "cohere2", "opt",
+)  # fmt: skip
+ROWS = (
+    "gemma2", "gpt_oss", "llama4_text", "deepseek_v3", "qwen3_5_text", "qwen3_next", "lfm2", "falcon_h1",
+    "bamba", "jamba", "mamba2", "granitemoehybrid", "stablelm", "bloom", "falcon", "nemotron",
+    "recurrent_gemma", "olmo_hybrid",
+)  # fmt: skip
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
