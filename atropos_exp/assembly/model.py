@@ -1,13 +1,19 @@
 """What is found out about a model before anything starts: whether its files are whole, and how it can be trained."""
 
+from __future__ import annotations
+
 import tempfile
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from atropos_exp.assembly.check import Checked
 from atropos_exp.errors import UserError
-from atropos_exp.parts.trainer.layouts import Layout
+
+if TYPE_CHECKING:
+    from contextlib import ExitStack
+
+    from atropos_exp.parts.trainer.layouts import Layout
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
