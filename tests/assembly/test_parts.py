@@ -31,7 +31,7 @@ class Compares:
     [
         ("engine", Half(dtype="float32"), "max_restarts, start", "EnginePart"),
         ("advantage", Compares(), "min_group_size", "AdvantageEstimator"),
-        ("reward", Compares(), "num_workers, timeout_seconds", "RewardPart"),
+        ("reward", Compares(), "num_workers, timeout_seconds, warm_up", "RewardPart"),
         ("rollout", LocalRollout(mask_truncated=False), "", ""),
     ],
 )
