@@ -40,6 +40,7 @@ class VerlFSDP2(TrainerSettings):
             device=torch.device(device),
             trust_remote_code=model.trust_remote_code,
             gradient_checkpointing=model.gradient_checkpointing,
+            compute_dtype=model.compute_dtype(device),
         )
 
     def untried_layout(self, model: ModelChoice) -> Layout:
