@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import subprocess
 import sys
 from collections.abc import Callable
@@ -61,7 +60,8 @@ def test_settings_are_light() -> None:
         ({"weights": [1.0, 2.0]}, "weights: got 2 for 1 sources"),
         (
             {"weights": [0.0]},
-            r"weights: got \[0.0\], expected a list \(each item a number, above 0\), or null \(leave a source out",
+            r"weights: got \[0.0\], "
+            r"expected a list \(each item a number, above 0\), or null \(leave a source out",
         ),
         ({"format": "alpaca"}, "format: got 'alpaca', expected one of chat, plain"),
         (
