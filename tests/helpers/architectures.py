@@ -78,7 +78,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3, longrope, sequences within the original length": ("phi3", {"rope_parameters": LONG}),
     "phi3, longrope, longer sequences": (
         "phi3",
-        {"rope_parameters": LONG | {"original_max_position_embeddings": 2048}},
+        {"rope_parameters": LONG, "original_max_position_embeddings": 2048},
     ),
     "starcoder2, dropout 0.1": ("starcoder2", {"embedding_dropout": 0.1, "residual_dropout": 0.1}),
     "phi, dropout 0.1": ("phi", {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "attention_dropout": 0.1}),

@@ -8,17 +8,19 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedConfig
 
-RANDOM = ("drop", "jitter")  # in the names of settings: dropout, skipped layers, noise of a router
 
 
 def without_noise(config: PreTrainedConfig) -> dict[str, Any]:
-    """What to set in `config`, nested like it, to switch off dropout, skipped layers and router noise."""
+    """What to set in `config`, nested like it, to switch off dropout and skipped layers, whatever they are called.
+
+    The noise of routers is not touched: they have it in training mode only, and the size of it may say more.
+    """
     zeros: dict[str, Any] = {}
     for name, value in vars(config).items():
         if hasattr(value, "model_type"):
             if inner := without_noise(value):
                 zeros[name] = inner
-        elif type(value) in (int, float) and value and any(word in name for word in RANDOM):
+        elif type(value) in (int, float) and value and "drop" in name:
             zeros[name] = 0.0
     return zeros
 
