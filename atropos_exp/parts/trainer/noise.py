@@ -9,7 +9,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 
-
 def without_noise(config: PreTrainedConfig) -> dict[str, Any]:
     """What to set in `config`, nested like it, to switch off dropout and skipped layers, whatever they are called.
 
