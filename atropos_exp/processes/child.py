@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from atropos_exp.errors import UserError
+from atropos_exp.processes.group import ProcessGroup
 
 TAIL_LINES = 12
 TAIL_BYTES = 8192
@@ -77,6 +78,7 @@ class Child:
             self._control.close()
             raise UserError(f"cannot be started: {first['error'] if first else 'its guard died'}")
         self.pid = int(first["pid"])
+        self._remains = ProcessGroup(self.pid)
 
     def poll(self) -> int | None:
         """Return the exit code (negative: killed by that signal), or None while the program runs."""
@@ -86,11 +88,12 @@ class Child:
                     message = self._message()
                 except BlockingIOError:
                     return None
-                # Without a last message the guard itself was killed, and the kernel killed the program.
-                self._code = -signal.SIGKILL if message is None else int(message["code"])
                 self._control.close()
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     self._guard.wait(STOP_SECONDS)
+                if message is None:  # the guard itself was killed, so nobody has seen to the rest
+                    self._remains.end(STOP_SECONDS)
+                self._code = -signal.SIGKILL if message is None else int(message["code"])
             return self._code
 
     def wait(self, seconds: float) -> int | None:
@@ -115,6 +118,7 @@ class Child:
             if self.wait(STOP_SECONDS) is None:
                 self._guard.kill()
                 self._guard.wait(STOP_SECONDS)
+                self.poll()
 
     def state(self) -> str:
         """Describe how the program is, with the end of its log, for an error message."""
