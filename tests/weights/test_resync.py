@@ -129,20 +129,21 @@ def test_an_engine_whose_guard_is_killed_is_replaced_at_its_address(tmp_path: Pa
         engine.stop()
 
 
-def test_an_engine_that_is_killed_while_it_starts_is_started_once_more(tmp_path: Path, start: Any) -> None:
-    engine = start(tmp_path, random_model(seed=0))
+def test_an_engine_that_is_killed_while_it_starts_is_started_anew(tmp_path: Path, start: Any) -> None:
+    engine = start(tmp_path, random_model(seed=0), max_restarts=3)
     server = engine.replicas[0].process
     try:
-        for kills in (1, 2):
-            first = server.pid
-            killer = threading.Thread(target=kill_next, args=(engine, first, kills))
-            killer.start()
-            if kills == 1:
-                engine.restart()
-            else:
-                with pytest.raises(EngineLost, match=r"did not start: its process was killed by SIGKILL"):
-                    engine.restart()
-            killer.join()
+        killer = threading.Thread(target=kill_next, args=(engine, server.pid, 1))
+        killer.start()
+        engine.restart()
+        killer.join()
+        assert server.num_restarts == 2
+        killer = threading.Thread(target=kill_next, args=(engine, server.pid, 1))
+        killer.start()
+        with pytest.raises(EngineLost, match=r"did not start: its process was killed by SIGKILL"):
+            engine.restart()
+        killer.join()
+        assert server.num_restarts == 3
     finally:
         engine.stop()
 

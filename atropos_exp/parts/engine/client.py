@@ -37,6 +37,7 @@ class EngineClient:
     start_timeout_seconds: float
     request_timeout_seconds: float
     health_timeout_seconds: float
+    max_restarts: int  # of a server that is killed while it starts
     is_lost: bool = field(default=False, init=False)  # a call has found the server dead or hanging
 
     def __post_init__(self) -> None:
@@ -74,16 +75,18 @@ class EngineClient:
         self.is_lost = False
 
     def _started(self, wait: Callable[[], object], *arguments: str) -> None:
-        """`wait`, but if the server is killed meanwhile it is started once more, with `arguments`."""
-        try:
-            wait()
-        except EngineLost as error:
-            if not self._was_killed():
-                raise
-            log.warning("engine %s was killed while it started, and is started once more: %s", self.kind, error)
+        """`wait`, but while the server is killed meanwhile and restarts are left it is started anew, with
+        `arguments`."""
+        while True:
+            try:
+                wait()
+                return
+            except EngineLost as error:
+                if not self._was_killed() or self.process.num_restarts >= self.max_restarts:
+                    raise
+                log.warning("engine %s was killed while it started, and is started anew: %s", self.kind, error)
             self.process.restart(*arguments)
             self.is_lost = False
-            wait()
 
     def _was_killed(self) -> bool:
         """From outside, as far as one can tell: a server that crashes by itself gets another signal."""
