@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from atropos_exp.processes import guard
 from atropos_exp.processes.child import Child
 from atropos_exp.processes.group import ProcessGroup
 from atropos_exp.processes.ports import HeldPort
@@ -55,6 +56,24 @@ def test_a_port_is_free_once_the_program_of_a_killed_guard_has_ended(port: HeldP
         assert child.poll() == -signal.SIGKILL
         assert not any(is_alive(pid) for pid in started)
         port.listen().close()  # raises while anything of it is left
+
+
+def test_a_guard_that_is_killed_before_it_has_started_the_program_is_started_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = tmp_path / "first"
+    dying = tmp_path / "guard.py"
+    dying.write_text(
+        f"import os, pathlib, runpy, signal\nfirst = pathlib.Path({str(first)!r})\n"
+        "if not first.exists():\n    first.touch()\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"runpy.run_path({guard.__file__!r}, run_name='__main__')\n"
+    )
+    monkeypatch.setattr("atropos_exp.processes.child._GUARD", dying)
+    child = Child(["sleep", "600"], log=tmp_path / "log", environment=dict(os.environ))
+    try:
+        assert first.exists() and child.poll() is None
+    finally:
+        child.stop()
 
 
 def test_a_guard_that_hangs_is_killed_with_all_that_it_guards(

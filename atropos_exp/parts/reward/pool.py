@@ -7,6 +7,7 @@ import logging
 import os
 import pickle
 import selectors
+import signal
 import socket
 import subprocess
 import sys
@@ -27,6 +28,7 @@ log = logging.getLogger(__name__)
 LOAD_SECONDS = 180.0  # to import a reward's libraries
 REPLY_SECONDS = 30.0  # to fork, or to accept a chunk
 LONGEST_CHUNK = 64
+LONGEST_STREAK = 4  # times in a row that a killed template is replaced
 MEMORY_BYTES = 2 << 30  # that a worker may allocate beyond the loaded reward
 # The environment variables that a child sees. Others may hold keys and tokens.
 ENVIRONMENT = (
@@ -203,13 +205,14 @@ class RewardPool:
         worker.channel.close()
 
     def _fork(self) -> _Worker:
-        try:
-            return self._try_fork()
-        except (OSError, EOFError):  # the template is gone, as after an out-of-memory kill, and its workers with it
-            self._stop_template()
-            self._start_template()
-            self._wait_until_ready()
-            return self._try_fork()
+        for _ in range(LONGEST_STREAK):
+            try:
+                return self._try_fork()
+            except (OSError, EOFError):  # the template is gone, as after an out-of-memory kill, and its workers with it
+                self._stop_template()
+                self._start_template()
+                self._wait_until_ready()
+        return self._try_fork()
 
     def _try_fork(self) -> _Worker:
         ours, theirs = socket.socketpair()
@@ -241,7 +244,7 @@ class RewardPool:
         with contextlib.suppress(OSError):  # it died at once: `_wait_until_ready` says so
             self._control.send(self._hello)
 
-    def _wait_until_ready(self, *, may_restart: bool = True) -> None:
+    def _wait_until_ready(self, *, restarts: int = LONGEST_STREAK) -> None:
         try:
             error = self._reply(LOAD_SECONDS)
         except TimeoutError:
@@ -249,9 +252,9 @@ class RewardPool:
             error = f"no sign of it within {LOAD_SECONDS:.0f} s"
         except (OSError, EOFError):
             self._stop_template()
-            if may_restart:  # as with an answer: it may have been killed from outside
+            if restarts and self._template.returncode == -signal.SIGKILL:  # from outside: no crash looks like that
                 self._start_template()
-                self._wait_until_ready(may_restart=False)
+                self._wait_until_ready(restarts=restarts - 1)
                 return
             error = "it crashed"
         if error is not None:

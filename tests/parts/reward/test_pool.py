@@ -187,9 +187,18 @@ def test_a_timeout_is_not_tried_again(pool: RewardPool) -> None:
 
 
 def test_a_reward_whose_loading_is_killed_is_loaded_again() -> None:
+    def kill_twice() -> None:
+        last = 0
+        for _ in range(2):
+            wait_until(lambda last=last: pool._template.pid != last)
+            last = pool._template.pid
+            os.kill(last, signal.SIGKILL)
+
     with make_pool("SlowToLoad") as pool:
-        threading.Timer(0.1, os.kill, (pool._template.pid, signal.SIGKILL)).start()
+        killer = threading.Thread(target=kill_twice)
+        killer.start()
         assert score(pool, "abc") == [3.0]
+        killer.join()
 
 
 def test_signals_to_the_whole_job_leave_scoring_alone(pool: RewardPool) -> None:
