@@ -37,8 +37,8 @@ class LoraSettings(Settings):
             return
         ends = sorted({layer.rpartition(".")[2] for layer in layers})
         close = [match for one in wrong for match in difflib.get_close_matches(one, ends, n=1)]
-        hint = f" Did you mean {', '.join(close)}?" if close else ""
+        hint = f"Did you mean {', '.join(close)}?" if close else f"An example is model.lora.target_modules=[{ends[0]}]"
         raise UserError(
             f"model.lora.target_modules: got {', '.join(wrong)}, which is no linear layer of {architecture}; expected "
-            f"some of {', '.join(ends)}.{hint} For example model.lora.target_modules=[{ends[0]}]"
+            f"some of {', '.join(ends)}. {hint}"
         )

@@ -76,9 +76,12 @@ def token_problems(folder: Path) -> list[str]:
     """Why the tokenizer in `folder` does not fit the model's embedding, one message each.
 
     Special tokens beyond it are let pass unless they end a turn: text has none, and some models (Gemma 3) have one for
-    images only.
+    images only. So is a config.json that does not say how many rows there are.
     """
-    rows = vocab_size(folder)
+    config = read_json(folder / "config.json")
+    rows = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
+    if rows is None:
+        return []
     tokenizer = read_json(folder / "tokenizer.json")
     added = tokenizer.get("added_tokens", ())
     tokens = _token_ids(tokenizer) | {
