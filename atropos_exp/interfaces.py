@@ -80,6 +80,10 @@ class Reward(Protocol):
 class Scorer(Protocol):
     """Runs a reward over many answers in killable processes (`parts/reward/pool.py`)."""
 
+    @property
+    def num_rescored(self) -> int:
+        """Answers that were scored again since the process that scored them died."""
+
     def score(self, items: Sequence[tuple[str, Prompt]]) -> list[float | RewardFailure]: ...
 
 

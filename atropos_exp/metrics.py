@@ -62,6 +62,7 @@ METRICS: Mapping[str, str] = {
     "throughput/tokens_per_s": "`rollout/num_tokens` per second of `time/step_s`: prompt and sampled tokens.",
     "throughput/trained_tokens_per_s": "`batch/num_trained_tokens` per second of `time/step_s`.",
     "throughput/mfu": "Model FLOPs of the update over the bfloat16 peak of the devices in `time/update_s`; GPUs only.",
+    "reward/rescored": "Answers whose reward worker died, and that were scored once more for it, in this process.",
     "engine/restarts": "Restarts of engine servers that died or hung, each followed by a new sync, in this process.",
     "engine/memory_awake_gb": "GiB in use on the engine's GPU before it releases its memory (`engine.colocate`).",
     "engine/memory_asleep_gb": "GiB in use there afterwards: the trainer's memory, and what the engine keeps.",
@@ -95,6 +96,7 @@ def _pattern(name: str) -> re.Pattern[str]:
     return re.compile(pattern)
 
 
+EQUAL_WITHIN = 1e-12  # of the largest: rewards that differ by less are equal, as to `parts/advantage/base.py`
 _PATTERNS = [(_pattern(name), said) for name, said in METRICS.items() if "<" in name]
 
 
@@ -182,9 +184,11 @@ def _of_groups(groups: Sequence[RolloutGroup], policy_version: int) -> dict[str,
     rewards_N = np.array([rollout.reward for rollout in rollouts], dtype=np.float64)
     lags_N = policy_version - np.array([rollout.policy_version for rollout in rollouts])
     responses_N = np.array([rollout.num_trained for rollout in rollouts])
-    judged = [np.array([rollout.reward for rollout in group.compared], dtype=np.float32) for group in groups]
+    judged = [np.array([rollout.reward for rollout in group.compared], dtype=np.float64) for group in groups]
     flat = [
-        len(rewards_G) > 1 and not group.has_own_advantages and float(np.ptp(rewards_G)) == 0.0
+        len(rewards_G) > 1
+        and not group.has_own_advantages
+        and float(np.ptp(rewards_G)) <= EQUAL_WITHIN * float(np.abs(rewards_G).max())
         for group, rewards_G in zip(groups, judged, strict=True)
     ]
     return values | {

@@ -160,9 +160,9 @@ class RolloutGroup:
     rollouts: tuple[Rollout, ...]
 
     @property
-    def rewards(self) -> Floats:
-        """The rewards [G] of all rollouts."""
-        return np.array([rollout.reward for rollout in self.rollouts], dtype=np.float32)
+    def rewards(self) -> NDArray[np.float64]:
+        """The rewards [G] of all rollouts. In float32 large ones that differ could be equal."""
+        return np.array([rollout.reward for rollout in self.rollouts], dtype=np.float64)
 
     @property
     def compared(self) -> tuple[Rollout, ...]:

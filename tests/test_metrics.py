@@ -124,7 +124,7 @@ def test_every_name_has_a_sentence_and_every_value_is_a_float() -> None:
     assert all(sentence(name) for name in values)
     assert all(type(value) is float for value in values.values())
     emitted = {name for name in metrics.METRICS if name in values}
-    later = {"eval/reward_failures", "engine/restarts"}  # by the evaluator, and by the resync
+    later = {"eval/reward_failures", "reward/rescored", "engine/restarts"}  # by evaluator, source and resync
     later |= {f"engine/memory_{what}_gb" for what in ("awake", "asleep", "freed")}
     stages = {name for name in metrics.METRICS if name.startswith("time/")}
     assert {name for name in metrics.METRICS if "<" not in name} - emitted - stages == later

@@ -26,6 +26,7 @@ class TriedModel:
 
 def try_model(checked: Checked, model_folder: Path, stack: ExitStack) -> TriedModel:
     """Check the files in `model_folder`, and try the model's small twin. Says what it found; raises UserError."""
+    from atropos_exp.parts.model import hf_folder
     from atropos_exp.parts.model.completeness import check_tensors
     from atropos_exp.parts.model.quiet import quiet
     from atropos_exp.parts.model.twin import make_twin
@@ -33,9 +34,15 @@ def try_model(checked: Checked, model_folder: Path, stack: ExitStack) -> TriedMo
     model, trainer = checked.parts.model, checked.parts.trainer
     trust = model.trust_remote_code
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="atropos_exp_twin_")))
+    if problems := hf_folder.token_problems(model_folder):
+        raise UserError("\n".join(problems))
     with quiet():
-        if unused := check_tensors(model_folder, trust_remote_code=trust):
-            print(f"model: {len(unused)} tensors of its files are not used, such as {unused[0]}", flush=True)
+        found = check_tensors(model_folder, trust_remote_code=trust)
+        if found.unused:
+            print(
+                f"model: {len(found.unused)} tensors of its files are not used, such as {found.unused[0]}", flush=True
+            )
+        model.lora.check_targets(found.linear, architecture=found.architecture)
         try:
             twin = make_twin(
                 model_folder, folder / "twin", max_length=checked.max_sequence_length, trust_remote_code=trust

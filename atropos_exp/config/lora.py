@@ -1,5 +1,7 @@
 """`model.lora`: read by the model, the trainer and the engine."""
 
+import difflib
+from collections.abc import Iterable
 from typing import Annotated, Self
 
 from pydantic import Field, model_validator
@@ -25,3 +27,18 @@ class LoraSettings(Settings):
         if wrong:
             raise UserError("\n".join(wrong))
         return self
+
+    def check_targets(self, layers: Iterable[str], *, architecture: str) -> None:
+        """Raise UserError unless every target names one of the model's linear `layers`, given by their full names. As
+        in PEFT a target is a layer's full name, or the end of it after a dot."""
+        layers = list(layers)
+        wrong = [one for one in self.target_modules if not any(f".{layer}".endswith(f".{one}") for layer in layers)]
+        if not (self.rank and wrong):
+            return
+        ends = sorted({layer.rpartition(".")[2] for layer in layers})
+        close = [match for one in wrong for match in difflib.get_close_matches(one, ends, n=1)]
+        hint = f"Did you mean {', '.join(close)}?" if close else f"An example is model.lora.target_modules=[{ends[0]}]"
+        raise UserError(
+            f"model.lora.target_modules: got {', '.join(wrong)}, which is no linear layer of {architecture}; expected "
+            f"some of {', '.join(ends)}. {hint}"
+        )

@@ -136,6 +136,10 @@ class _Listener:
         self._scorer = scorer
         self.heard: list[dict[str, Any]] = []
 
+    @property
+    def num_rescored(self) -> int:
+        return self._scorer.num_rescored
+
     def score(self, items: Sequence[tuple[str, Prompt]]) -> list[float | RewardFailure]:
         scores = self._scorer.score(items)
         for (answer, prompt), score in zip(items, scores, strict=True):

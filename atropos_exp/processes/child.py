@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from atropos_exp.errors import UserError
+from atropos_exp.processes.group import ProcessGroup
 
 TAIL_LINES = 12
 TAIL_BYTES = 8192
@@ -52,10 +53,24 @@ class Child:
         self._code: int | None = None
         self._pending = b""
         log.parent.mkdir(parents=True, exist_ok=True)
+
+        def start() -> dict[str, Any] | None:
+            return self._start(environment, pass_fds, cwd)
+
+        first = start() or start()  # a guard that is killed before it says anything is not the program's fault
+        if first is None or "error" in first:
+            raise UserError(f"cannot be started: {first['error'] if first else 'its guard died'}")
+        self.pid = int(first["pid"])
+        self._remains = ProcessGroup(self.pid)
+
+    def _start(
+        self, environment: Mapping[str, str], pass_fds: Sequence[int], cwd: Path | None
+    ) -> dict[str, Any] | None:
+        """Start the guard with the program. Returns its first message; None if it died before."""
         self._control, theirs = socket.socketpair()
-        with theirs, log.open("ab") as output:
+        with theirs, self.log.open("ab") as output:
             self._guard = subprocess.Popen(
-                [sys.executable, "-I", "-S", str(_GUARD), str(theirs.fileno()), *argv],
+                [sys.executable, "-I", "-S", str(_GUARD), str(theirs.fileno()), *self.argv],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -70,13 +85,15 @@ class Child:
         except TimeoutError:
             self._guard.kill()
             self._guard.wait(STOP_SECONDS)
-            raise UserError(f"{argv[0]} did not start within {START_SECONDS:g} s; is the machine overloaded?") from None
+            self._control.close()
+            raise UserError(
+                f"{self.argv[0]} did not start within {START_SECONDS:g} s; is the machine overloaded?"
+            ) from None
         self._control.setblocking(False)
         if first is None or "error" in first:
             self._guard.wait(STOP_SECONDS)
             self._control.close()
-            raise UserError(f"cannot be started: {first['error'] if first else 'its guard died'}")
-        self.pid = int(first["pid"])
+        return first
 
     def poll(self) -> int | None:
         """Return the exit code (negative: killed by that signal), or None while the program runs."""
@@ -86,11 +103,12 @@ class Child:
                     message = self._message()
                 except BlockingIOError:
                     return None
-                # Without a last message the guard itself was killed, and the kernel killed the program.
-                self._code = -signal.SIGKILL if message is None else int(message["code"])
                 self._control.close()
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     self._guard.wait(STOP_SECONDS)
+                if message is None:  # the guard itself was killed, so nobody has seen to the rest
+                    self._remains.end(STOP_SECONDS)
+                self._code = -signal.SIGKILL if message is None else int(message["code"])
             return self._code
 
     def wait(self, seconds: float) -> int | None:
@@ -115,6 +133,7 @@ class Child:
             if self.wait(STOP_SECONDS) is None:
                 self._guard.kill()
                 self._guard.wait(STOP_SECONDS)
+                self.poll()
 
     def state(self) -> str:
         """Describe how the program is, with the end of its log, for an error message."""

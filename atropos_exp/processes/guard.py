@@ -36,10 +36,14 @@ def main() -> int:
     signal.set_wakeup_fd(wake.fileno(), warn_on_full_buffer=False)
     signal.signal(signal.SIGCHLD, lambda number, frame: None)
 
+    guard = os.getpid()
+
     def before_program() -> None:
         for number in (*_IGNORED, signal.SIGCHLD):
             signal.signal(number, signal.SIG_DFL)
         libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != guard:  # it was killed before this call
+            os._exit(1)
 
     try:
         program = subprocess.Popen(

@@ -4,14 +4,14 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from tests.helpers.experiments import ROOT, command, environment, final_state, metrics, summary
+from tests.helpers.experiments import final_state, metrics, summary
+from tests.helpers.kill_loop import KillLoop
+from tests.helpers.zygote import Zygote, alive
 
 NUM_KILLS = 12
 NUM_STEPS = 100  # more than the kills can let pass, however quick the machine
@@ -19,42 +19,10 @@ pytestmark = pytest.mark.slow
 RUN = (f"trainer.max_steps={NUM_STEPS}", "checkpoint.every=4", "eval.num_prompts=0")
 
 
-class Zygote:
-    """Starts experiments as forks of one warm process."""
-
-    def __init__(self) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("zygote.py"))],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment(), cwd=ROOT,
-        )  # fmt: skip
-        assert self.process.stdout.readline() == "ready\n"
-
-    def start(self, folder: Path) -> int:
-        request = {"overrides": command(folder, *RUN)[3:], "log": str(folder.parent / "output.log")}
-        self.process.stdin.write(json.dumps(request) + "\n")
-        self.process.stdin.flush()
-        return int(self.process.stdout.readline())
-
-    def close(self) -> None:
-        self.process.stdin.close()
-        self.process.stdout.close()
-        self.process.terminate()
-        self.process.wait(30)
-
-
 @pytest.fixture(scope="module")
 def zygote():
-    started = Zygote()
-    yield started
-    started.close()
-
-
-def alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
+    with Zygote(*RUN) as started:
+        yield started
 
 
 def last_step(folder: Path) -> int:
@@ -129,3 +97,13 @@ def test_sigterm_finishes_the_step_and_the_same_command_continues(zygote, tmp_pa
     wait_for_end(zygote.start(folder), folder)
     assert summary(folder)["status"] == "finished"
     assert summary(folder)["resumed_from"] == newest.name
+
+
+@pytest.mark.timeout(900)
+def test_whatever_is_killed_the_weights_are_the_undisturbed_run_s(tmp_path):
+    """A few of the kills that `python -m tests.helpers.kill_loop` repeats by the hundred."""
+    with KillLoop(tmp_path, seed=3) as loop:
+        loop.undisturbed()
+        for _ in range(2):
+            assert loop.round(num_kills=5) == "equal", loop.last_output()
+    assert sum(loop.counts.values()) >= 6, loop.counts

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from atropos_exp.assembly.resync import Resync, ResyncedEvaluator, ResyncedSourc
 from atropos_exp.errors import EngineError, EngineLost
 from atropos_exp.processes.ranks import Ranks
 from atropos_exp.types import SamplingParams
+from tests.helpers.processes import wait_until
 from tests.helpers.publishing import HeldModel, manage
 from tests.helpers.random_models import random_model
 
@@ -110,6 +112,53 @@ def test_a_new_server_refuses_until_a_sync_is_whole(tmp_path: Path, start: Any) 
         engine.check()
     finally:
         engine.stop()
+
+
+def test_an_engine_whose_guard_is_killed_is_replaced_at_its_address(tmp_path: Path, start: Any) -> None:
+    engine = start(tmp_path, random_model(seed=0))
+    try:
+        resync = Resync(manage(HeldModel(random_model(seed=1)), engine), engine, ALONE, max_restarts=1)
+        resync.publish(1)
+        server = engine.replicas[0].process
+        address = server.address
+        os.kill(parent(server.pid), signal.SIGKILL)
+        assert resync.publish(2).policy_version == 2
+        assert (server.address, server.num_restarts) == (address, 1)
+        engine.check()
+    finally:
+        engine.stop()
+
+
+def test_an_engine_that_is_killed_while_it_starts_is_started_anew(tmp_path: Path, start: Any) -> None:
+    engine = start(tmp_path, random_model(seed=0), max_restarts=3)
+    server = engine.replicas[0].process
+    try:
+        killer = threading.Thread(target=kill_next, args=(engine, server.pid, 1))
+        killer.start()
+        engine.restart()
+        killer.join()
+        assert server.num_restarts == 2
+        killer = threading.Thread(target=kill_next, args=(engine, server.pid, 1))
+        killer.start()
+        with pytest.raises(EngineLost, match=r"did not start: its process was killed by SIGKILL"):
+            engine.restart()
+        killer.join()
+        assert server.num_restarts == 3
+    finally:
+        engine.stop()
+
+
+def kill_next(engine: Any, last: int, times: int) -> None:
+    """Kill the server that comes after the process `last`, as soon as it is there, and so on."""
+    server = engine.replicas[0].process
+    for _ in range(times):
+        wait_until(lambda last=last: server.pid != last, "the next server", 60)
+        last = server.pid
+        os.kill(last, signal.SIGKILL)
+
+
+def parent(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
 def test_other_failures_are_not_retried() -> None:

@@ -18,9 +18,13 @@ from atropos_exp.errors import UserError
 from atropos_exp.types import Floats, RolloutGroup
 
 LARGEST_REWARD = 1e18  # its square still fits into float32
-# Rewards of a group that differ by less than this fraction of the largest are equal: a few float32 roundings.
-# Dividing such a residue by its own standard deviation would blow it up to a full-sized advantage.
-EQUAL_WITHIN = 1e-6
+# Values that differ by less than this fraction of the largest are equal: some roundings of their type. Dividing such a
+# residue by its own standard deviation would blow it up to a full-sized advantage.
+EQUAL_WITHIN = {"float64": 1e-12, "float32": 1e-6}
+# Rewards of a group that spread over less than this share of the largest are centred in float64 before verl sees them:
+# as float32 their differences would lose digits. verl's estimators subtract a baseline of the group, so a shift changes
+# nothing else; where no digit is at stake they get what they were given, and their numbers are verl's to the last bit.
+CENTRED_BELOW = 1 / 16
 Epsilon = Annotated[float, Field(ge=0, description="a small number, such as 1e-6")]
 
 
@@ -70,7 +74,7 @@ class VerlAdvantage(Settings):
         rollouts = [rollout for i in compared for rollout in groups[i].compared]
         sizes = [len(rewards[i]) for i in compared]
         rows = ComparedRollouts(
-            rewards_N=np.concatenate([rewards[i] for i in compared]),
+            rewards_N=np.concatenate([_as_float32(rewards[i]) for i in compared]),
             index_N=np.repeat(np.arange(len(compared)), sizes).astype(object),
             lengths_N=np.array([rollout.num_trained for rollout in rollouts], dtype=np.int64),
             counts_N=np.array([not rollout.zero_advantage for rollout in rollouts]),
@@ -111,11 +115,11 @@ class VerlAdvantage(Settings):
 
 
 def is_constant(values: NDArray[np.floating[Any]], *, among: NDArray[np.floating[Any]] | None = None) -> bool:
-    """Whether there is nothing to compare: fewer than two `values`, or all of them equal up to float32 rounding.
+    """Whether there is nothing to compare: fewer than two `values`, or all of them equal up to rounding.
 
-    Rounding is measured against the largest of `among` (by default of the values themselves)."""
+    Rounding is that of their type, measured against the largest of `among` (by default of the values themselves)."""
     largest = np.abs(values if among is None else among).max(initial=0.0)
-    return len(values) < 2 or bool(np.ptp(values) <= EQUAL_WITHIN * largest)
+    return len(values) < 2 or bool(np.ptp(values) <= EQUAL_WITHIN[values.dtype.name] * largest)
 
 
 def whiten(advantages_N: Floats, rows: ComparedRollouts) -> Floats:
@@ -133,11 +137,20 @@ def whiten(advantages_N: Floats, rows: ComparedRollouts) -> Floats:
     return np.asarray(masked_whiten(torch.tensor(advantages_N), weights_N), dtype=np.float32)
 
 
-def _rewards(group: RolloutGroup) -> Floats:
+def _rewards(group: RolloutGroup) -> NDArray[np.float64]:
     rewards = np.array([rollout.reward for rollout in group.compared], dtype=np.float64)
     if not (np.abs(rewards) <= LARGEST_REWARD).all():
         raise UserError(
             f"a reward of prompt {group.prompt_id!r} is {np.abs(rewards).max():g} in size; "
             f"expected at most {LARGEST_REWARD:g}, scale the reward"
         )
-    return rewards.astype(np.float32)
+    return rewards
+
+
+def _as_float32(rewards_G: NDArray[np.float64]) -> Floats:
+    """The rewards of one group for verl, shifted by their mean where they are close to one another."""
+    if np.ptp(rewards_G) < CENTRED_BELOW * np.abs(rewards_G).max():
+        # the first is subtracted before the mean is taken, so that its sum rounds no more than the differences do
+        rewards_G = rewards_G - rewards_G[0]
+        rewards_G = rewards_G - rewards_G.mean()
+    return rewards_G.astype(np.float32)

@@ -26,7 +26,8 @@ class ReinforcePlusPlusBaseline(VerlAdvantage):
     def estimate(self, rows: ComparedRollouts) -> Floats:
         group_N = rows.index_N.astype(np.int64)
         means = np.bincount(group_N, rows.rewards_N) / np.bincount(group_N)
-        if is_constant((rows.rewards_N - means[group_N])[rows.counts_N], among=rows.rewards_N):
+        centred_N = (rows.rewards_N - means[group_N]).astype(np.float32)
+        if is_constant(centred_N[rows.counts_N], among=rows.rewards_N):
             return np.zeros_like(rows.rewards_N)
         # verl whitens over a mask [N, R]; one column per row, then the same whitening weighted by length, gives
         # the same numbers, for whitening undoes any shift and scale before it, without memory for every token

@@ -1,8 +1,10 @@
 """The trainer's side of one engine server: each call is one request to its process, answered within a deadline."""
 
 import contextlib
+import logging
+import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,6 +14,8 @@ from atropos_exp.parts.engine.process import ServerProcess
 from atropos_exp.processes.wire import HEARTBEAT, Message, flatten, pack, split, unpack
 from atropos_exp.types import Endpoint, Finish, Floats, Sample, SamplingParams, TokenIds
 from atropos_exp.weights.transport import Transport
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True, eq=False)
@@ -33,6 +37,7 @@ class EngineClient:
     start_timeout_seconds: float
     request_timeout_seconds: float
     health_timeout_seconds: float
+    max_restarts: int  # of a server that is killed while it starts
     is_lost: bool = field(default=False, init=False)  # a call has found the server dead or hanging
 
     def __post_init__(self) -> None:
@@ -53,6 +58,9 @@ class EngineClient:
 
     def wait_until_ready(self) -> None:
         """Wait until the server answers and has generated a token, at most the time that a start may take."""
+        self._started(self._await_first_token)
+
+    def _await_first_token(self) -> None:
         left = self._await_server()
         self.exchange("/health", {}, what="the first token", seconds=max(1.0, left))
 
@@ -61,19 +69,40 @@ class EngineClient:
         update."""
         self.transport.reset()
         self.transport.clear()
-        self.process.restart("--problem", "weights incomplete: the engine was started anew and not synced yet")
-        self._await_server()
+        arguments = ("--problem", "weights incomplete: the engine was started anew and not synced yet")
+        self.process.restart(*arguments)
+        self._started(self._await_server, *arguments)
         self.is_lost = False
 
+    def _started(self, wait: Callable[[], object], *arguments: str) -> None:
+        """`wait`, but while the server is killed meanwhile and restarts are left it is started anew, with
+        `arguments`."""
+        while True:
+            try:
+                wait()
+                return
+            except EngineLost as error:
+                if not self._was_killed() or self.process.num_restarts >= self.max_restarts:
+                    raise
+                log.warning("engine %s was killed while it started, and is started anew: %s", self.kind, error)
+            self.process.restart(*arguments)
+            self.is_lost = False
+
+    def _was_killed(self) -> bool:
+        """From outside, as far as one can tell: a server that crashes by itself gets another signal."""
+        return self.process.child.poll() == -signal.SIGKILL
+
     def _await_server(self) -> float:
-        """Wait until the server answers. Returns the seconds that are left of the time that a start may take."""
+        """Wait until the server answers. Returns the seconds that are left of the time that a start may take. Raises
+        EngineLost if it is killed meanwhile, EngineError for what would happen again."""
         import httpx
 
         seconds = self.start_timeout_seconds
         deadline = time.monotonic() + seconds
         while True:
             if self.process.child.poll() is not None:
-                raise EngineError(f"engine {self.kind} did not start: {self.process.child.state()}")
+                kind = EngineLost if self._was_killed() else EngineError
+                raise kind(f"engine {self.kind} did not start: {self.process.child.state()}")
             try:
                 self._http.post("/info", content=pack({"timeout_seconds": 1.0}), timeout=httpx.Timeout(1.0))
                 return deadline - time.monotonic()

@@ -123,6 +123,7 @@ class ServerSettings(Settings):
                     start_timeout_seconds=self.start_timeout_seconds,
                     request_timeout_seconds=self.request_timeout_seconds,
                     health_timeout_seconds=self.health_timeout_seconds,
+                    max_restarts=self.max_restarts,
                 )
                 undo.callback(client.stop)
                 clients.append(client)

@@ -1,14 +1,19 @@
 """One server process of an engine: its command, address, token and restarts."""
 
+import contextlib
 import secrets
+import socket
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from atropos_exp.errors import EngineError
 from atropos_exp.processes.child import ENGINE_DEVICES, Child, child_environment
 from atropos_exp.processes.ports import HeldPort
 
 TOKEN_VARIABLE = "ATROPOS_EXP_ENGINE_TOKEN"  # in the child's environment: its bearer token
+PORT_SECONDS = 15.0  # until nothing of a killed server listens on its port any more
 
 
 class ServerProcess:
@@ -46,13 +51,14 @@ class ServerProcess:
         self.child = self._spawn()
 
     def restart(self, *arguments: str) -> None:
-        """Kill what is left of the process and start it again at the same address, with additional arguments."""
+        """Kill what is left of the process and start it again at the same address, with additional arguments. Raises
+        EngineError if the old one does not give up its port."""
         self.child.stop()
         self.num_restarts += 1
         self.child = self._spawn(*arguments)
 
     def _spawn(self, *more: str) -> Child:
-        with self._port.listen() as listener:
+        with self._listen() as listener:
             return Child(
                 [*self._command, *more, "--socket-fd", str(listener.fileno())],
                 log=self.log,
@@ -60,6 +66,21 @@ class ServerProcess:
                 pass_fds=(listener.fileno(), *self._inherited_fds),
             )
         # Our copy of the socket is closed then: once the child is dead, connections are refused instead of queued.
+
+    def _listen(self) -> socket.socket:
+        """A listening socket on the port, as soon as whoever inherited the last one is gone."""
+        deadline = time.monotonic() + PORT_SECONDS
+        while time.monotonic() < deadline:
+            with contextlib.suppress(OSError):
+                return self._port.listen()
+            time.sleep(0.05)
+        try:
+            return self._port.listen()
+        except OSError as error:
+            raise EngineError(
+                f"the engine cannot be started anew: {error}. Something that its old process {self.pid} started still "
+                f"listens on port {self._port.number} after {PORT_SECONDS:g} s; `ss -ltnp` names it"
+            ) from error
 
     @property
     def address(self) -> str:

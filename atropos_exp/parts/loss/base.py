@@ -12,6 +12,8 @@ of N sequences with T_i trained tokens each, `agg_mode` (verl's `agg_loss`) aver
 
 With `kl_coef` > 0 the loss grows by kl_coef times the same average of an estimate of KL(policy || reference) per token.
 With d = logprob - reference_logprob: k1 = d, k2 = d^2 / 2, k3 = exp(-d) - 1 + d; k1+ and k3+ take the gradient of k2.
+verl clamps k3 at 10 (which d = -2.5 reaches), where its gradient is zero: the tokens that have become far less likely
+than to the reference are pulled back no more. `k3_unclamped` has no such bound, and neither has the gradient of k2.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ class VerlPolicyLoss(Settings):
     """
 
     kl_coef: Annotated[float, Field(ge=0, description="0: no reference model")]
-    kl_estimator: Literal["k1", "k2", "k3", "k1+", "k3+"]
+    kl_estimator: Literal["k1", "k2", "k3", "k3_unclamped", "k1+", "k3+"]
 
     verl_name: ClassVar[str]
 
@@ -94,7 +96,7 @@ class VerlPolicyLoss(Settings):
         )
         loss, kl_sum, supervised_loss = policy_loss, policy_loss.new_zeros(()), policy_loss.new_zeros(())
         if reference_logprobs_NR is not None:
-            kl_NR = verl.kl_penalty(policy_logprobs_NR, clean(reference_logprobs_NR), self.kl_estimator)
+            kl_NR = _kl(policy_logprobs_NR, clean(reference_logprobs_NR), self.kl_estimator)
             kl_sum = clean(kl_NR.detach()).sum()
             if self.kl_coef > 0:
                 loss = loss + self.kl_coef * verl.agg_loss(kl_NR, policy_NR, mode, **global_batch_info)
@@ -135,6 +137,16 @@ class ClippedRatio(VerlPolicyLoss):
 
     def clip_settings(self) -> dict[str, float]:
         return {"clip_ratio_low": self.clip_low, "clip_ratio_high": self.clip_high}
+
+
+def _kl(logprobs: Tensor, reference_logprobs: Tensor, estimator: str) -> Tensor:
+    from verl.trainer.ppo import core_algos as verl
+
+    if estimator == "k3_unclamped":
+        difference = logprobs - reference_logprobs
+        return (-difference).expm1() + difference
+    kl: Tensor = verl.kl_penalty(logprobs, reference_logprobs, estimator)
+    return kl
 
 
 def _actor_config(clip_settings: dict[str, Any], global_batch_info: dict[str, Any]) -> Any:

@@ -1,21 +1,40 @@
 """Whether a model's files hold what its architecture needs: a tensor that is missing would start as random numbers."""
 
+from __future__ import annotations
+
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from atropos_exp.errors import UserError
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 SHOWN = 5  # names in a message
+REMEDY = "fetch the model again"
 
 
-def check_tensors(folder: Path, *, trust_remote_code: bool) -> list[str]:
-    """The names of tensors in `folder` that the architecture has no use for.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FoundModel:
+    """What a model's files were found to hold."""
 
-    Raises UserError for tensors that are missing, of another shape, or in a damaged file. No weight is read.
+    unused: list[str]  # tensors that the architecture has no use for
+    architecture: str  # the name of its class
+    linear: list[str]  # its linear layers but the output head, by their full names
+
+
+def check_tensors(folder: Path, *, trust_remote_code: bool) -> FoundModel:
+    """Hold the tensors in `folder` against the architecture of its config.json. No weight is read.
+
+    Raises UserError for tensors that are missing, of another shape, or in a damaged file.
     """
     from transformers import AutoModelForCausalLM
 
+    for path in sorted(folder.glob("*.safetensors")):
+        _check_file(path)
     try:
-        _, found = AutoModelForCausalLM.from_pretrained(
+        model, found = AutoModelForCausalLM.from_pretrained(
             folder,
             device_map="meta",
             output_loading_info=True,
@@ -23,10 +42,10 @@ def check_tensors(folder: Path, *, trust_remote_code: bool) -> list[str]:
             trust_remote_code=trust_remote_code,
             local_files_only=True,
         )
-    except Exception as error:  # whatever safetensors or the architecture's code raises
+    except Exception as error:  # whatever the architecture's code raises
         raise UserError(
-            f"the model in {folder} cannot be loaded: {type(error).__name__}: {error}. A file may be damaged or only "
-            "half there; fetch the model again"
+            f"the model in {folder} cannot be loaded: {type(error).__name__}: {error}. If its config.json is not at "
+            f"fault, {REMEDY}"
         ) from error
     missing = sorted(found["missing_keys"])
     mismatched = sorted(str(entry[0]) for entry in found["mismatched_keys"])
@@ -38,9 +57,34 @@ def check_tensors(folder: Path, *, trust_remote_code: bool) -> list[str]:
         )
         raise UserError(
             f"the files in {folder} do not fit its config.json: {what}. They would be trained from random numbers; "
-            "fetch the model again, or correct its config.json"
+            f"{REMEDY}, or correct its config.json"
         )
-    return sorted(found["unexpected_keys"])
+    return FoundModel(
+        unused=sorted(found["unexpected_keys"]), architecture=type(model).__name__, linear=_linear_layers(model)
+    )
+
+
+def _check_file(path: Path) -> None:
+    """The header of a file says how long it must be."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise UserError(
+            f"{path} ({path.stat().st_size:,} bytes) is damaged or only half there: {error}. Delete it and {REMEDY}"
+        ) from error
+
+
+def _linear_layers(model: PreTrainedModel) -> list[str]:
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer, its weight transposed
+
+    head = model.get_output_embeddings()
+    return [
+        name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D) and module is not head
+    ]
 
 
 def _some(names: list[str]) -> str:

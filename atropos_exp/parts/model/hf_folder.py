@@ -72,6 +72,49 @@ def stop_token_ids(folder: Path) -> tuple[int, ...]:
     return tuple(dict.fromkeys(ids))
 
 
+def token_problems(folder: Path) -> list[str]:
+    """Why the tokenizer in `folder` does not fit the model's embedding, one message each.
+
+    Special tokens beyond it are let pass unless they end a turn: text has none, and some models (Gemma 3) have one for
+    images only. So is a config.json that does not say how many rows there are.
+    """
+    config = read_json(folder / "config.json")
+    rows = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
+    if rows is None:
+        return []
+    tokenizer = read_json(folder / "tokenizer.json")
+    added = tokenizer.get("added_tokens", ())
+    tokens = _token_ids(tokenizer) | {
+        token["content"]: int(token["id"]) for token in added if not token.get("special", False)
+    }
+    special = {token["content"] for token in added if token.get("special", False)}
+    beyond = sorted(
+        (token_id, token) for token, token_id in tokens.items() if token_id >= rows and token not in special
+    )
+    messages = []
+    if beyond:
+        messages.append(
+            f"{folder}: {len(beyond)} tokens of tokenizer.json have no row in the embedding, the first is "
+            f"{beyond[0][1]!r} with id {beyond[0][0]}; expected ids below {rows}, the vocab_size of config.json. Take "
+            "the tokenizer that belongs to the model, or give the model rows for these tokens "
+            "(resize_token_embeddings)"
+        )
+    if stops := [token for token in stop_token_ids(folder) if token >= rows]:
+        messages.append(
+            f"{folder}: it ends a turn with token {stops[0]}, which has no row in the embedding; expected ids below "
+            f"{rows}, the vocab_size of config.json. Correct eos_token_id in generation_config.json or config.json"
+        )
+    return messages
+
+
+def _token_ids(tokenizer: dict[str, Any]) -> dict[str, int]:
+    """The ids of a tokenizer's model, by token: a mapping for BPE and word pieces, a list of pairs for unigrams."""
+    vocabulary = tokenizer.get("model", {}).get("vocab", {})
+    if isinstance(vocabulary, dict):
+        return {token: int(token_id) for token, token_id in vocabulary.items()}
+    return {entry[0]: number for number, entry in enumerate(vocabulary)}
+
+
 def chat_template(folder: Path) -> str:
     """The Jinja text of the default chat template; empty if there is none."""
     path = folder / "chat_template.jinja"

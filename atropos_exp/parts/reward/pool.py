@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import pickle
 import selectors
+import signal
 import socket
 import subprocess
 import sys
@@ -21,9 +23,12 @@ from atropos_exp.interfaces import Reward
 from atropos_exp.parts.reward import worker as wire
 from atropos_exp.types import Prompt, RewardFailure
 
+log = logging.getLogger(__name__)
+
 LOAD_SECONDS = 180.0  # to import a reward's libraries
 REPLY_SECONDS = 30.0  # to fork, or to accept a chunk
 LONGEST_CHUNK = 64
+LONGEST_STREAK = 4  # times in a row that a killed template is replaced
 MEMORY_BYTES = 2 << 30  # that a worker may allocate beyond the loaded reward
 # The environment variables that a child sees. Others may hold keys and tokens.
 ENVIRONMENT = (
@@ -49,7 +54,9 @@ class RewardPool:
     """A `Scorer` that runs `reward` in `num_workers` processes. It is a context manager.
 
     If an answer takes longer than `timeout_seconds`, its worker is killed with everything it started, and replaced; no
-    other answer is affected. The class of `reward` must be importable, and its settings must be picklable. Example:
+    other answer is affected. An answer whose worker died is scored once more, since it may have been killed from
+    outside; only an answer under which two workers died is at fault. The class of `reward` must be importable, and its
+    settings must be picklable. Example:
 
         with RewardPool(reward, num_workers=2, timeout_seconds=5.0) as pool:
             pool.score([("42", prompt), ("never ends", prompt)])  # [1.0, RewardFailure(reason="timeout")]
@@ -73,6 +80,7 @@ class RewardPool:
         self._lock = threading.Lock()
         self._workers: list[_Worker] = []
         self._selector = selectors.DefaultSelector()
+        self.num_rescored = 0  # answers that were scored again since their worker died
         self._start_template()
 
     def score(self, items: Sequence[tuple[str, Prompt]]) -> list[float | RewardFailure]:
@@ -105,6 +113,7 @@ class RewardPool:
 
     def _score(self, items: Sequence[tuple[str, Prompt]]) -> list[float | RewardFailure]:
         results: Results = {}
+        crashed: set[int] = set()  # items under which a worker has died
         pending = deque(range(len(items)))
         size = max(1, min(LONGEST_CHUNK, len(items) // (4 * self._num_workers)))
         while pending or any(worker.chunk for worker in self._workers):
@@ -116,10 +125,12 @@ class RewardPool:
             wait = min((worker.deadline for worker in busy), default=0.0) - time.monotonic()
             for key, _ in self._selector.select(max(0.0, wait)):
                 if not self._read(key.data, results):
-                    self._abandon(key.data, "crashed", results, pending)
+                    self._bury(key.data, crashed, results)
+                    self._replace(key.data, pending)
             for worker in busy:  # after reading: what has arrived is in time
                 if worker.chunk and time.monotonic() > worker.deadline:
-                    self._abandon(worker, "timeout", results, pending)
+                    results[worker.chunk.popleft()] = RewardFailure(reason="timeout")
+                    self._replace(worker, pending)
         return [results[index] for index in range(len(items))]
 
     def _idle_worker(self) -> _Worker | None:
@@ -166,10 +177,18 @@ class RewardPool:
             worker.deadline = time.monotonic() + self._timeout_seconds
         return bool(data)
 
-    def _abandon(self, worker: _Worker, reason: str, results: Results, pending: deque[int]) -> None:
-        """Record a failure of the answer being scored, drop the worker, and queue its other answers again."""
-        if worker.chunk:
-            results[worker.chunk.popleft()] = RewardFailure(reason=reason)
+    def _bury(self, worker: _Worker, crashed: set[int], results: Results) -> None:
+        """Record a failure of the answer under which `worker` died, if it is the second worker that it has cost."""
+        if worker.chunk and worker.chunk[0] in crashed:
+            results[worker.chunk.popleft()] = RewardFailure(reason="crashed")
+        elif worker.chunk:
+            crashed.add(worker.chunk[0])
+            if self.num_rescored == 0:
+                log.warning("reward %s: a worker died while it scored; its answer is scored once more", self._name)
+            self.num_rescored += 1
+
+    def _replace(self, worker: _Worker, pending: deque[int]) -> None:
+        """Drop a worker and queue the answers again that it has not reported."""
         pending.extendleft(reversed(worker.chunk))
         self._drop(worker)
 
@@ -186,13 +205,14 @@ class RewardPool:
         worker.channel.close()
 
     def _fork(self) -> _Worker:
-        try:
-            return self._try_fork()
-        except (OSError, EOFError):  # the template is gone, as after an out-of-memory kill, and its workers with it
-            self._stop_template()
-            self._start_template()
-            self._wait_until_ready()
-            return self._try_fork()
+        for _ in range(LONGEST_STREAK):
+            try:
+                return self._try_fork()
+            except (OSError, EOFError):  # the template is gone, as after an out-of-memory kill, and its workers with it
+                self._stop_template()
+                self._start_template()
+                self._wait_until_ready()
+        return self._try_fork()
 
     def _try_fork(self) -> _Worker:
         ours, theirs = socket.socketpair()
@@ -224,12 +244,19 @@ class RewardPool:
         with contextlib.suppress(OSError):  # it died at once: `_wait_until_ready` says so
             self._control.send(self._hello)
 
-    def _wait_until_ready(self) -> None:
+    def _wait_until_ready(self, *, restarts: int = LONGEST_STREAK) -> None:
         try:
             error = self._reply(LOAD_SECONDS)
-        except (OSError, EOFError) as gone:
+        except TimeoutError:
             self._stop_template()
-            error = f"no sign of it within {LOAD_SECONDS:.0f} s" if isinstance(gone, TimeoutError) else "it crashed"
+            error = f"no sign of it within {LOAD_SECONDS:.0f} s"
+        except (OSError, EOFError):
+            self._stop_template()
+            if restarts and self._template.returncode == -signal.SIGKILL:  # from outside: no crash looks like that
+                self._start_template()
+                self._wait_until_ready(restarts=restarts - 1)
+                return
+            error = "it crashed"
         if error is not None:
             raise UserError(
                 f"reward {self._name} cannot be loaded in the process that runs it: {error}. Its class must be "

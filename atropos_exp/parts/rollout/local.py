@@ -68,7 +68,7 @@ class LocalSource:
         return groups, Dropped(reasons=dict(dropped))
 
     def counters(self) -> Mapping[str, float]:
-        return {}
+        return {"reward/rescored": self.scorer.num_rescored}
 
     def state(self) -> JSON:
         return {"loader": self.loader.state()}

@@ -284,7 +284,7 @@ def build_backend(options: BackendOptions) -> PackedBackend:
     if lora.rank and {"lm_head", "embed_tokens"} & set(lora.target_modules):
         raise UserError(
             f"model.lora.target_modules={list(lora.target_modules)}: LoRA on the embedding or the output head is not "
-            "supported. Name linear layers inside the blocks, or use all-linear."
+            "supported. Name linear layers inside the blocks."
         )
     backend = PackedBackend(options)
     backend.initialize()

@@ -30,6 +30,7 @@ NO_KL: dict[str, Any] = {"kl_coef": 0.0, "kl_estimator": "k3"}
         ("k1", np.log(2), 1.0),
         ("k2", np.log(2) ** 2 / 2, np.log(2)),
         ("k3", np.log(2) - 0.5, 0.5),
+        ("k3_unclamped", np.log(2) - 0.5, 0.5),
         ("k1+", np.log(2), np.log(2)),
         ("k3+", np.log(2) - 0.5, np.log(2)),
     ],
@@ -49,6 +50,22 @@ def test_kl_to_the_reference(evaluate: Evaluate, estimator: str, token_kl: float
     np.testing.assert_allclose(gradient, [[0.05 * token_gradient, 0.05 * agreeing, 0.0]], atol=1e-9)
     assert stats["reference_kl"] == pytest.approx(token_kl / 2)
     assert stats["policy_loss"] == pytest.approx(0.0)
+
+
+@pytest.mark.parametrize(("estimator", "token_kl", "pull"), [("k3", 10.0, 0.0), ("k3_unclamped", 16.0855, -19.0855)])
+def test_k3_has_no_gradient_where_verl_clamps_it(
+    evaluate: Evaluate, estimator: str, token_kl: float, pull: float
+) -> None:
+    """A token 3 nats less likely than to the reference: exp(3) - 1 - 3, with the derivative 1 - exp(3)."""
+    data = {
+        "logprobs": np.array([[-4.0]]), "old": np.array([[-4.0]]), "reference": np.array([[-1.0]]),
+        "advantages": np.zeros((1, 1)), "mask": np.ones((1, 1)),
+    }  # fmt: skip
+    loss = AdvantageWeightedSFT(agg_mode="token_mean", kl_coef=1.0, kl_estimator=estimator)
+    value, gradient, stats = evaluate(loss, data)
+    assert value == pytest.approx(token_kl, abs=1e-4)
+    assert stats["reference_kl"] == pytest.approx(token_kl, abs=1e-4)
+    np.testing.assert_allclose(gradient, [[pull]], atol=1e-4)
 
 
 def test_kl_is_averaged_like_the_loss_but_reported_per_token(evaluate: Evaluate, random_data: RandomData) -> None:

@@ -91,6 +91,17 @@ class Obedient:
         signal.setitimer(signal.ITIMER_REAL, 0.2)
         return 1.0
 
+    def do_sign(self, argument: str) -> float:
+        """Given a number and a path, write the process id there, and wait to be killed if as many have not yet."""
+        number, path = argument.split()
+        with open(path, "a+") as file:
+            file.seek(0)
+            signed = file.read().count("\n")
+            file.write(f"{os.getpid()}\n")
+        if signed < int(number):
+            time.sleep(600)
+        return 2.0
+
     def do_process(self, _: str) -> float:
         return float(os.getpid())
 
@@ -108,3 +119,9 @@ class Unloadable(Obedient):
 class CrashingAtLoad(Obedient):
     def warm_up(self) -> None:
         ctypes.string_at(0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlowToLoad(Obedient):
+    def warm_up(self) -> None:
+        time.sleep(1.0)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.nn.functional import scaled_dot_product_attention
 
 from atropos_exp.errors import UserError
-from tests.helpers.trainer_cases import Model, full_weights, make_batch
+from tests.helpers.trainer_cases import Model, full_weights, make_batch, write_model
 
 
 @pytest.fixture
@@ -43,3 +45,15 @@ def test_attentions_of_transformers_train_the_same(start: Any, attention: str) -
     weights = full_weights(ours)
     for name, tensor in theirs.parameters():
         torch.testing.assert_close(tensor, weights[name], atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_weight_that_is_not_finite_is_named_as_that(start: Any, tmp_path: Path, value: float) -> None:
+    folder = write_model(tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][5, 3] = value
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        UserError, match=r"NaN or infinity in 1 of its weights, the first is model.layers.1.mlp.up_proj"
+    ):
+        start(folder)
