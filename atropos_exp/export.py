@@ -1,4 +1,5 @@
-"""`python -m atropos_exp.export CHECKPOINT OUT`: a checkpoint as a Hugging Face folder, LoRA merged.
+"""`python -m atropos_exp.export CHECKPOINT OUT`: a checkpoint as a Hugging Face folder: LoRA merged, tensors as
+the model's own files have them.
 
 CHECKPOINT is a run folder (its newest intact checkpoint), its `checkpoints` folder, or one checkpoint. OUT then loads
 with `AutoModelForCausalLM.from_pretrained` and in every engine.
@@ -11,16 +12,18 @@ import json
 import shutil
 import sys
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from atropos_exp.errors import UserError
 from atropos_exp.parts.model import hf_folder
+from atropos_exp.parts.trainer.adapters import Adaptation, plain_name
 from atropos_exp.runs import manifest
 from atropos_exp.runs.atomic import fsync
 from atropos_exp.runs.checkpoints import Checkpoint, find_latest, open_checkpoint
+from atropos_exp.weights.tensors import safetensors_header
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,7 +61,7 @@ def export(source: Path, out: Path, dtype: str | None = None) -> Exported:
         hf_folder.copy_description(model, temporary)
         config = {**{key: value for key, value in config.items() if key != "torch_dtype"}, "dtype": dtype}
         (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        num_tensors, num_bytes, num_merged = _write_weights(weights, temporary, dtype)
+        num_tensors, num_bytes, num_merged = _write_weights(weights, model, temporary, dtype)
         for path in temporary.iterdir():
             fsync(path)
         if out.exists():
@@ -103,27 +106,62 @@ def _folders(checkpoint: Path) -> tuple[Path, Path]:
     return weights, model
 
 
-def _write_weights(model: Path, out: Path, dtype: str) -> tuple[int, int, int]:
-    """Cast, and merge adapters, file by file: one file's tensors are in memory at a time."""
+def _write_weights(model: Path, description: Path, out: Path, dtype: str) -> tuple[int, int, int]:
+    """Cast, merge adapters and give the hub's names, file by file: in memory are one file's tensors, and those that one
+    conversion needs together."""
     import torch
     from safetensors.torch import save_file
 
     adapters = _Adapters(model)
-    weight_map, num_bytes = {}, 0
-    for file in _files(model, "model"):
-        tensors = {}
-        for name, tensor in _tensors(model / file):
-            tensor = adapters.merge(name, tensor)
-            tensors[name] = tensor.to(getattr(torch, dtype)) if tensor.is_floating_point() else tensor
-            num_bytes += tensors[name].nbytes
-            weight_map[name] = file
-        save_file(tensors, out / file, metadata={"format": "pt"})
+    files = _files(model, "model")
+    name_of_file = ""
+
+    def merged() -> Iterator[tuple[str, Tensor]]:
+        nonlocal name_of_file
+        for name_of_file in files:
+            for name, tensor in _tensors(model / name_of_file):
+                tensor = adapters.merge(name, tensor)
+                yield name, tensor.to(getattr(torch, dtype)) if tensor.is_floating_point() else tensor
+
+    weight_map: dict[str, str] = {}
+    num_bytes = 0
+    content: dict[str, Tensor] = {}
+    current = files[0]
+    for name, tensor in _on_hub(model, description, files, merged()):
+        if name_of_file != current:
+            if content:
+                save_file(content, out / current, metadata={"format": "pt"})
+            content, current = {}, name_of_file
+        content[name] = tensor
+        num_bytes += tensor.nbytes
+        weight_map[name] = current
+    save_file(content, out / current, metadata={"format": "pt"})
     if adapters.unmerged:
         raise UserError(f"{model} has an adapter for {min(adapters.unmerged)}, which is not a weight of the model")
     if set(weight_map.values()) != {"model.safetensors"}:
         index = {"metadata": {"total_size": num_bytes}, "weight_map": weight_map}
         (out / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
     return len(weight_map), num_bytes, adapters.num_merged
+
+
+def _on_hub(
+    model: Path, description: Path, files: list[str], tensors: Iterator[tuple[str, Tensor]]
+) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a checkpoint, which have transformers' names, as the model's files on the hub have them. A
+    checkpoint of an older version does not say what transformers did to them: then what it does by default counts."""
+    described = _facts(model).get("conversions")
+    if described == []:
+        return tensors  # without importing transformers
+    from atropos_exp.parts.trainer.hub_names import names_of_a_checkpoint
+
+    headers = [safetensors_header(model / file) for file in files]
+    shapes = {name: entry["shape"] for header in headers for name, entry in header.items()}
+    return names_of_a_checkpoint(description, shapes, described).convert(tensors)
+
+
+def _facts(model: Path) -> dict[str, Any]:
+    """What the trainer wrote about its checkpoint."""
+    return hf_folder.read_json(model / "trainer.json", optional=True)
 
 
 def _tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
@@ -148,24 +186,36 @@ class _Adapters:
 
     def __init__(self, model: Path) -> None:
         self.num_merged = 0
-        self.unmerged: dict[str, dict[str, Any]] = {}  # weight name -> {"A": [r, in], "B": [out, r]}
+        self.unmerged: dict[str, dict[str, Tensor]] = {}  # layer -> its matrices "A" and "B"
         for file in _files(model, "adapter"):
             for name, tensor in _tensors(model / file):
-                module, _, rest = name.removeprefix("base_model.model.").partition(".lora_")
-                self.unmerged.setdefault(f"{module}.weight", {})[rest[0]] = tensor.float()
-        self._scaling = 0.0
+                layer, _, rest = name.partition(".lora_")
+                self.unmerged.setdefault(layer, {})[rest[0]] = tensor.float()
+        self._by_weight = {}
         if self.unmerged:
-            lora = hf_folder.read_json(model / "trainer.json")["lora"]
-            self._scaling = lora["alpha"] / lora["rank"]
+            self._by_weight = {one.weight: (layer, one) for layer, one in _adaptations(model, self.unmerged).items()}
 
     def merge(self, name: str, weight: Tensor) -> Tensor:
         """W + scaling * B @ A, in float32; `weight` itself if it has no adapter."""
-        pair = self.unmerged.pop(name, None)
-        if pair is None:
+        if name not in self._by_weight:
             return weight
+        layer, adaptation = self._by_weight.pop(name)
+        pair = self.unmerged.pop(layer)
         self.num_merged += 1
-        merged: Tensor = weight.float() + self._scaling * (pair["B"] @ pair["A"])
+        merged: Tensor = weight.float() + adaptation.delta(pair["A"], pair["B"])
         return merged
+
+
+def _adaptations(model: Path, layers: Iterable[str]) -> dict[str, Adaptation]:
+    """What the matrices of each layer do, as the trainer wrote; older versions had adapters of linear layers only."""
+    facts = _facts(model)
+    if "adapted" in facts:
+        return {layer: Adaptation(**values) for layer, values in facts["adapted"].items()}
+    scaling = facts["lora"]["alpha"] / facts["lora"]["rank"]
+    return {
+        layer: Adaptation(weight=f"{plain_name(layer)}.weight", scaling=scaling, num_experts=1, transposed=False)
+        for layer in layers
+    }
 
 
 def main(arguments: list[str] | None = None) -> int:

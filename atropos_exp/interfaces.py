@@ -157,6 +157,11 @@ class Engine(EngineServer, Protocol):
 class WeightReceiver(Protocol):
     """The engine's side of one weight update."""
 
+    @property
+    def hub_names(self) -> bool:
+        """Whether tensors must come as the model's files on the hub have them (`PolicyTrainer.on_hub`), or else as
+        transformers' modules have them."""
+
     def expected(self) -> Mapping[str, tuple[str, tuple[int, ...]]]:
         """name -> (dtype, shape) of every tensor the engine must be given in this update. Names of LoRA matrices among
         them (`weights.tensors.is_adapter`) ask for `PolicyTrainer.adapter`, nothing else for it without the base."""
@@ -177,11 +182,16 @@ class PolicyTrainer(Protocol):
         """For each sequence [T] the logprobs [T - 1] of tokens 1.., nats: what `Engine.score` must reproduce."""
 
     def parameters(self) -> Iterator[tuple[str, Tensor]]:
-        """Full tensors one by one under their Hugging Face names, LoRA merged. Consume all of it on every rank."""
+        """Full tensors one by one under transformers' names, LoRA merged. Consume all of it on every rank."""
 
     def adapter(self, *, with_base: bool) -> Iterator[tuple[str, Tensor]]:
         """LoRA's matrices one by one, `<module>.lora_A.weight` [rank, in] and `<module>.lora_B.weight` [out, rank], B
-        already multiplied by alpha / rank; and the frozen base under its Hugging Face names, if it is wanted too."""
+        already multiplied by alpha / rank; and the frozen base under transformers' names, if it is wanted too."""
+
+    def on_hub(self, tensors: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """What `parameters` or `adapter` gave on rank 0, as the model's files on the hub have it: the same bits, under
+        other names and cut otherwise where transformers fuses tensors. Not collective; holds what one conversion
+        needs together."""
 
     def save(self, folder: Path) -> None:
         """Write model (safetensors), optimizer, scheduler and RNG into `folder` (rank 0 writes)."""

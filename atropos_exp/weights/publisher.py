@@ -110,7 +110,8 @@ class WeightPublisher:
             timer.book("open")
             try:
                 if receiver is not None:
-                    for bucket in self._buckets(parameters, sent, receiver.expected()):
+                    given = self._trainer.on_hub(parameters) if receiver.hub_names else parameters
+                    for bucket in self._buckets(given, sent, receiver.expected()):
                         timer.book("gather")
                         sent.digests.add(bucket)
                         timer.book("digest")

@@ -78,6 +78,9 @@ class MemoryTrainer:
     def adapter(self, *, with_base: bool) -> Iterator[tuple[str, torch.Tensor]]:
         yield from self.parameters() if with_base else ()
 
+    def on_hub(self, tensors: Iterator[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+        return tensors
+
     def save(self, folder: Path) -> None:
         torch.save(self.logits, folder / "logits.pt")
 

@@ -30,6 +30,11 @@ class FaultyLine:
             self._receiver = receiver
             yield self
 
+    @property
+    def hub_names(self) -> bool:
+        hub_names: bool = self._receiver.hub_names
+        return hub_names
+
     def expected(self) -> Mapping[str, tuple[str, tuple[int, ...]]]:
         expected: Mapping[str, tuple[str, tuple[int, ...]]] = self._receiver.expected()
         return expected

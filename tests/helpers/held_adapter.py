@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from atropos_exp.parts.trainer.hub_names import HubNames
 from atropos_exp.types import SamplingParams
 from tests.helpers.publishing import HeldModel
 from tests.helpers.random_models import completion_logprobs, random_prompts
@@ -54,6 +55,9 @@ class HeldAdapter(HeldModel):
             if f"{module}.lora_A.weight" in matrices:
                 tensor = tensor + SCALE * matrices[f"{module}.lora_B.weight"] @ matrices[f"{module}.lora_A.weight"]
             yield name, tensor.detach()
+
+    def on_hub(self, tensors: Iterator[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+        return HubNames(self.model.get_base_model(), self.base()).convert(tensors)
 
     def disturb(self, scale: float = 0.05) -> None:
         """Every matrix changes, and nothing else."""

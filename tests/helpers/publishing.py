@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from atropos_exp.parts.trainer.hub_names import HubNames
 from atropos_exp.types import Floats, TokenIds, TrainBatch, UpdateStats
 from atropos_exp.weights.publisher import WeightPublisher
 from tests.helpers.random_models import plain_logprobs, random_prompts
@@ -26,6 +27,9 @@ class HeldModel:
         for name, parameter in self.model.named_parameters():
             self.num_given += 1
             yield name, parameter
+
+    def on_hub(self, tensors: Iterator[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+        return HubNames(self.model, self.model.state_dict()).convert(tensors)
 
     def logprobs(self, sequences: Sequence[TokenIds], *, temperature: float) -> list[Floats]:
         return [plain_logprobs(self.model, sequence, temperature) for sequence in sequences]

@@ -34,6 +34,7 @@ class MemoryEngine:
         self.fails_at = fails_at
         self.weights = {"matrix": torch.zeros(4, 4), "unused": torch.zeros(3)}
         self.served = 0
+        self.hub_names = False
 
         if fails_at == "adapter":  # not a fault: it asks for the base once, then for the matrices of rank 1 alone
             self.weights |= {"matrix.lora_A.weight": torch.zeros(1, 4), "matrix.lora_B.weight": torch.zeros(4, 1)}

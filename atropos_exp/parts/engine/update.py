@@ -48,16 +48,15 @@ def update(clients: Sequence[EngineClient], transport: Transport, version: int) 
         client.exchange("/weights/abort", {}, what="the update to be given up", seconds=ABORT_SECONDS)
         client.resume()
 
-    expected = together(
-        clients, lambda client: {name: (kind, tuple(shape)) for name, kind, shape in client.info()["expected"]}
-    )
+    facts = together(clients, lambda client: client.info())
+    expected = [{name: (kind, tuple(shape)) for name, kind, shape in fact["expected"]} for fact in facts]
     kinds = max(expected, key=len)  # a restarted server needs the base as well, and then all get it
     if any(not other.items() <= kinds.items() for other in expected):
         raise EngineError("the engine's servers expect different tensors")
     try:
         together(clients, lambda client: client.pause())
         ask("/weights/begin", f"the update to version {version} to begin", {"version": version})
-        yield Receiver(clients, transport, kinds, version)
+        yield Receiver(clients, transport, kinds, version, facts[0]["hub_names"] is True)
         ask("/weights/finish", f"version {version} to be accepted")
     except BaseException as error:
         try:
@@ -78,6 +77,7 @@ class Receiver:
     transport: Transport
     kinds: Mapping[str, tuple[str, tuple[int, ...]]]
     version: int
+    hub_names: bool
 
     def expected(self) -> Mapping[str, tuple[str, tuple[int, ...]]]:
         return self.kinds

@@ -15,13 +15,16 @@ from torch import Tensor
 from atropos_exp.errors import UserError
 from atropos_exp.interfaces import PolicyLoss
 from atropos_exp.parts.trainer import state, weights
+from atropos_exp.parts.trainer.adapters import plain_name
 from atropos_exp.parts.trainer.flops import UpdateFlops
+from atropos_exp.parts.trainer.hub_names import HubNames
 from atropos_exp.parts.trainer.packing import MicroBatch, make_micro_batch, plan_micro_batches, scoring_batch
 from atropos_exp.parts.trainer.schedule import learning_rate_factor
 from atropos_exp.parts.trainer.settings import TrainerSettings
 from atropos_exp.parts.trainer.statistics import Sums, importance_weights
 from atropos_exp.parts.trainer.verl_backend import PackedBackend
 from atropos_exp.types import Floats, TokenIds, TrainBatch, UpdateStats
+from atropos_exp.weights.tensors import is_adapter
 
 
 @dataclass
@@ -145,6 +148,12 @@ class FSDP2Trainer:
     def adapter(self, *, with_base: bool) -> Iterator[tuple[str, Tensor]]:
         """See `PolicyTrainer.adapter`; float32, and empty tensors on other ranks than 0."""
         return weights.adapter_parameters(self._backend.module, self._device, with_base=with_base)
+
+    def on_hub(self, tensors: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """See `PolicyTrainer.on_hub`."""
+        given = weights.named_tensors(self._backend.module)
+        names = [plain_name(name) for name in given if not is_adapter(name)]
+        return HubNames(self._backend.plain_model, names).convert(tensors)
 
     def save(self, folder: Path) -> None:
         """Write weights, optimizer, counters and random streams to `folder` (safetensors and JSON). Rank 0 writes."""

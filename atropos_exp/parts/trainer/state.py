@@ -1,17 +1,18 @@
 """Checkpoints of the trainer: safetensors and JSON only, independent of the number of ranks.
 
-    model*.safetensors      float32 master weights under Hugging Face names, index as transformers writes it
+    model*.safetensors      float32 master weights under transformers' names, with an index as it writes it
     adapter*.safetensors    LoRA matrices, if any (the model is then the frozen base)
     optimizer*.safetensors  exp_avg/<name>, exp_avg_sq/<name>, step/<name>
     random.safetensors      random streams of every rank
-    trainer.json            counters, LoRA's rank and alpha, where and how large every tensor is
+    trainer.json            counters, LoRA's rank and alpha, what adapters do to which weights, and how transformers
+                            made the model's tensors of those in its files (for `export`)
 
 Rank 0 alone touches the folder. Tensors travel one by one, in files of bounded size.
 """
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from torch import Tensor
 
 from atropos_exp.errors import UserError
 from atropos_exp.parts.trainer import random_state, weights
+from atropos_exp.parts.trainer.adapters import adaptations, plain_name
+from atropos_exp.parts.trainer.hub_names import describe
 from atropos_exp.parts.trainer.tensor_files import TensorReader, TensorWriter, read_shapes
 from atropos_exp.parts.trainer.verl_backend import PackedBackend
 from atropos_exp.processes.ranks import Ranks
@@ -57,7 +60,12 @@ def save(folder: Path, backend: PackedBackend, counters: Mapping[str, int], devi
         from safetensors.torch import save_file
 
         save_file(streams, folder / "random.safetensors")
-        facts = {"counters": dict(counters), "lora": backend.lora_facts}
+        facts = {
+            "counters": dict(counters),
+            "lora": backend.lora_facts,
+            "adapted": {layer: asdict(adaptation) for layer, adaptation in adaptations(backend.module).items()},
+            "conversions": describe(backend.plain_model),
+        }
         (folder / "trainer.json").write_text(json.dumps(facts, indent=1) + "\n")
     dist.barrier()
 
@@ -95,7 +103,7 @@ def _slots(backend: PackedBackend) -> list[Slot]:
         if is_adapter(name):
             slots.append(Slot(stem="adapter", key=name, tensor=tensor))
         else:
-            slots.append(Slot(stem="model", key=weights.hugging_face_name(name), tensor=tensor))
+            slots.append(Slot(stem="model", key=plain_name(name), tensor=tensor))
     for name, moments in backend.optimizer_state().items():
         slots += [Slot(stem="optimizer", key=f"{kind}/{name}", tensor=moments[kind]) for kind in MOMENTS]
     return slots

@@ -155,6 +155,11 @@ class PackedBackend(FSDPEngineWithLMHead):  # type: ignore[misc]  # verl is unty
         """The learning rate is a pure function of the step (`schedule.py`), so there is no state to keep."""
 
     @property
+    def plain_model(self) -> Any:
+        """transformers' own model, without the layers of PEFT around it."""
+        return self.module.get_base_model() if isinstance(self.module, PeftModel) else self.module
+
+    @property
     def vocab_size(self) -> int:
         """The number of rows of the model's embedding."""
         return int(self.text_config.vocab_size)

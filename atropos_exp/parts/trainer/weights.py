@@ -1,19 +1,14 @@
 """Full tensors from sharded parameters, one at a time, and back."""
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from atropos_exp.parts.trainer.adapters import Adaptation, adaptations, plain_name
 from atropos_exp.weights.tensors import LORA_A, LORA_B, is_adapter
-
-
-def hugging_face_name(name: str) -> str:
-    """The parameter's name in the model's own checkpoint, without the prefixes that PEFT adds."""
-    return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
 
 
 def named_tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -44,20 +39,21 @@ def scatter(full: Tensor, into: Tensor) -> None:
 
 
 def full_parameters(module: nn.Module, device: torch.device) -> Iterator[tuple[str, Tensor]]:
-    """(Hugging Face name, float32 tensor) of the whole model: on rank 0 the tensors, on other ranks empty ones.
+    """(transformers' name, float32 tensor) of the whole model: on rank 0 the tensors, on other ranks empty ones.
 
     LoRA is merged, W + scaling * B @ A, into a copy. At most one gathered tensor (three with LoRA) is alive here.
     """
     wanted = dist.get_rank() == 0
     nothing = torch.empty(0, device=device)
+    adapted = {adaptation.weight: (layer, adaptation) for layer, adaptation in adaptations(module).items()}
     for name, tensor in named_tensors(module).items():
         if is_adapter(name):
             continue
         full = gather(tensor, device)
-        if name.endswith(".base_layer.weight"):
-            layer = module.get_submodule(name.removesuffix(".base_layer.weight"))
-            full = _merged(full, layer, device)
-        yield hugging_face_name(name), _as_sent(full) if wanted else nothing
+        if (own := plain_name(name)) in adapted:
+            layer, adaptation = adapted[own]
+            full = _merged(full, module.get_submodule(layer), adaptation, device)
+        yield own, _as_sent(full) if wanted else nothing
 
 
 @torch.no_grad()
@@ -66,26 +62,24 @@ def adapter_parameters(module: nn.Module, device: torch.device, *, with_base: bo
     on rank 0 the tensors, on other ranks empty ones. At most one gathered tensor is alive here."""
     wanted = dist.get_rank() == 0
     nothing = torch.empty(0, device=device)
+    adapted = adaptations(module)
     for name, tensor in named_tensors(module).items():
         owner, _, matrix = name.partition(".lora_")  # matrix: "B.default.weight"; "" of a tensor of the base
         if not (matrix or with_base):
             continue
         full = gather(tensor, device)
         if matrix.startswith("B."):
-            full = full.float() * module.get_submodule(owner).scaling[matrix.split(".")[1]]  # type: ignore[index]
+            full = full.float() * adapted[owner].scaling
         ending = {"A": LORA_A, "B": LORA_B, "": ""}[matrix[:1]]
-        yield hugging_face_name(owner) + ending, _as_sent(full) if wanted else nothing
+        yield plain_name(owner) + ending, _as_sent(full) if wanted else nothing
 
 
 @torch.no_grad()
-def _merged(weight: Tensor, layer: Any, device: torch.device) -> Tensor:
-    merged = weight.float()
-    for adapter in layer.active_adapters:
-        low = gather(layer.lora_A[adapter].weight, device).float()
-        high = gather(layer.lora_B[adapter].weight, device).float()
-        delta = layer.scaling[adapter] * (high @ low)
-        merged = merged + (delta.T if layer.fan_in_fan_out else delta)
-    return merged
+def _merged(weight: Tensor, layer: nn.Module, adaptation: Adaptation, device: torch.device) -> Tensor:
+    matrices = dict(layer.named_parameters())
+    (low,) = (tensor for name, tensor in matrices.items() if name.startswith("lora_A."))
+    (high,) = (tensor for name, tensor in matrices.items() if name.startswith("lora_B."))
+    return weight.float() + adaptation.delta(gather(low, device).float(), gather(high, device).float())
 
 
 def _as_sent(tensor: Tensor) -> Tensor:

@@ -112,7 +112,7 @@ def test_one_server_with_other_weights_is_found(engines: Servers, trainer: Train
 
         def __init__(self) -> None:
             self.dtype, self.version, self.replicas = engines.dtype, lambda: version, engines.replicas
-            self.transfers_on_device = False
+            self.transfers_on_device = self.hub_names = False
 
         @contextmanager
         def updating(self, version: int) -> Iterator[Any]:

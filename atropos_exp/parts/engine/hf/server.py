@@ -60,6 +60,7 @@ def main() -> None:
         account=weights.account,
         update=weights,
         source=bucket_source(options),
+        hub_names=False,  # its model is made by transformers, as the trainer's
         vocab_size=model.config.get_text_config().vocab_size,
         max_sequence_length=options.max_sequence_length,
         versions={"torch": torch.__version__, "transformers": sys.modules["transformers"].__version__},

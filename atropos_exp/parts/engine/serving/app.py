@@ -61,6 +61,7 @@ class Service:
     def info(self, message: Message) -> Future[Message]:
         facts = {
             "expected": [[name, kind, list(shape)] for name, (kind, shape) in self.backend.expected().items()],
+            "hub_names": self.backend.hub_names,
             "vocab_size": self.backend.vocab_size,
             "max_sequence_length": self.backend.max_sequence_length,
         }

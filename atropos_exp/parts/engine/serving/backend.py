@@ -21,6 +21,10 @@ class Backend(Protocol):
         """Token ids are below it."""
 
     @property
+    def hub_names(self) -> bool:
+        """Whether an update brings tensors as the model's files have them, or else as transformers' modules do."""
+
+    @property
     def max_sequence_length(self) -> int:
         """The most tokens that a prompt and its completion have together."""
 

@@ -40,6 +40,7 @@ class QueuedBackend(Generic[G]):
     model: Model
     account: UpdateAccount
     update: Update
+    hub_names: bool
     vocab_size: int
     max_sequence_length: int
     versions: Mapping[str, str]

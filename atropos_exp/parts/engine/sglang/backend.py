@@ -40,6 +40,7 @@ class SGLangBackend:
         versions: Mapping[str, str],
     ) -> None:
         self.loop: asyncio.AbstractEventLoop = engine.loop
+        self.hub_names = True
         self.vocab_size = vocab_size
         self.max_sequence_length = max_sequence_length
         self._engine = engine

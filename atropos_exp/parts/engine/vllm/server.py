@@ -63,6 +63,8 @@ def make_backend(options: argparse.Namespace) -> VLLMBackend:
     core = Core(engine, seeded=options.seeded)
     is_tied = bool(getattr(engine.vllm_config.model_config.hf_text_config, "tie_word_embeddings", False))
     expected = expected_tensors(options.model, dtype=options.dtype, is_tied=is_tied)
+    for name, dtype in core.ask_workers("atropos_dtypes", expected)[0].items():
+        expected[name] = (dtype, expected[name][1])
     adapter = adapter_tensors(expected, rank=options.lora_rank, target_modules=options.lora_targets)
     if unserved := core.ask_workers("atropos_unserved", adapter)[0]:
         raise SystemExit(f"engine.lora=adapter: vLLM adapts no layer {some(unserved)}; use engine.lora=merged")
@@ -80,6 +82,7 @@ def make_backend(options: argparse.Namespace) -> VLLMBackend:
         model=core,
         account=account,
         update=update,
+        hub_names=True,
         vocab_size=int(engine.vllm_config.model_config.get_vocab_size()),
         max_sequence_length=options.max_sequence_length,
         step_timeout_seconds=options.step_timeout_seconds,

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 from atropos_exp.parts.engine.vllm.adapter import AdapterWorker
 from atropos_exp.processes.wire import Message
 from atropos_exp.weights.digest import Digests, digests
-from atropos_exp.weights.receiver import BucketSource
+from atropos_exp.weights.receiver import SAFETENSORS_DTYPES, BucketSource
 from atropos_exp.weights.resident import EMBEDDING, HEAD, has_plain_layers, views
-from atropos_exp.weights.tensors import Kind, is_adapter
+from atropos_exp.weights.tensors import Kind, dtype_name, is_adapter
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,6 +53,14 @@ class WeightWorker(AdapterWorker):
         torch.cuda.synchronize()
         free, total = torch.cuda.mem_get_info()
         return int(total - free)
+
+    def atropos_dtypes(self, names: Iterable[str]) -> dict[str, str]:
+        """Of those of the named tensors that the model keeps under this name and in a dtype that an update can bring,
+        which is float32 for some gates of experts whatever is served. On a CPU with AMX vLLM widens biases of its own
+        accord after loading them: these are left out."""
+        held = dict(self.atropos_model().named_parameters())
+        found = {name: dtype_name(held[name]) for name in names if name in held and not name.endswith(".bias")}
+        return {name: dtype for name, dtype in found.items() if dtype in SAFETENSORS_DTYPES.values()}
 
     def atropos_begin(self, kinds: Mapping[str, Kind]) -> None:
         """Start an update. `kinds`: dtype and shape of all tensors that may come."""
@@ -106,7 +114,17 @@ class WeightWorker(AdapterWorker):
         if self.atropos_reloading:
             from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
 
+            self.atropos_forget_kernels()
             self.atropos_on_device(lambda: initialize_layerwise_reload(self.atropos_model()))
+
+    def atropos_forget_kernels(self) -> None:
+        """Let experts on a CPU make their kernels anew. Once there is one, vLLM 0.30 takes new weights as they come,
+        but this kernel computes with repacked ones."""
+        if self.device.type == "cpu":
+            for layer in self.atropos_model().modules():
+                method = getattr(layer, "quant_method", None)
+                if method is not None and "moe_kernel" in vars(method):
+                    method.moe_kernel = None
 
     def atropos_end(self) -> None:
         """End an update, complete or abandoned: layers that were reloaded get their kernels' weights back."""
