@@ -145,6 +145,7 @@ def test_only_a_shifted_loss_can_learn_a_bigram(start: Any) -> None:
         advantages_S=trained.float().reshape(-1),
         behaviour_logprobs_S=torch.zeros(VOCAB * 6),
         has_behaviour_N=no_N,
+        fresh_N=no_N,
         reference_logprobs_S=torch.zeros(VOCAB * 6),
         has_reference_N=no_N,
         supervised_N=no_N,
