@@ -72,6 +72,7 @@ METRICS: Mapping[str, str] = {
     "sync/gather_s": "Seconds to gather and cast the tensors; GPU work still running then counts in `sync/send_s`.",
     "sync/send_s": "Seconds to send the tensors to the engine and load them there.",
     "sync/commit_s": "Seconds until the engine has accepted the update and emptied its prefix cache.",
+    "sync/recheck_s": "Seconds of the proof to compare what the engine still held of the last sync (`sync.recheck`).",
     "sync/digest_s": "Seconds of the proof to compute the digests on both sides and compare them.",
     "sync/canary_s": "Seconds of the proof to score the canary prompts on both sides.",
     "sync/tensors": "Tensors that the engine received.",

@@ -10,7 +10,7 @@ Shape suffixes: ``x_NT`` has shape [N, T].
     S = token positions of a whole batch, its sequences laid end to end (packed, no padding)
     R = trained tokens of one sequence, left-aligned
 
-A per-token array is *token-aligned*: entry t is about token t, whose logits are those at t - 1. Only the trainer shifts.
+A per-token array is *token-aligned*: entry t is about token t, whose logits are at t - 1. Only the trainer shifts.
 """
 
 from __future__ import annotations

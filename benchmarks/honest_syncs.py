@@ -42,8 +42,8 @@ def main(num_syncs: int) -> None:
         followed = [share for share in used if share is not None]
         print(
             f"{dtype}: {num_syncs} honest syncs, {len(alarms)} alarms {alarms[:1]}; gap / allowed {max(shares):.2f} at "
-            f"most, {np.mean(shares):.2f} in the mean; the engine's movement {min(followed):.2f} to {max(followed):.2f} "
-            "of the trainer's",
+            f"most, {np.mean(shares):.2f} in the mean; the engine's movement {min(followed):.2f} to "
+            f"{max(followed):.2f} of the trainer's",
             flush=True,
         )
 

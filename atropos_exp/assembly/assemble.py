@@ -56,9 +56,11 @@ def assemble(checked: Checked, folder: RunFolder, ranks: Ranks, stack: ExitStack
         canary=ranks.broadcast(prepared.canary if prepared is not None else []),
         temperature=run.temperature,
         tolerance=run.sync.tolerance,
+        recheck=run.sync.recheck,
     )
     gate = head.gateway if head is not None else None
-    resync = Resync(publisher, engine, ranks, max_restarts=parts.engine.max_restarts, gate=gate)
+    condemn = head.source.condemn if head is not None else None
+    resync = Resync(publisher, engine, ranks, max_restarts=parts.engine.max_restarts, gate=gate, condemn=condemn)
     source = ResyncedSource(head.source if head is not None else None, resync)
     dtype = coarser(
         parts.model.compute_dtype(checked.device), ranks.broadcast(engine.dtype if engine is not None else "")
@@ -88,7 +90,7 @@ def assemble(checked: Checked, folder: RunFolder, ranks: Ranks, stack: ExitStack
             GapLimit(dtype, max_gap=run.sync.max_gap),
             trainer,
             temperature=run.temperature,
-            condemn=head.source.condemn if head is not None else None,
+            condemn=condemn,
         ),
         checkpoints=checkpoints,
         head=head,

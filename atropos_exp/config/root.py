@@ -39,6 +39,7 @@ class SyncConfig(Settings):
     canary_prompts: Annotated[int, Field(ge=1, description="every sync is proven")]
     tolerance: Annotated[float | None, Field(ge=0, description="nats; null: by the engine's dtype")]
     max_gap: Annotated[float | None, Field(gt=0, description="nats; null: by dtype and what the first steps showed")]
+    recheck: Literal["auto", True, False]
 
 
 class RunConfig(Settings):

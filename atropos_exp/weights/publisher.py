@@ -18,14 +18,15 @@ from atropos_exp.processes.ranks import Ranks
 from atropos_exp.types import Floats, SyncStats, TokenIds
 from atropos_exp.weights.expectation import Expectation
 from atropos_exp.weights.proof import SentTensors, check_canary, check_complete, check_digests, check_finite
+from atropos_exp.weights.recheck import Mode, Recheck
 from atropos_exp.weights.tensors import Kind, is_adapter, torch_dtype
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Parts of a sync's time: pause the engine, gather and cast, send and load, commit; and the two proofs.
+# Parts of a sync's time: pause the engine, gather and cast, send and load, commit; and the three proofs.
 TRANSFER = ("open", "gather", "send", "commit")
-PROOF = ("digest", "canary")
+PROOF = ("recheck", "digest", "canary")
 
 
 class WeightPublisher:
@@ -52,10 +53,12 @@ class WeightPublisher:
         canary: Sequence[TokenIds],
         temperature: float,
         tolerance: float | None,
+        recheck: Mode,
     ) -> None:
         """`engine`: rank 0's; None elsewhere. `bucket_bytes`: size of a bucket, unless one tensor is larger. `canary`:
         sequences of two or more tokens. `temperature`: of its logprobs. `tolerance`: of its mean gap, in nats; None: by
-        the engine's dtype and what the first syncs show (`Expectation`)."""
+        the engine's dtype and what the first syncs show (`Expectation`). `recheck`: whether what the engine holds is
+        compared once more before it changes; auto: where that costs little."""
         assert (engine is not None) == is_rank_zero
         assert canary and all(len(prompt) > 1 for prompt in canary) and bucket_bytes > 0
         self._trainer = trainer
@@ -66,14 +69,24 @@ class WeightPublisher:
         self._expectations = (  # of each server
             [] if engine is None else [Expectation(engine.dtype, tolerance=tolerance) for _ in engine.replicas]
         )
+        self._recheck = None if engine is None else Recheck(engine, mode=recheck)
         self.num_syncs = 0  # that have begun
         self.num_verified = 0  # that have been proven
 
+    def recheck(self, *, before: int) -> None:
+        """Compare what the engine holds with what was proven last, once, before the sync to that version. Raises
+        WrongSampler, and EngineError if the engine fails."""
+        with Ranks.of_group().same_outcome("the comparison of what the engine holds"):
+            if self._recheck is not None:
+                self._recheck.check(before=before)
+
     def publish(self, version: int) -> SyncStats:
         """Make the engine serve the trainer's weights as `version`. Raises SyncError if they do not provably arrive,
-        and EngineError if the engine fails."""
-        self.num_syncs += 1
+        WrongSampler if those of the last sync were no longer there, and EngineError if the engine fails."""
         timer = PartTimer()
+        self.recheck(before=version)
+        timer.book("recheck")
+        self.num_syncs += 1
         ranks = Ranks.of_group()
         with ranks.same_outcome(f"the weight sync to version {version}"):
             sent, compared = self._transfer(version, timer)
@@ -81,6 +94,8 @@ class WeightPublisher:
             ours = self._trainer.logprobs(self._canary, temperature=self._temperature)
             largest, mean, allowed = self._check_canary(version, ours, scores, has_digests=compared > 0)
             timer.book("canary")
+            if self._recheck is not None:
+                self._recheck.begin(version)
         stats = ranks.broadcast(
             SyncStats(
                 policy_version=version,
@@ -163,7 +178,10 @@ class WeightPublisher:
     def _compare(self, receiver: WeightReceiver, sent: SentTensors) -> int:
         expected = receiver.expected()
         check_complete(sent.kinds, expected)
+        start = time.perf_counter()
         held = receiver.digests()  # requested while the device may still be computing ours
+        assert self._recheck is not None
+        self._recheck.note(held, seconds=time.perf_counter() - start)
         return check_digests(sent.digests.read(), held, expected)
 
     @contextlib.contextmanager

@@ -63,13 +63,31 @@ def failed(folder: Path, *overrides: str) -> str:
 
 
 @pytest.mark.usefixtures("sabotaged")
+def test_an_overwritten_layer_is_named_by_tensor(tmp_path: Path) -> None:
+    """With digests once more before the next sync; in the dtype in which nothing else is as sharp."""
+    folder = tmp_path / "run"
+    overrides = ("trainer.max_steps=6", "engine.dtype=bfloat16", "checkpoint.every=1", "eval.num_prompts=0")
+    error = failed(folder, *overrides, "sync.recheck=true")
+    assert re.search(rf"WrongSampler: step {AFTER + 1}: .* version {AFTER} .*: {LAYER}\S+.* changed after", error)
+    assert metrics(folder)[-1]["step"] == AFTER
+    assert (folder / "rollouts" / f"step_{AFTER + 1:06d}.condemned.parquet").exists()
+    assert summary(folder)["sync"]["count"] == summary(folder)["sync"]["verified"] == AFTER + 1
+
+
+@pytest.mark.usefixtures("sabotaged")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_an_overwritten_layer_is_named_by_what_it_sampled(
     dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "run"
-    overrides = ("trainer.max_steps=6", f"engine.dtype={dtype}", "checkpoint.every=1", "eval.num_prompts=0")
-    error = failed(folder, *overrides)
+    overrides = (
+        "trainer.max_steps=6",
+        f"engine.dtype={dtype}",
+        "checkpoint.every=1",
+        "eval.num_prompts=0",
+        "sync.recheck=false",
+    )
+    error = failed(folder, *overrides, "sync.recheck=false")
     assert re.search(rf"WrongSampler: step {AFTER + 1}: .* by \d.* nats .* expected at most .* in {dtype}\)", error)
     last = metrics(folder)[-1]
     assert last["step"] == AFTER + 1, "what stopped the run is in its metrics"
@@ -79,7 +97,7 @@ def test_an_overwritten_layer_is_named_by_what_it_sampled(
     assert {name for name in rollouts if "5" in name} == {f"step_{AFTER + 1:06d}.condemned.parquet"}
     if dtype == "float32":  # the engine is whole again, and the same command samples the step again
         monkeypatch.undo()
-        found = run_here(folder, *overrides)
+        found = run_here(folder, *overrides, "sync.recheck=false")
         assert (found["status"], found["steps"]) == ("finished", 6)
         gaps = [row["policy/fresh_logprob_gap_mean"] for row in metrics(folder)[1:]]
         assert len(gaps) == 6 and max(gaps) < 1e-4

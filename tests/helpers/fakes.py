@@ -146,6 +146,8 @@ class MemoryPublisher:
         self.served: dict[str, torch.Tensor] = {}
         self.num_syncs = self.num_verified = 0
 
+    def recheck(self, *, before: int) -> None: ...
+
     def publish(self, version: int) -> SyncStats:
         self._book.write(f"publish {version}", takes=self._takes)
         self.served = {name: tensor.clone() for name, tensor in self._trainer.parameters()}

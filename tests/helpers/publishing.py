@@ -56,5 +56,11 @@ class HeldModel:
 
 
 def manage(trainer: Any, engine: Any, **changes: Any) -> WeightPublisher:
-    values: dict[str, Any] = {"bucket_bytes": 40_000, "canary": CANARY, "temperature": 0.8, "tolerance": 1e-4}
+    values: dict[str, Any] = {
+        "bucket_bytes": 40_000,
+        "canary": CANARY,
+        "temperature": 0.8,
+        "tolerance": 1e-4,
+        "recheck": False,
+    }
     return WeightPublisher(trainer, engine, is_rank_zero=True, **{**values, **changes})
