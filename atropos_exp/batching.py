@@ -21,8 +21,11 @@ def token_advantages(rollout: Rollout, advantage: float) -> Floats:
     return np.where(rollout.trained, values, np.float32(0.0)).astype(np.float32)
 
 
-def pack(groups: Sequence[RolloutGroup], advantages: Sequence[Floats], *, temperature: float) -> TrainBatch | None:
-    """Pack all sequences end to end, for one update; None if no sequence has a signal. `temperature` is the run's.
+def pack(
+    groups: Sequence[RolloutGroup], advantages: Sequence[Floats], *, temperature: float, version: int
+) -> TrainBatch | None:
+    """Pack all sequences end to end, for one update; None if no sequence has a signal. `temperature` is the run's, and
+    `version` that of the weights which the update trains.
 
     A sequence whose advantages are all zero has no policy gradient. It stays in the batch all the same, because the
     loss denominators count its tokens (and a KL term would train on it); only a batch without any signal is dropped.
@@ -56,6 +59,12 @@ def pack(groups: Sequence[RolloutGroup], advantages: Sequence[Floats], *, temper
         advantages_S=torch.from_numpy(advantages_S),
         behaviour_logprobs_S=torch.from_numpy(_lay_out(rollouts, behaviour)),
         has_behaviour_N=torch.tensor([values is not None for values in behaviour]),
+        fresh_N=torch.tensor(
+            [
+                values is not None and rollout.policy_version == version
+                for rollout, values in zip(rollouts, behaviour, strict=True)
+            ]
+        ),
         reference_logprobs_S=torch.from_numpy(_lay_out(rollouts, reference)),
         has_reference_N=torch.tensor([values is not None for values in reference]),
         supervised_N=torch.tensor([rollout.supervised for rollout in rollouts]),

@@ -29,5 +29,9 @@ class EngineLost(EngineError):
     """The engine's process has died or hangs: only a new one can go on."""
 
 
+class WrongSampler(RuntimeError):
+    """Rollouts do not come from the weights that they say. The text names step, figures or tensors, and what to do."""
+
+
 class SyncError(RuntimeError):
     """The engine does not provably hold the trainer's weights. The text names the tensor or the reason."""

@@ -112,6 +112,9 @@ class EngineServer(Protocol):
     def score(self, sequences: Sequence[TokenIds], *, temperature: float) -> list[Floats]:
         """For each sequence [T] the logprobs [T - 1] of tokens 1.., nats."""
 
+    def digests(self) -> Mapping[str, str]:
+        """As `WeightReceiver.digests`, of what the last update brought, as it is held now."""
+
 
 class Engine(EngineServer, Protocol):
     """`conf/engine`: a client of a server process that samples from the policy."""
@@ -253,6 +256,10 @@ class Publisher(Protocol):
     @property
     def num_verified(self) -> int:
         """Of these, proven."""
+
+    def recheck(self, *, before: int) -> None:
+        """Before the sync to that version, and once: raise WrongSampler if the engine no longer holds what was proven.
+        `publish` does so by itself."""
 
     def publish(self, version: int) -> SyncStats: ...
 

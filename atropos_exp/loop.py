@@ -60,7 +60,7 @@ def train(
         with clock("advantage"):
             advantages = estimate(groups)
         with clock("pack"):
-            batch = pack(groups, advantages, temperature=schedule.temperature)
+            batch = pack(groups, advantages, temperature=schedule.temperature, version=step - 1)
         with clock("update"):
             stats = update(batch) if batch is not None else None
         with clock("sync"):

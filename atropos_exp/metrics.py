@@ -41,6 +41,8 @@ METRICS: Mapping[str, str] = {
     "policy/mismatch_kl": "k3 estimate of KL(behaviour || trained policy) per trained token, nats.",
     "policy/logprob_gap_mean": "Mean |trainer - sampler| of the logprob of a trained token, nats.",
     "policy/logprob_gap_max": "Largest |trainer - sampler| of the logprob of a trained token, nats.",
+    "policy/fresh_logprob_gap_mean": "The mean of those that the very weights under training sampled: rounding alone.",
+    "policy/fresh_logprob_gap_allowed": "What it may be (`sync.max_gap`): above, a warning, then the end of the run.",
     "policy/importance_truncated_fraction": "Share of trained tokens whose importance weight was cut to its cap.",
     "policy/clip_fraction": "Share of trained tokens that the policy loss clipped.",
     "policy/reference_kl": "KL to the reference model per trained token, nats; 0 without one.",
@@ -71,6 +73,7 @@ METRICS: Mapping[str, str] = {
     "sync/gather_s": "Seconds to gather and cast the tensors; GPU work still running then counts in `sync/send_s`.",
     "sync/send_s": "Seconds to send the tensors to the engine and load them there.",
     "sync/commit_s": "Seconds until the engine has accepted the update and emptied its prefix cache.",
+    "sync/recheck_s": "Seconds of the proof to compare what the engine still held of the last sync (`sync.recheck`).",
     "sync/digest_s": "Seconds of the proof to compute the digests on both sides and compare them.",
     "sync/canary_s": "Seconds of the proof to score the canary prompts on both sides.",
     "sync/tensors": "Tensors that the engine received.",
@@ -78,6 +81,7 @@ METRICS: Mapping[str, str] = {
     "sync/digests_compared": "Tensors whose digest in the engine was compared with the trainer's.",
     "sync/canary_gap_mean": "Mean |engine - trainer| logprob on the canary prompts after the sync, nats.",
     "sync/canary_gap_max": "Largest |engine - trainer| logprob on the canary prompts after the sync, nats.",
+    "sync/canary_gap_allowed": "What the mean might be: learned from the first proven syncs (`sync.tolerance`).",
     "eval/<set>/accuracy": "Greedy accuracy on this held-out set.",
     "eval/<set>/accuracy_ci_low": "Lower end of its 95 % Wilson interval.",
     "eval/<set>/accuracy_ci_high": "Upper end of its 95 % Wilson interval.",
@@ -220,6 +224,7 @@ def _of_update(update: UpdateStats) -> dict[str, float]:
         "policy/mismatch_kl": update.mismatch_kl,
         "policy/logprob_gap_mean": update.logprob_gap_mean,
         "policy/logprob_gap_max": update.logprob_gap_max,
+        "policy/fresh_logprob_gap_mean": update.fresh_gap_mean,
         "policy/importance_truncated_fraction": update.importance_truncated_fraction,
         "policy/clip_fraction": update.clip_fraction,
         "policy/reference_kl": update.reference_kl,
@@ -236,6 +241,7 @@ def _of_sync(sync: SyncStats) -> dict[str, float]:
         "sync/digests_compared": sync.digests_compared,
         "sync/canary_gap_mean": sync.canary_gap_mean,
         "sync/canary_gap_max": sync.canary_gap_max,
+        "sync/canary_gap_allowed": sync.canary_gap_allowed,
     }
 
 

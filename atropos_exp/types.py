@@ -10,8 +10,7 @@ Shape suffixes: ``x_NT`` has shape [N, T].
     S = token positions of a whole batch, its sequences laid end to end (packed, no padding)
     R = trained tokens of one sequence, left-aligned
 
-A per-token array is *token-aligned*: entry t is about token t itself. The logits at t score token t + 1,
-so those of token t are read at t - 1; that shift happens in the trainer only.
+A per-token array is *token-aligned*: entry t is about token t, whose logits are at t - 1. Only the trainer shifts.
 """
 
 from __future__ import annotations
@@ -199,6 +198,7 @@ class TrainBatch:
     advantages_S: Tensor  # float32, 0 where not trained; 1 in supervised sequences
     behaviour_logprobs_S: Tensor  # float32 nats, 0 where not trained or unknown
     has_behaviour_N: Tensor  # bool: this sequence came with behaviour logprobs
+    fresh_N: Tensor  # bool: they are those of the very weights that this update trains
     reference_logprobs_S: Tensor  # float32 nats, 0 where not trained or unknown
     has_reference_N: Tensor  # bool: this sequence came with logprobs of the reference policy
     supervised_N: Tensor  # bool: cross-entropy instead of the policy loss
@@ -219,6 +219,8 @@ class UpdateStats:
     mismatch_kl: float  # k3 estimate of KL(behaviour || trainer); NaN without behaviour logprobs
     logprob_gap_mean: float  # |trainer - behaviour|
     logprob_gap_max: float
+    fresh_gap_mean: float  # |trainer - behaviour| of tokens sampled by the very weights that were trained; NaN: none
+    num_fresh_tokens: int  # that this is the mean of
     importance_truncated_fraction: float  # of tokens whose importance weight hit the cap
     clip_fraction: float  # of tokens clipped by the policy loss
     reference_kl: float  # 0 without a reference model
@@ -241,6 +243,7 @@ class SyncStats:
     seconds_by_part: Mapping[str, float]
     canary_gap_max: float  # nats, engine versus trainer
     canary_gap_mean: float
+    canary_gap_allowed: float  # what the mean might be
     digests_compared: int
 
 

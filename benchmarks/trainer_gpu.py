@@ -67,6 +67,7 @@ def make_batch(size: Size, seed: int) -> TrainBatch:
         advantages_S=torch.randn(number, generator=generator).repeat_interleave(length) * trained_S,
         behaviour_logprobs_S=logprobs_S * trained_S,
         has_behaviour_N=~no_N,
+        fresh_N=~no_N,
         reference_logprobs_S=torch.zeros(total),
         has_reference_N=no_N,
         supervised_N=no_N,

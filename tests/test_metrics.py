@@ -36,14 +36,15 @@ def group(*rollouts: Rollout, source: str = "local") -> RolloutGroup:
 
 UPDATE = UpdateStats(
     loss=0.75, policy_loss=0.5, supervised_loss=0.125, grad_norm=2.0, learning_rate=1e-3, entropy=1.5,
-    mismatch_kl=math.nan, logprob_gap_mean=0.01, logprob_gap_max=0.2, importance_truncated_fraction=0.1,
-    clip_fraction=0.2, reference_kl=0.3, num_tokens=30, num_trained_tokens=20, num_micro_batches=2,
-    peak_seconds=0.3, skipped=False,
+    mismatch_kl=math.nan, logprob_gap_mean=0.01, logprob_gap_max=0.2, fresh_gap_mean=0.005, num_fresh_tokens=7,
+    importance_truncated_fraction=0.1, clip_fraction=0.2, reference_kl=0.3, num_tokens=30, num_trained_tokens=20,
+    num_micro_batches=2, peak_seconds=0.3, skipped=False,
 )  # fmt: skip
 SYNC = SyncStats(
     policy_version=6, num_tensors=10, num_bytes=4000, seconds=0.25, proof_seconds=0.05,
-    seconds_by_part={"open": 0.01, "gather": 0.03, "send": 0.2, "commit": 0.01, "digest": 0.03, "canary": 0.02},
-    canary_gap_max=1e-5, canary_gap_mean=1e-6, digests_compared=10,
+    seconds_by_part={"open": 0.01, "gather": 0.03, "send": 0.2, "commit": 0.01, "recheck": 0.0,
+                     "digest": 0.03, "canary": 0.02},
+    canary_gap_max=1e-5, canary_gap_mean=1e-6, canary_gap_allowed=2e-4, digests_compared=10,
 )  # fmt: skip
 
 
@@ -125,6 +126,7 @@ def test_every_name_has_a_sentence_and_every_value_is_a_float() -> None:
     assert all(type(value) is float for value in values.values())
     emitted = {name for name in metrics.METRICS if name in values}
     later = {"eval/reward_failures", "reward/rescored", "engine/restarts"}  # by evaluator, source and resync
+    later |= {"policy/fresh_logprob_gap_allowed"}  # by the judge of the gap
     later |= {f"engine/memory_{what}_gb" for what in ("awake", "asleep", "freed")}
     stages = {name for name in metrics.METRICS if name.startswith("time/")}
     assert {name for name in metrics.METRICS if "<" not in name} - emitted - stages == later

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from atropos_exp.assembly.check import Checked
 from atropos_exp.assembly.colocated import Update, taking_turns
+from atropos_exp.assembly.gap import GapJudge, GapLimit, coarser
 from atropos_exp.assembly.head import Head, prepare, start_head
 from atropos_exp.assembly.model import TriedModel, try_model
 from atropos_exp.assembly.resync import Resync, ResyncedEvaluator, ResyncedSource, of_rank_zero
@@ -55,10 +56,15 @@ def assemble(checked: Checked, folder: RunFolder, ranks: Ranks, stack: ExitStack
         canary=ranks.broadcast(prepared.canary if prepared is not None else []),
         temperature=run.temperature,
         tolerance=run.sync.tolerance,
+        recheck=run.sync.recheck,
     )
     gate = head.gateway if head is not None else None
-    resync = Resync(publisher, engine, ranks, max_restarts=parts.engine.max_restarts, gate=gate)
+    condemn = head.source.condemn if head is not None else None
+    resync = Resync(publisher, engine, ranks, max_restarts=parts.engine.max_restarts, gate=gate, condemn=condemn)
     source = ResyncedSource(head.source if head is not None else None, resync)
+    dtype = coarser(
+        parts.model.compute_dtype(checked.device), ranks.broadcast(engine.dtype if engine is not None else "")
+    )
     checkpoints = Snapshots(
         Checkpoints(folder.path / "checkpoints", keep=run.checkpoint.keep, ranks=ranks),
         trainer=trainer,
@@ -79,7 +85,13 @@ def assemble(checked: Checked, folder: RunFolder, ranks: Ranks, stack: ExitStack
         update=taking_turns(trainer.update, resync) if parts.engine.colocate else trainer.update,
         publisher=resync,
         evaluate=ResyncedEvaluator(head.evaluate if head is not None else None, resync),
-        recorder=head.recorder if head is not None else SilentRecorder(),
+        recorder=GapJudge(
+            head.recorder if head is not None else SilentRecorder(),
+            GapLimit(dtype, max_gap=run.sync.max_gap),
+            trainer,
+            temperature=run.temperature,
+            condemn=condemn,
+        ),
         checkpoints=checkpoints,
         head=head,
     )

@@ -11,7 +11,7 @@ import numpy as np
 from atropos_exp.assembly.atropos import Outside, read_atropos, start_gateway, start_outside, tracker_group
 from atropos_exp.assembly.check import Checked
 from atropos_exp.config.freeze import resolved
-from atropos_exp.interfaces import Engine, Evaluator, Logger, PromptLoader, RolloutSource, Scorer
+from atropos_exp.interfaces import Engine, Evaluator, Logger, PromptLoader, Scorer
 from atropos_exp.parts.data.settings import PrepareSettings
 from atropos_exp.parts.eval.held_out import HeldOutEvaluator
 from atropos_exp.parts.gateway.client import GatewayClient
@@ -41,7 +41,7 @@ class Head:
     """What rank 0 samples, evaluates and records with."""
 
     gateway: GatewayClient | None  # None without Atropos
-    source: RolloutSource
+    source: JournaledSource
     evaluate: Evaluator
     logger: Logger
     recorder: RunRecorder

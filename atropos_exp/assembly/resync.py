@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
-from atropos_exp.errors import EngineError, EngineLost
+from atropos_exp.errors import EngineError, EngineLost, WrongSampler
 from atropos_exp.interfaces import JSON, Engine, Evaluator, Publisher, RolloutSource
 from atropos_exp.parts.gateway.client import GatewayClient
 from atropos_exp.processes.ranks import Ranks
@@ -38,13 +38,16 @@ class Resync:
         *,
         max_restarts: int,
         gate: GatewayClient | None = None,
+        condemn: Callable[[int], None] | None = None,
     ) -> None:
-        """`gate`: what requests of environments go through; rank 0's, if there are environments."""
+        """`gate`: what requests of environments go through; rank 0's, if there are environments. `condemn`: puts the
+        rollouts of a step aside; rank 0's."""
         self._publisher = publisher
         self._engine = engine
         self.ranks = ranks
         self._max_restarts = max_restarts
         self._gate = gate
+        self._condemn = condemn
         self._version: int | None = None  # published last
         self.num_restarts = 0
         self.num_repeated = 0  # proven syncs of a version that had been proven before, for a new server
@@ -58,10 +61,13 @@ class Resync:
     def num_verified(self) -> int:
         return self._publisher.num_verified
 
+    def recheck(self, *, before: int) -> None:
+        self.through(lambda: self._condemning(before, lambda: self._publisher.recheck(before=before)))
+
     def publish(self, version: int) -> SyncStats:
         self._version = None  # what was published before is no longer wanted: only this
         self._order(lambda gate: gate.hold())
-        stats = self.through(lambda: self._publisher.publish(version))
+        stats = self.through(lambda: self._condemning(version, lambda: self._publisher.publish(version)))
         self._version = version
         self._order(lambda gate: gate.release())
         return stats
@@ -69,6 +75,8 @@ class Resync:
     def sleep(self) -> None:
         """The engine gives its memory back until the next `publish`, and the gate is shut until then."""
         self._order(lambda gate: gate.hold())
+        if self._version is not None:
+            self.recheck(before=self._version + 1)  # asleep it holds nothing
         before, after = self.on_zero(lambda: of_rank_zero(self._engine).sleep())
         self._memory = {
             "engine/memory_awake_gb": before / 2**30,
@@ -78,6 +86,16 @@ class Resync:
 
     def counters(self) -> dict[str, float]:
         return {"engine/restarts": self.num_restarts, **self._memory}
+
+    def _condemning(self, step: int, work: Callable[[], Value]) -> Value:
+        """What `work` returns, which ends the step. If its rollouts turn out to be of other weights, they are put
+        aside."""
+        try:
+            return work()
+        except WrongSampler:
+            if self._condemn is not None:
+                self._condemn(step)
+            raise
 
     def _order(self, order: Callable[[GatewayClient], None]) -> None:
         """A gateway that is down is no reason to stop: nobody gets tokens from it."""

@@ -38,6 +38,8 @@ class SyncConfig(Settings):
     bucket_mb: Annotated[int, Field(ge=1, le=65536, description="MiB")]
     canary_prompts: Annotated[int, Field(ge=1, description="every sync is proven")]
     tolerance: Annotated[float | None, Field(ge=0, description="nats; null: by the engine's dtype")]
+    max_gap: Annotated[float | None, Field(gt=0, description="nats; null: by dtype and what the first steps showed")]
+    recheck: Literal["auto", True, False]
 
 
 class RunConfig(Settings):

@@ -5,6 +5,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from atropos_exp.assembly.gap import CEILING
 from atropos_exp.doctor.curves import Curve, judge_curves, spans
 from atropos_exp.doctor.line import Line, fail, ok, warn
 from atropos_exp.doctor.stalled import look_at_running
@@ -44,6 +45,7 @@ def explain(folder: Path, *, patience: float | None = None) -> list[Line]:
     return [
         *(look_at_running(folder, data.rows, patience=patience) if is_held(folder / "lock") else [_end(data)]),
         *judge_curves(data.rows, data.config),
+        *_gap(rows),
         *_time(rows),
         *_drops(rows),
         *_fallbacks(rows, data.config),
@@ -70,6 +72,33 @@ def _end(data: RunData) -> Line:
         f"ended without a summary after {steps} of {wanted} steps: it was killed (memory? time limit? node?)",
         "dmesg or the scheduler's log tell who killed it; the same command continues it without losing a step",
     )
+
+
+def _gap(rows: Sequence[Row]) -> list[Line]:
+    """The level of the gap between trainer and sampler, whatever it was at the start."""
+    gaps, largest = [], max(CEILING.values())
+    for row in rows:
+        gap, allowed = row.get("policy/fresh_logprob_gap_mean"), row.get("policy/fresh_logprob_gap_allowed")
+        if gap is None and not row.get("policy/version_lag_max"):  # a run of an earlier version, nothing old in it
+            gap = row.get("policy/logprob_gap_mean")
+        if gap is not None:
+            gaps.append((row.step, gap, largest if allowed is None else allowed))
+    if not gaps:
+        return []
+    above = [one for one in gaps if one[1] > one[2]]
+    if not above:
+        _, gap, allowed = max(gaps, key=lambda one: one[1] / one[2])
+        return [ok("gap", f"trainer and sampler differ by {gap:.2g} nats at most, {allowed:.2g} are allowed")]
+    step, gap, allowed = max(above, key=lambda one: one[1] / one[2])
+    text = (
+        f"trainer and sampler differ by more than rounding explains at steps {spans([one[0] for one in above])}: "
+        f"{gap:.3g} nats at step {step}, {allowed:.3g} are allowed"
+    )
+    remedy = (
+        "those steps were sampled by other weights, or one side computes something else: engine.dtype=float32 "
+        "model.dtype=float32 tells rounding from a fault, trainer.layout=rows or engine=hf which side it is"
+    )
+    return [warn("gap", text, remedy)]
 
 
 def _time(rows: Sequence[Row]) -> list[Line]:

@@ -11,12 +11,11 @@ import numpy as np
 from atropos_exp.errors import SyncError
 from atropos_exp.types import Floats, TokenIds
 from atropos_exp.weights.digest import Digests
+from atropos_exp.weights.expectation import Allowed
 from atropos_exp.weights.tensors import Kind, dtype_name, some
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-ONE_TOKEN = 10.0  # by how much one token of the canary may exceed the tolerance of the mean
 
 
 @dataclass(kw_only=True)
@@ -72,13 +71,13 @@ def check_finite(trainer: Sequence[Floats]) -> None:
 
 
 def check_canary(
-    canary: Sequence[TokenIds], trainer: Sequence[Floats], engine: Sequence[Floats], *, tolerance: float, version: int
+    canary: Sequence[TokenIds], trainer: Sequence[Floats], engine: Sequence[Floats], *, allowed: Allowed, version: int
 ) -> tuple[float, float]:
     """Largest and mean |engine - trainer| logprob over the canary's tokens, in nats.
 
     `canary`: prompts [T]; `trainer` and `engine`: the logprobs [T - 1] of each prompt's tokens from the second on.
-    Raises SyncError if the mean is above `tolerance` or one token above `ONE_TOKEN` times it: rounding errors of 16
-    bits are large for single tokens, but not in the mean.
+    Raises SyncError if the mean or one token is above what is `allowed`: rounding errors of 16 bits are large for
+    single tokens, but not in the mean.
     """
     if len(trainer) != len(canary) or len(engine) != len(canary):
         raise SyncError(f"canary: {len(canary)} prompts, but scores of {len(trainer)} and {len(engine)}")
@@ -98,10 +97,10 @@ def check_canary(
                 f"{ours[place]:.6f}"
             )
     mean = float(np.concatenate(gaps).mean())
-    if mean > tolerance or largest > ONE_TOKEN * tolerance:
+    if mean > allowed.mean or largest > allowed.token:
         raise SyncError(
             f"{worst} after the sync to version {version}; they differ by {mean:.3g} in the mean, and may by "
-            f"{tolerance:g}, one token by {ONE_TOKEN * tolerance:g} (sync.tolerance). The engine does not serve the "
+            f"{allowed.mean:.3g}, one token by {allowed.token:.3g} ({allowed.reason}). The engine does not serve the "
             "trainer's weights"
         )
     return largest, mean

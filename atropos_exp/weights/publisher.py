@@ -16,19 +16,17 @@ from atropos_exp.errors import EngineError, SyncError
 from atropos_exp.interfaces import Engine, PolicyTrainer, WeightReceiver
 from atropos_exp.processes.ranks import Ranks
 from atropos_exp.types import Floats, SyncStats, TokenIds
+from atropos_exp.weights.expectation import Expectation
 from atropos_exp.weights.proof import SentTensors, check_canary, check_complete, check_digests, check_finite
+from atropos_exp.weights.recheck import Mode, Recheck
 from atropos_exp.weights.tensors import Kind, is_adapter, torch_dtype
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Mean |engine - trainer| logprob of the canary's tokens, in nats, that rounding explains, by the dtype of the served
-# weights. SmolLM2-135M in bfloat16 at temperature 0.7 was seen at 0.09 to 0.18, plain transformers against itself in
-# float32 at 0.07, single tokens up to 1.5 (docs/results/smollm2.md).
-DEFAULT_TOLERANCE = {"float32": 2e-4, "float16": 0.05, "bfloat16": 0.5}
-# Parts of a sync's time: pause the engine, gather and cast, send and load, commit; and the two proofs.
+# Parts of a sync's time: pause the engine, gather and cast, send and load, commit; and the three proofs.
 TRANSFER = ("open", "gather", "send", "commit")
-PROOF = ("digest", "canary")
+PROOF = ("recheck", "digest", "canary")
 
 
 class WeightPublisher:
@@ -41,7 +39,8 @@ class WeightPublisher:
     The tensors are gathered one by one, cast to the engine's dtype and sent in buckets, so that no rank holds more than
     one bucket besides its shards. Before the engine commits, names, shapes, dtypes, bytes and digests of what it holds
     are compared with what was sent. Afterwards comes the canary: for fixed prompts the engine must give the trainer's
-    logprobs. A failed proof leaves the engine refusing to sample, and raises SyncError on every rank.
+    logprobs, as nearly as it did in the first syncs, and move with them. A failed proof leaves the engine refusing to
+    sample, and raises SyncError on every rank.
     """
 
     def __init__(
@@ -54,10 +53,12 @@ class WeightPublisher:
         canary: Sequence[TokenIds],
         temperature: float,
         tolerance: float | None,
+        recheck: Mode,
     ) -> None:
         """`engine`: rank 0's; None elsewhere. `bucket_bytes`: size of a bucket, unless one tensor is larger. `canary`:
-        sequences of two or more tokens. `temperature`: of its logprobs. `tolerance`: of `check_canary`, in nats; None:
-        by the engine's dtype (`DEFAULT_TOLERANCE`)."""
+        sequences of two or more tokens. `temperature`: of its logprobs. `tolerance`: of its mean gap, in nats; None: by
+        the engine's dtype and what the first syncs show (`Expectation`). `recheck`: whether what the engine holds is
+        compared once more before it changes; auto: where that costs little."""
         assert (engine is not None) == is_rank_zero
         assert canary and all(len(prompt) > 1 for prompt in canary) and bucket_bytes > 0
         self._trainer = trainer
@@ -65,22 +66,36 @@ class WeightPublisher:
         self._bucket_bytes = bucket_bytes
         self._canary = canary
         self._temperature = temperature
-        self._tolerance = tolerance
+        self._expectations = (  # of each server
+            [] if engine is None else [Expectation(engine.dtype, tolerance=tolerance) for _ in engine.replicas]
+        )
+        self._recheck = None if engine is None else Recheck(engine, mode=recheck)
         self.num_syncs = 0  # that have begun
         self.num_verified = 0  # that have been proven
 
+    def recheck(self, *, before: int) -> None:
+        """Compare what the engine holds with what was proven last, once, before the sync to that version. Raises
+        WrongSampler, and EngineError if the engine fails."""
+        with Ranks.of_group().same_outcome("the comparison of what the engine holds"):
+            if self._recheck is not None:
+                self._recheck.check(before=before)
+
     def publish(self, version: int) -> SyncStats:
         """Make the engine serve the trainer's weights as `version`. Raises SyncError if they do not provably arrive,
-        and EngineError if the engine fails."""
-        self.num_syncs += 1
+        WrongSampler if those of the last sync were no longer there, and EngineError if the engine fails."""
         timer = PartTimer()
+        self.recheck(before=version)
+        timer.book("recheck")
+        self.num_syncs += 1
         ranks = Ranks.of_group()
         with ranks.same_outcome(f"the weight sync to version {version}"):
             sent, compared = self._transfer(version, timer)
         with ranks.same_outcome(f"the proof of the weight sync to version {version}"), self._scored_canary() as scores:
             ours = self._trainer.logprobs(self._canary, temperature=self._temperature)
-            largest, mean = self._check_canary(version, ours, scores)
+            largest, mean, allowed = self._check_canary(version, ours, scores, has_digests=compared > 0)
             timer.book("canary")
+            if self._recheck is not None:
+                self._recheck.begin(version)
         stats = ranks.broadcast(
             SyncStats(
                 policy_version=version,
@@ -91,6 +106,7 @@ class WeightPublisher:
                 seconds_by_part=timer.seconds,
                 canary_gap_max=largest,
                 canary_gap_mean=mean,
+                canary_gap_allowed=allowed,
                 digests_compared=compared,
             )
         )
@@ -163,7 +179,10 @@ class WeightPublisher:
     def _compare(self, receiver: WeightReceiver, sent: SentTensors) -> int:
         expected = receiver.expected()
         check_complete(sent.kinds, expected)
+        start = time.perf_counter()
         held = receiver.digests()  # requested while the device may still be computing ours
+        assert self._recheck is not None
+        self._recheck.note(held, seconds=time.perf_counter() - start)
         return check_digests(sent.digests.read(), held, expected)
 
     @contextlib.contextmanager
@@ -174,27 +193,30 @@ class WeightPublisher:
             yield [pool.submit(one.score, self._canary, temperature=self._temperature) for one in replicas]
 
     def _check_canary(
-        self, version: int, ours: Sequence[Floats], scores: Sequence[Future[list[Floats]]]
-    ) -> tuple[float, float]:
-        """Largest and mean gap on rank 0, zeros elsewhere."""
+        self, version: int, ours: Sequence[Floats], scores: Sequence[Future[list[Floats]]], *, has_digests: bool
+    ) -> tuple[float, float, float]:
+        """Largest and mean gap on rank 0, and what the mean may be; zeros elsewhere."""
         if self._engine is None:
-            return 0.0, 0.0
+            return 0.0, 0.0, 0.0
         wait(scores)  # each has its deadline; a server that dies of this is dead before it is asked to stop sampling
         try:
             check_finite(ours)  # before the engine's scores: it may not have survived such weights
-            tolerance = DEFAULT_TOLERANCE[self._engine.dtype] if self._tolerance is None else self._tolerance
-            gaps = []
-            for number, theirs in enumerate(scores):
+            gaps, allowed = [], min(expectation.allowed.mean for expectation in self._expectations)
+            for number, (score, expectation) in enumerate(zip(scores, self._expectations, strict=True)):
+                theirs = score.result()
                 try:
-                    gap = check_canary(self._canary, ours, theirs.result(), tolerance=tolerance, version=version)
-                    gaps.append(gap)
+                    gaps.append(check_canary(self._canary, ours, theirs, allowed=expectation.allowed, version=version))
+                    expectation.follow(ours, theirs, version=version)
                 except SyncError as error:
                     which = f"server {number}: " if len(self._engine.replicas) > 1 else ""
                     raise SyncError(f"{which}{error}") from None
             serves = self._engine.version()
             if serves != version:
                 raise SyncError(f"the engine says that it serves version {serves} after the sync to version {version}")
-            return max(largest for largest, _ in gaps), sum(mean for _, mean in gaps) / len(gaps)
+            if has_digests:
+                for score, expectation in zip(scores, self._expectations, strict=True):
+                    expectation.learn(ours, score.result(), version=version)
+            return max(largest for largest, _ in gaps), sum(mean for _, mean in gaps) / len(gaps), allowed
         except SyncError as error:
             self._quarantine(version, error)
             raise

@@ -72,7 +72,7 @@ def run_config(**changes: Any) -> RunConfig:
         "run_dir": None,
         "resume": "auto",
         "checkpoint": CheckpointConfig(every=1, keep=1),
-        "sync": SyncConfig(bucket_mb=1, canary_prompts=1, tolerance=None),
+        "sync": SyncConfig(bucket_mb=1, canary_prompts=1, tolerance=None, max_gap=None, recheck="auto"),
     }
     return RunConfig(**{**values, **changes})
 
@@ -105,8 +105,17 @@ def test_ranges_of_the_root(changes: dict[str, Any]) -> None:
     ("section", "changes"),
     [
         (CheckpointConfig, {"every": -1, "keep": 0}),
-        (SyncConfig, {"bucket_mb": 0, "canary_prompts": 0, "tolerance": -1.0}),
-        (SyncConfig, {"bucket_mb": 65537, "canary_prompts": -1, "tolerance": float("nan")}),
+        (SyncConfig, {"bucket_mb": 0, "canary_prompts": 0, "tolerance": -1.0, "max_gap": 0.0, "recheck": "on"}),
+        (
+            SyncConfig,
+            {
+                "bucket_mb": 65537,
+                "canary_prompts": -1,
+                "tolerance": float("nan"),
+                "max_gap": float("inf"),
+                "recheck": 2,
+            },
+        ),
     ],
 )
 def test_ranges_of_a_section(section: Any, changes: dict[str, Any]) -> None:

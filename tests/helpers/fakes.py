@@ -63,8 +63,9 @@ class MemoryTrainer:
         value = float(loss.detach())
         return UpdateStats(
             loss=value, policy_loss=value, supervised_loss=0.0, grad_norm=float(logits.grad.norm()), learning_rate=1.0,
-            entropy=0.0, mismatch_kl=float("nan"), logprob_gap_mean=0.0, logprob_gap_max=0.0,
-            importance_truncated_fraction=0.0, clip_fraction=0.0, reference_kl=0.0, num_tokens=len(batch.token_ids_S),
+            entropy=0.0, mismatch_kl=float("nan"), logprob_gap_mean=0.0, logprob_gap_max=0.0, fresh_gap_mean=0.0,
+            num_fresh_tokens=batch.num_trained_tokens, importance_truncated_fraction=0.0, clip_fraction=0.0,
+            reference_kl=0.0, num_tokens=len(batch.token_ids_S),
             num_trained_tokens=batch.num_trained_tokens, num_micro_batches=1, peak_seconds=float("nan"), skipped=False,
         )  # fmt: skip
 
@@ -148,6 +149,8 @@ class MemoryPublisher:
         self.served: dict[str, torch.Tensor] = {}
         self.num_syncs = self.num_verified = 0
 
+    def recheck(self, *, before: int) -> None: ...
+
     def publish(self, version: int) -> SyncStats:
         self._book.write(f"publish {version}", takes=self._takes)
         self.served = {name: tensor.clone() for name, tensor in self._trainer.parameters()}
@@ -155,7 +158,8 @@ class MemoryPublisher:
         size = sum(tensor.nbytes for tensor in self.served.values())
         return SyncStats(
             policy_version=version, num_tensors=len(self.served), num_bytes=size, seconds=self._takes,
-            proof_seconds=0.0, seconds_by_part={}, canary_gap_max=0.0, canary_gap_mean=0.0, digests_compared=1,
+            proof_seconds=0.0, seconds_by_part={}, canary_gap_max=0.0, canary_gap_mean=0.0,
+            canary_gap_allowed=0.0, digests_compared=1,
         )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,14 @@ class HeldModel:
             for parameter in self.model.parameters():
                 parameter += scale * torch.randn_like(parameter)
 
+    def wander(self, by: float) -> None:
+        """Every matrix goes this share of the way to random ones of its size, so that none grows for ever."""
+        with torch.no_grad():
+            for parameter in self.model.parameters():
+                if parameter.dim() == 2:
+                    size = 0.2  # `initializer_range` of `random_model`
+                    parameter.mul_(math.sqrt(1 - by * by)).add_(by * size * torch.randn_like(parameter))
+
     def update(self, batch: TrainBatch) -> UpdateStats:
         raise NotImplementedError
 
@@ -51,5 +60,11 @@ class HeldModel:
 
 
 def manage(trainer: Any, engine: Any, **changes: Any) -> WeightPublisher:
-    values: dict[str, Any] = {"bucket_bytes": 40_000, "canary": CANARY, "temperature": 0.8, "tolerance": 1e-4}
+    values: dict[str, Any] = {
+        "bucket_bytes": 40_000,
+        "canary": CANARY,
+        "temperature": 0.8,
+        "tolerance": 1e-4,
+        "recheck": False,
+    }
     return WeightPublisher(trainer, engine, is_rank_zero=True, **{**values, **changes})

@@ -35,7 +35,7 @@ CLIPPING: dict[str, Any] = {
 
 def packed(groups: Sequence[RolloutGroup], temperature: float = 1.0) -> TrainBatch:
     advantages = GRPO(norm_by_std=True, epsilon=1e-6, normalization="none", clip=None)(groups)
-    batch = pack(groups, advantages, temperature=temperature)
+    batch = pack(groups, advantages, temperature=temperature, version=0)
     assert batch is not None
     return batch
 

@@ -103,6 +103,7 @@ def make_batch(
         advantages_S=torch.randn(total, generator=generator) * trained_S,
         behaviour_logprobs_S=(-3.9 + 0.8 * torch.randn(total, generator=generator)) * known_S,
         has_behaviour_N=has_behaviour_N,
+        fresh_N=has_behaviour_N & (torch.arange(num_sequences) % 2 == 0),
         reference_logprobs_S=torch.zeros(total),
         has_reference_N=torch.zeros(num_sequences, dtype=torch.bool),
         supervised_N=torch.zeros(num_sequences, dtype=torch.bool),

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
+from atropos_exp.errors import WrongSampler
 from atropos_exp.parts.engine.servers import Servers
 from tests.helpers.publishing import HeldModel, manage
 from tests.helpers.random_models import plain_logprobs, random_model, random_prompts
@@ -20,6 +21,21 @@ pytestmark = pytest.mark.vllm
 
 class TestSync(SyncContract):
     tolerance = 1e-4
+
+
+def test_what_it_holds_is_the_same_once_more(engine: Servers) -> None:
+    """Also where vLLM repacks its weights after the digests; and a tensor that it can read back is seen to change."""
+    trainer, version = HeldModel(random_model(seed=6)), engine.version() + 1
+    publisher = manage(trainer, engine, recheck=True)
+    publisher.publish(version)
+    trainer.disturb()
+    publisher.publish(version + 1)
+    publisher.publish(version + 2)
+    with engine.updating(version + 2) as receiver:
+        receiver.receive([(name, 1.5 * one if "norm" in name else one) for name, one in trainer.parameters()])
+    with pytest.raises(WrongSampler, match=r"norm.weight and \d+ more|norm.weight.* changed after the proof"):
+        publisher.publish(version + 3)
+    publisher.publish(version + 3)
 
 
 def test_what_can_be_read_back_is(engine: Servers) -> None:

@@ -131,7 +131,14 @@ def main(rank: int, meeting: str) -> None:
         trainer: Any = ShardedTrainer(fails_at, rank)
         engine: Any = MemoryEngine(fails_at) if rank == 0 else None
         publisher = WeightPublisher(
-            trainer, engine, is_rank_zero=rank == 0, bucket_bytes=8, canary=CANARY, temperature=0.5, tolerance=1e-5
+            trainer,
+            engine,
+            is_rank_zero=rank == 0,
+            bucket_bytes=8,
+            canary=CANARY,
+            temperature=0.5,
+            tolerance=1e-5,
+            recheck=True,
         )
         try:
             outcome = f"{publisher.publish(3)} {publisher.num_verified} of {publisher.num_syncs}"

@@ -63,6 +63,10 @@ class Servers:
         """By the first server: all serve the same weights, which every weight sync proves."""
         return self.replicas[0].score(sequences, temperature=temperature)
 
+    def digests(self) -> dict[str, str]:
+        """Of the first server, as `score`."""
+        return self.replicas[0].digests()
+
     def version(self) -> int:
         versions = together(self.replicas, lambda client: client.version())
         if len(set(versions)) > 1:

@@ -17,7 +17,7 @@ class JournaledSource:
 
     def take(self, num_groups: int, *, step: int) -> tuple[list[RolloutGroup], Dropped]:
         """The groups of `step` from its journal if an interrupted process wrote one, else new ones."""
-        path = self._folder / f"step_{step:06d}.parquet"
+        path = self._path(step)
         journal = read_journal(path)
         if journal is not None:
             self._inner.restore(dict(journal.state))
@@ -25,6 +25,15 @@ class JournaledSource:
         groups, dropped = self._inner.take(num_groups, step=step)
         write_journal(path, Journal(step=step, groups=groups, dropped=dropped, state=self._inner.state()))
         return groups, dropped
+
+    def condemn(self, step: int) -> None:
+        """Put the journal of a step aside whose rollouts are worth nothing: who continues samples that step again."""
+        path = self._path(step)
+        if path.exists():
+            path.rename(path.with_suffix(".condemned.parquet"))
+
+    def _path(self, step: int) -> Path:
+        return self._folder / f"step_{step:06d}.parquet"
 
     def counters(self) -> Mapping[str, float]:
         return self._inner.counters()

@@ -146,6 +146,7 @@ class MicroBatch:
     advantages_M: Tensor
     behaviour_M: Tensor
     has_behaviour_M: Tensor
+    fresh_M: Tensor
     reference_M: Tensor
     has_reference_M: Tensor
     supervised_M: Tensor
@@ -204,6 +205,7 @@ def make_micro_batch(
         advantages_M=batch.advantages_S[source_M].to(device, torch.float32),
         behaviour_M=batch.behaviour_logprobs_S[source_M].to(device, torch.float32),
         has_behaviour_M=batch.has_behaviour_N[chosen][row_M].to(device),
+        fresh_M=batch.fresh_N[chosen][row_M].to(device),
         reference_M=batch.reference_logprobs_S[source_M].to(device, torch.float32),
         has_reference_M=batch.has_reference_N[chosen][row_M].to(device),
         supervised_M=batch.supervised_N[chosen][row_M].to(device),
@@ -226,6 +228,7 @@ def scoring_batch(sequences: Sequence[TokenIds], temperature: float) -> TrainBat
         advantages_S=zeros_S,
         behaviour_logprobs_S=zeros_S,
         has_behaviour_N=no_N,
+        fresh_N=no_N,
         reference_logprobs_S=zeros_S,
         has_reference_N=no_N,
         supervised_N=no_N,

@@ -108,12 +108,14 @@ class FSDP2Trainer:
                 self._progress.optimizer_steps += 1
 
         num_trained = int(batch.trained_S.sum())
+        fresh_S = batch.fresh_N.repeat_interleave(batch.lengths_N)
         mean = {name: math.fsum(part[name] for part in losses) / len(losses) for name in Sums.LOSSES}
         stats = UpdateStats(
             **mean,
             grad_norm=math.fsum(grad_norms) / len(grad_norms),
             learning_rate=learning_rate,
             **sums.collect_tokens(),
+            num_fresh_tokens=int((batch.trained_S & fresh_S).sum()),
             num_tokens=int(batch.lengths_N.sum()),
             num_trained_tokens=num_trained,
             num_micro_batches=len(every),
@@ -217,7 +219,7 @@ class FSDP2Trainer:
         old_M = logprobs_M.detach() if old_M is None else old_M
         log_ratio_M = old_M - micro.behaviour_M
         cap = self._settings.importance_cap
-        sums.add_tokens(entropy_M, log_ratio_M, micro.has_behaviour_M, cap)
+        sums.add_tokens(entropy_M, log_ratio_M, micro.has_behaviour_M, micro.fresh_M, cap)
         importance_NR = None
         if cap is not None and bool(batch.has_behaviour_N.any()):
             importance_NR = micro.rows(importance_weights(log_ratio_M, micro.has_behaviour_M, cap))

@@ -21,7 +21,7 @@ def importance_weights(log_ratio_M: Tensor, has_behaviour_M: Tensor, cap: float)
 class Sums:
     """Running sums of one update, on the device until collected: no micro-batch waits for a transfer."""
 
-    TOKENS = ("tokens", "entropy", "behaviour_tokens", "mismatch_kl", "gap", "truncated")
+    TOKENS = ("tokens", "entropy", "behaviour_tokens", "mismatch_kl", "gap", "truncated", "fresh_tokens", "fresh_gap")
     LOSSES = ("loss", "policy_loss", "supervised_loss", "clip_fraction", "reference_kl")
 
     def __init__(self, device: torch.device) -> None:
@@ -29,9 +29,11 @@ class Sums:
         self._losses = torch.zeros(len(self.LOSSES), dtype=torch.float64, device=device)
         self._gap_max = torch.zeros((), dtype=torch.float32, device=device)
 
-    def add_tokens(self, entropy_M: Tensor, log_ratio_M: Tensor, has_behaviour_M: Tensor, cap: float | None) -> None:
+    def add_tokens(
+        self, entropy_M: Tensor, log_ratio_M: Tensor, has_behaviour_M: Tensor, fresh_M: Tensor, cap: float | None
+    ) -> None:
         """Add the tokens [M] of a micro-batch. `log_ratio_M` is the trainer's logprob minus the sampler's, nats."""
-        known = has_behaviour_M.float()
+        known, fresh = has_behaviour_M.float(), fresh_M.float()
         clamped = log_ratio_M.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
         gap = log_ratio_M.abs() * known
         truncated = (log_ratio_M > math.log(cap)) * known if cap is not None else torch.zeros_like(known)
@@ -42,6 +44,8 @@ class Sums:
             (clamped.exp() - 1 - clamped) * known,
             gap,
             truncated,
+            fresh,
+            gap * fresh,
         ]
         self._tokens += torch.stack(columns).sum(1, dtype=torch.float64)
         self._gap_max = torch.maximum(self._gap_max, gap.max())
@@ -69,5 +73,6 @@ class Sums:
             "mismatch_kl": totals["mismatch_kl"] / behaviour if known else math.nan,
             "logprob_gap_mean": totals["gap"] / behaviour if known else math.nan,
             "logprob_gap_max": float(max_over_ranks(self._gap_max.clone())) if known else math.nan,
+            "fresh_gap_mean": totals["fresh_gap"] / totals["fresh_tokens"] if totals["fresh_tokens"] else math.nan,
             "importance_truncated_fraction": totals["truncated"] / behaviour if known else 0.0,
         }

@@ -47,7 +47,14 @@ class Trainer:
 def manage(trainer: Any, engine: Any) -> WeightPublisher:
     canary = random_prompts([4, 9], seed=5)
     return WeightPublisher(
-        trainer, engine, is_rank_zero=True, bucket_bytes=40_000, canary=canary, temperature=0.8, tolerance=1e-4
+        trainer,
+        engine,
+        is_rank_zero=True,
+        bucket_bytes=40_000,
+        canary=canary,
+        temperature=0.8,
+        tolerance=1e-4,
+        recheck=True,
     )
 
 

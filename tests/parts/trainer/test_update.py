@@ -60,8 +60,9 @@ def test_loss_and_gradient_are_those_of_plain_code(
 def test_statistics_by_hand(start: Any, model_folder: Path) -> None:
     batch = make_batch(behaviour="some", temperature=0.9)
     model = plain_model(model_folder)
-    gaps, entropies = [], []
-    for sequence, known in zip(split(batch), batch.has_behaviour_N.tolist(), strict=True):
+    gaps, fresh_gaps, entropies = [], [], []
+    facts = zip(split(batch), batch.has_behaviour_N.tolist(), batch.fresh_N.tolist(), strict=True)
+    for sequence, known, fresh in facts:
         ids, trained = sequence["token_ids"], sequence["trained"][1:]
         with torch.no_grad():
             logits = model(input_ids=ids[None]).logits[0, :-1].double() / 0.9
@@ -70,12 +71,15 @@ def test_statistics_by_hand(start: Any, model_folder: Path) -> None:
             if known:
                 ours = plain_logprobs(model, ids, 0.9)[trained].double()
                 gaps += (ours - sequence["behaviour_logprobs"][1:][trained]).tolist()
+                fresh_gaps += gaps[-len(ours) :] if fresh else []
     gap = np.array(gaps)
     stats = start(importance_cap=1.5).update(batch)
     assert stats.entropy == pytest.approx(np.mean(entropies), rel=1e-5)
     assert stats.mismatch_kl == pytest.approx(np.mean(np.exp(gap) - 1 - gap), rel=1e-4)
     assert stats.logprob_gap_mean == pytest.approx(np.abs(gap).mean(), rel=1e-5)
     assert stats.logprob_gap_max == pytest.approx(np.abs(gap).max(), rel=1e-5)
+    assert 0 < len(fresh_gaps) < len(gaps) and stats.num_fresh_tokens == len(fresh_gaps)
+    assert stats.fresh_gap_mean == pytest.approx(np.abs(fresh_gaps).mean(), rel=1e-5)
     assert stats.importance_truncated_fraction == pytest.approx(np.mean(np.exp(gap) > 1.5))
 
 
@@ -84,6 +88,7 @@ def test_without_behaviour_logprobs_nothing_is_weighted(start: Any) -> None:
     stats = start(loss=loss).update(make_batch(behaviour="none"))
     assert loss.calls[0]["importance_NR"] is None
     assert math.isnan(stats.mismatch_kl) and math.isnan(stats.logprob_gap_max)
+    assert math.isnan(stats.fresh_gap_mean) and stats.num_fresh_tokens == 0
     assert stats.importance_truncated_fraction == 0
 
 
@@ -145,6 +150,7 @@ def test_only_a_shifted_loss_can_learn_a_bigram(start: Any) -> None:
         advantages_S=trained.float().reshape(-1),
         behaviour_logprobs_S=torch.zeros(VOCAB * 6),
         has_behaviour_N=no_N,
+        fresh_N=no_N,
         reference_logprobs_S=torch.zeros(VOCAB * 6),
         has_reference_N=no_N,
         supervised_N=no_N,
