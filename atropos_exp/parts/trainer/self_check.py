@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from atropos_exp.errors import UserError
+from atropos_exp.parts.trainer.adapters import plain_name
 from atropos_exp.parts.trainer.layouts import model_input
 from atropos_exp.parts.trainer.packing import make_micro_batch, scoring_batch
 from atropos_exp.parts.trainer.verl_backend import PackedBackend
-from atropos_exp.parts.trainer.weights import hugging_face_name
 
 LENGTHS = (70, 45)
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}  # mean over the tokens, nats; a leak shows as whole nats
@@ -53,7 +53,7 @@ def _check_finite(backend: PackedBackend) -> None:
     for name, tensor in backend.module.named_parameters():
         local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
         if local.is_floating_point() and not local.isfinite().all():
-            here.append(hugging_face_name(name))
+            here.append(plain_name(name))
     every: list[list[str]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(every, here)
     if names := list(dict.fromkeys(name for part in every for name in part)):
