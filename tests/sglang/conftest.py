@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,12 @@ def start_sglang(
         patch.setenv("PYTHONPATH", os.pathsep.join(str(path) for path in paths if str(path)))
         patch.setattr(sglang, "SERVER", "tests.sglang.cpu_server")
         patch.setenv("SGLANG_FAULTS", str(faults or folder / "no_faults"))
-        return start_random("sglang", folder, model, max_length=MAX_LENGTH, python=str(PYTHON), **settings)
+        # As a shell does with a background job. SGLang must end all the same when a process of it fails.
+        usual = signal.signal(signal.SIGQUIT, signal.SIG_IGN)
+        try:
+            return start_random("sglang", folder, model, max_length=MAX_LENGTH, python=str(PYTHON), **settings)
+        finally:
+            signal.signal(signal.SIGQUIT, usual)
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ import argparse
 import importlib.metadata
 import json
 import os
+import signal
 
 from atropos_exp.parts.engine.serving.server import bucket_source, parser, serve_from_thread
 from atropos_exp.parts.engine.sglang.backend import SGLangBackend
@@ -24,6 +25,8 @@ def main() -> None:
     options = parser("atropos_exp.parts.engine.sglang.server", __doc__)
     options.add_argument("--engine-arguments", required=True, help="JSON, for sglang.Engine")
     options.add_argument("--seeded", action="store_true", help="each row has a seed of its own")
+    # By it SGLang's scheduler ends this process when it fails itself. A shell's background job inherits it as ignored.
+    signal.signal(signal.SIGQUIT, signal.SIG_DFL)
     serve_from_thread(make_backend, lambda backend: backend.loop.run_forever(), options.parse_args())
 
 
