@@ -13,12 +13,12 @@ VOCAB = 48
 CONTEXT = 512  # tokens
 
 
-def random_model(*, tied: bool = True, kind: str = "qwen2", seed: int = 0) -> Any:
+def random_model(*, tied: bool = True, kind: str = "qwen2", seed: int = 0, vocab: int = VOCAB) -> Any:
     """Two layers, head size 32, two query heads on one key head; weights large enough that tokens differ."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     sizes: dict[str, Any] = {
-        "vocab_size": VOCAB,
+        "vocab_size": vocab,
         "hidden_size": 64,
         "intermediate_size": 96,
         "num_hidden_layers": 2,
