@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 from tests.helpers import architectures
-from tests.helpers.paths import ROOT
 
 # Name -> the layout that it is known to train in.
 PACKED = (
@@ -28,9 +27,23 @@ def test_an_architecture_is_right(name: str, kind: str) -> None:
     assert not row.refused and row.trained.startswith(f"{kind}, ")
 
 
+VARIANTS = {
+    "qwen2_moe, with a window": "rows",
+    "phimoe, with a window": "rows",
+    "phi3, longrope, sequences within the original length": "packed",
+    "phi3, longrope, longer sequences": "refused: engine=hf cannot decode",
+    "starcoder2, dropout 0.1": "packed",
+    "phi, dropout 0.1": "packed",
+    "mixtral, router noise": "packed",
+    "cohere, logit scale": "packed",
+    "granite, scaled logits": "packed",
+    "falcon, alibi": "rows",
+    "nemotron_h, no experts": "refused: NemotronHForCausalLM is not causal",
+}
+
+
 @pytest.mark.parametrize("name", architectures.VARIANTS)
 def test_a_setting_that_decides_what_is_exact(name: str) -> None:
-    """What it becomes is in docs/models.md; here it must be right or refused with a reason, never fail."""
     row = architectures.try_architecture(name)
-    page = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
-    assert architectures.line(row) in page
+    found = f"refused: {row.refused}" if row.refused else row.trained
+    assert found.startswith(VARIANTS[name]), row
