@@ -61,7 +61,7 @@ def pack(
         has_behaviour_N=torch.tensor([values is not None for values in behaviour]),
         fresh_N=torch.tensor(
             [
-                values is not None and rollout.policy_version == version
+                values is not None and rollout.by_engine and rollout.policy_version == version
                 for rollout, values in zip(rollouts, behaviour, strict=True)
             ]
         ),

@@ -124,12 +124,12 @@ class Rollout:
     reference_logprobs: Floats | None = None  # [T] of the reference policy at `temperature`; 0.0 where not trained
     temperature: float | None = None  # of its sampler; None: the run's
     supervised: bool = False
+    by_engine: bool = True  # this run's engine is known to have sampled it; False: an environment says so
 
     def __post_init__(self) -> None:
-        length = len(self.token_ids)
         for name in ("trained", "logprobs", "advantages", "reference_logprobs"):
             values = getattr(self, name)
-            if values is not None and len(values) != length:
+            if values is not None and len(values) != (length := len(self.token_ids)):
                 raise ValueError(f"{name} must align with token_ids: got {len(values)} entries for {length} tokens")
             if values is not None and name != "trained" and not np.isfinite(values).all():
                 raise ValueError(f"{name} must be finite; got {values[~np.isfinite(values)][0]}")

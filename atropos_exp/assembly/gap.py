@@ -135,6 +135,7 @@ class GapJudge:
             for group in groups
             for rollout in group.compared
             if rollout.logprobs is not None
+            and rollout.by_engine
             and rollout.policy_version == version
             and rollout.temperature in (None, self._temperature)
         ][:MAX_SCORED]

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-FORMAT = 2
+FORMAT = 3
 _LISTS: Mapping[str, type[np.generic]] = {
     "token_ids": np.int32,
     "trained": np.bool_,
@@ -42,6 +42,7 @@ _SCALARS: Mapping[str, str] = {  # of pyarrow
     "zero_advantage": "bool",
     "temperature": "float64",
     "supervised": "bool",
+    "by_engine": "bool",
 }
 
 
@@ -141,7 +142,8 @@ def _digest(head: str, rollouts: Sequence[Rollout]) -> str:
 def _parts(rollouts: Sequence[Rollout]) -> Iterator[bytes]:
     for rollout in rollouts:
         yield np.float64(rollout.reward).tobytes()
-        yield f"{rollout.finish.value} {rollout.policy_version} {rollout.zero_advantage} {rollout.supervised}".encode()
+        flags = (rollout.policy_version, rollout.zero_advantage, rollout.supervised, rollout.by_engine)
+        yield " ".join([rollout.finish.value, *map(str, flags)]).encode()
         yield b"absent" if rollout.temperature is None else np.float64(rollout.temperature).tobytes()
         for name, dtype in _LISTS.items():
             array = getattr(rollout, name)

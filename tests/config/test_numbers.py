@@ -74,7 +74,7 @@ def test_an_option_takes_or_refuses_every_number(group: str, option: str) -> Non
 
 def test_the_root_takes_or_refuses_every_number() -> None:
     values = yaml.safe_load((CONF_DIR / "config.yaml").read_text())
-    assert check_all(RunConfig, {key: values[key] for key in RunConfig.model_fields}) == 13 * len(VALUES)
+    assert check_all(RunConfig, {key: values[key] for key in RunConfig.model_fields}) == 14 * len(VALUES)
 
 
 @pytest.mark.parametrize("name", BUILDERS)

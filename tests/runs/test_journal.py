@@ -171,9 +171,9 @@ def test_a_journal_of_another_format_counts_as_absent(tmp_path: Path, caplog: py
     write_journal(path, example())
     table = pq.read_table(path)
     head = json.loads(table.schema.metadata[b"atropos_exp.head"])
-    assert head["format"] == 2
+    assert head["format"] == 3
     metadata = table.schema.metadata | {b"atropos_exp.head": json.dumps(head | {"format": 1}).encode()}
     older = table.drop_columns(["temperature", "supervised", "reference_logprobs"]).replace_schema_metadata(metadata)
     pq.write_table(older, path)
     assert read_journal(path) is None
-    assert f"{path} counts as absent: it has format 1, this version reads 2" in caplog.text
+    assert f"{path} counts as absent: it has format 1, this version reads 3" in caplog.text

@@ -122,6 +122,7 @@ class Intake:
             reference_logprobs=sequence.reference_logprobs,
             temperature=temperature,
             supervised=sequence.supervised,
+            by_engine=provenance is not None,
         )
 
     def _refuse_doubled(self, group: ScoredGroup, provenances: Sequence[Provenance | None]) -> bytes:
