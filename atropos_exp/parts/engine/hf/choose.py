@@ -66,7 +66,7 @@ def choose_decoding(twin: Path, *, device: str) -> Decoding:
     raise ValueError(f"engine=hf cannot decode {type(plain).__name__} exactly: " + "; ".join(reasons))
 
 
-def load_model(folder: Path, *, device: str, dtype: str, attention: str) -> Any:
+def load_model(folder: Path, *, device: str, dtype: str, attention: str = "sdpa") -> Any:
     """The model of a Hugging Face folder, for inference. Only files of the folder are read, and no code from it."""
     import torch
     from transformers import AutoModelForCausalLM, GenerationConfig

@@ -66,7 +66,7 @@ def main() -> None:
         versions={"torch": torch.__version__, "transformers": sys.modules["transformers"].__version__},
     )
     run_model_thread(scheduler.run_forever)
-    logger.info("serving %s on %s as %s, decoded by %s", options.model, options.device, options.dtype, way)
+    logger.info("decoding with %s", way)
     serve(backend, options, token=token)
 
 
