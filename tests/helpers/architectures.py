@@ -98,6 +98,7 @@ class Row:
     trained: str = ""
     decoded: str = ""
     refused: str = ""
+    updated: bool = True  # the real trainer was tried as well
 
 
 def every() -> dict[str, tuple[str, dict[str, Any]]]:
@@ -106,8 +107,8 @@ def every() -> dict[str, tuple[str, dict[str, Any]]]:
     return dict(sorted({**plain, **VARIANTS}.items()))
 
 
-def try_architecture(name: str) -> Row:
-    """Build the small model and hold trainer and engine against plain transformers.
+def try_architecture(name: str, *, update: bool = True) -> Row:
+    """Build the small model and hold layout and decoder against plain transformers, and the real trainer if `update`.
 
     A refusal is a UserError or ValueError with a reason; anything else is raised.
     """
@@ -126,8 +127,10 @@ def try_architecture(name: str) -> Row:
             way = choose_decoding(twin, device="cpu")
         except (UserError, ValueError) as error:
             return Row(name=name, refused=_first_line(error))
-        _through_the_trainer(twin, folder / "bad", choice.layout, way.attention)
-    return Row(name=name, trained=f"{choice.layout.kind}, {choice.layout.attention}", decoded=str(way))
+        if update:
+            _through_the_trainer(twin, folder / "bad", choice.layout, way.attention)
+    trained = f"{choice.layout.kind}, {choice.layout.attention}"
+    return Row(name=name, trained=trained, decoded=str(way), updated=update)
 
 
 def _through_the_trainer(twin: Path, dumps: Path, layout: Any, attention: str) -> None:
@@ -169,7 +172,8 @@ Which causal language models train with `trainer=fsdp2` and sample with `engine=
 each architecture that transformers knows (`python -m tests.helpers.architectures` writes this page).
 
 Each row was compared with plain transformers, one sequence at a time, in float32: logprobs and gradients of the layout,
-sampled and scored logprobs of the engine, and the logprobs of the real trainer, which also made an update. A model of
+sampled and scored logprobs of the engine, and, where the last column says so, the logprobs of the real trainer, which
+also made an update and gave the engine exactly the tensors that it expects. A model of
 your own is tried in the same way when a run starts, before anything else does: its layout is the fastest one that is
 exact (`trainer.layout`: *packed* end to end, *rows* padded, *single* sequences), and what is exact in none is refused.
 
@@ -179,7 +183,8 @@ Other engines serve what they know; every weight sync is proven with any of them
 
 def line(row: Row) -> str:
     """The row of a table."""
-    cells = (row.name, row.refused) if row.refused else (row.name, row.trained, row.decoded)
+    right = (row.name, row.trained, row.decoded, "yes" if row.updated else "not tried")
+    cells = (row.name, row.refused) if row.refused else right
     return f"| {' | '.join(cells)} |"
 
 
@@ -187,7 +192,8 @@ def table(rows: list[Row]) -> Iterator[str]:
     """The lines of the two tables."""
     right = [row for row in rows if not row.refused]
     refused = [row for row in rows if row.refused]
-    yield f"\n## Right ({len(right)})\n\n| architecture | trained in | decoded with |\n| --- | --- | --- |"
+    yield f"\n## Right ({len(right)})\n"
+    yield "| architecture | trained in | decoded with | real trainer |\n| --- | --- | --- | --- |"
     yield from map(line, right)
     yield f"\n## Refused before anything starts ({len(refused)})\n\n| architecture | why |\n| --- | --- |"
     yield from map(line, refused)
