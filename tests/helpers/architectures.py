@@ -10,6 +10,7 @@ also makes an update with finite numbers and gives the engine exactly the tensor
 
 from __future__ import annotations
 
+import re
 import sys
 import tempfile
 import warnings
@@ -163,7 +164,8 @@ def _through_the_trainer(twin: Path, dumps: Path, layout: Any, attention: str) -
 
 
 def _first_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300].replace("|", "/")
+    text = re.sub(r"/tmp/\S+", "the folder", " ".join(str(error).split()))
+    return text[:300].replace("|", "/")
 
 
 HEADER = """# Models
@@ -173,9 +175,9 @@ each architecture that transformers knows (`python -m tests.helpers.architecture
 
 Each row was compared with plain transformers, one sequence at a time, in float32: logprobs and gradients of the layout,
 sampled and scored logprobs of the engine, and, where the last column says so, the logprobs of the real trainer, which
-also made an update and gave the engine exactly the tensors that it expects. A model of
-your own is tried in the same way when a run starts, before anything else does: its layout is the fastest one that is
-exact (`trainer.layout`: *packed* end to end, *rows* padded, *single* sequences), and what is exact in none is refused.
+also made an update and gave the engine exactly the tensors that it expects. A model of your own is tried in the same
+way when a run starts, before anything else does: its layout is the fastest one that is exact (`trainer.layout`:
+*packed* end to end, *rows* padded, *single* sequences), and what is exact in none is refused.
 
 Other engines serve what they know; every weight sync is proven with any of them.
 """
