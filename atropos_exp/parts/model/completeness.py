@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from atropos_exp.errors import UserError
+from atropos_exp.weights.tensors import some
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -51,7 +52,7 @@ def check_tensors(folder: Path, *, trust_remote_code: bool) -> FoundModel:
     mismatched = sorted(str(entry[0]) for entry in found["mismatched_keys"])
     if missing or mismatched:
         what = " and ".join(
-            f"{len(names)} tensors {problem} ({_some(names)})"
+            f"{len(names)} tensors {problem} ({some(names, SHOWN)})"
             for names, problem in ((missing, "are missing"), (mismatched, "have another shape"))
             if names
         )
@@ -85,7 +86,3 @@ def _linear_layers(model: PreTrainedModel) -> list[str]:
     return [
         name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D) and module is not head
     ]
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")

@@ -87,7 +87,7 @@ def choose_layout(
         groups = [range(len(LENGTHS))] if layout.kind != "single" else [[number] for number in range(len(LENGTHS))]
         micros = [make_micro_batch(batch, group, device=device) for group in groups]
         try:
-            model = load(twin, attention=layout.attention, trust_remote_code=trust_remote_code).to(device).train()
+            model = load(twin, attention=layout.attention, trust_remote_code=trust_remote_code).to(device)
             if gradient_checkpointing:
                 model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             evaluation_mode(model)
@@ -100,7 +100,6 @@ def choose_layout(
                 rounded_M = torch.cat([_plain_logprobs(plain, ids.to(device)) for ids in sequences])
                 got_M = torch.cat([forward(model, head, micro, layout.kind) for micro in micros])
                 reason = _rounding_difference(expected_M, rounded_M, got_M, compute_dtype)
-                plain = plain.float()
         except UserError as error:
             reason = str(error)
         except Exception as error:  # whatever an architecture raises for what it cannot do

@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import CONFIG_MAPPING
 
 from atropos_exp.parts.engine.hf import cache, choose, decode
 from atropos_exp.parts.engine.hf.choose import NAMES, choose_decoding
-from atropos_exp.parts.model.twin import make_twin
+from tests.helpers.twins import write_twin
 
 CASES = {
     "plain": ("qwen3", "one shared cache", "sdpa"),
@@ -30,9 +29,7 @@ CASES = {
 @pytest.fixture(scope="module")
 def twin_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     def make(model_type: str, **config: Any) -> Path:
-        folder = tmp_path_factory.mktemp(model_type)
-        CONFIG_MAPPING[model_type](**config).save_pretrained(folder)
-        return make_twin(folder, folder / "twin", max_length=8192, trust_remote_code=False)
+        return write_twin(tmp_path_factory.mktemp(model_type), model_type, **config)
 
     return make
 

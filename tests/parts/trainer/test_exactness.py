@@ -11,13 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import CONFIG_MAPPING
 
 from atropos_exp.errors import UserError
-from atropos_exp.parts.model.twin import make_twin
 from atropos_exp.parts.trainer import attention, exactness
 from atropos_exp.parts.trainer.exactness import Choice, candidates, choose_layout
 from atropos_exp.parts.trainer.layouts import Layout
+from tests.helpers.twins import write_twin
 
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 LONG = {
@@ -50,9 +49,7 @@ def twin_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """The twin of a model of this type, of which only the configuration is there."""
 
     def make(model_type: str, **config: Any) -> Path:
-        folder = tmp_path_factory.mktemp(model_type)
-        CONFIG_MAPPING[model_type](**config).save_pretrained(folder)
-        return make_twin(folder, folder / "twin", max_length=8192, trust_remote_code=False)
+        return write_twin(tmp_path_factory.mktemp(model_type), model_type, **config)
 
     return make
 

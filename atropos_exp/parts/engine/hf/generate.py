@@ -72,12 +72,12 @@ class GenerateDecoder(Decoder):
                 uniform_N=uniform_NR[:, step],
             )
             hit_N = stops_KV[stop_N, tokens_N]
-            running = chosen[(~done_N).cpu().numpy()]
-            alive_N = (~done_N).cpu()
-            decoded.token_ids_NR[running, step] = tokens_N.cpu()[alive_N].numpy()
-            decoded.logprobs_NR[running, step] = logprobs_N.cpu()[alive_N].numpy()
+            alive_N = (~done_N).cpu().numpy()
+            running = chosen[alive_N]
+            decoded.token_ids_NR[running, step] = tokens_N.cpu().numpy()[alive_N]
+            decoded.logprobs_NR[running, step] = logprobs_N.cpu().numpy()[alive_N]
             decoded.length_N[running] = step + 1
-            decoded.stopped_N[running] = hit_N.cpu()[alive_N].numpy()
+            decoded.stopped_N[running] = hit_N.cpu().numpy()[alive_N]
             done_N.logical_or_(hit_N | (limit_N <= step + 1))
             tokens.append(tokens_N)
             self._on_step()
