@@ -46,16 +46,16 @@ class Choice:
 
 def candidates(*, kind: str, attention: str, sp_size: int) -> list[Layout]:
     """What may be tried for `trainer.layout=kind` and `model.attn_implementation=attention`, the fastest first."""
-    kinds: Sequence[Kind] = ("packed", "rows", "single") if kind == "auto" else (kind,)  # type: ignore[assignment]
-    if sp_size > 1:
-        kinds = [kind for kind in kinds if kind == "packed"]
+    every: tuple[Kind, ...] = ("packed",) if sp_size > 1 else ("packed", "rows", "single")
     found = []
-    for kind_ in kinds:
+    for one in every:
+        if kind not in ("auto", one):
+            continue
         if attention in ("auto", "packed", NAME):
-            names = [NAME] if kind_ == "packed" else ["sdpa", "eager"]
+            names = [NAME] if one == "packed" else ["sdpa", "eager"]
         else:
             names = [attention]
-        found += [Layout(kind=kind_, attention=name) for name in names]
+        found += [Layout(kind=one, attention=name) for name in names]
     return found
 
 

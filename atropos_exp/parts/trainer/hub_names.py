@@ -79,11 +79,8 @@ class HubNames:
             yield name, found.pop(name).contiguous()
 
     def _adapter_name(self, name: str) -> str:
-        module, ending = name, ""
-        for ending in (LORA_A, LORA_B):
-            if name.endswith(ending):
-                module = name.removesuffix(ending)
-                break
+        ending = LORA_A if name.endswith(LORA_A) else LORA_B
+        module = name.removesuffix(ending)
         renamed = self._renamed.get(f"{module}.weight")
         if renamed is None:
             raise UserError(
@@ -115,7 +112,11 @@ def describe(model: Any) -> list[dict[str, Any]]:
             "scope_prefix": one.scope_prefix,
             "base_model_prefix": one.base_model_prefix,
             **({"prefixes": _prefixes(one)} if type(one).__name__ == "PrefixChange" else {}),
-            **({"operations": [[type(op).__name__, vars(op)] for op in one.operations]} if _converts(one) else {}),
+            **(
+                {"operations": [[type(op).__name__, vars(op)] for op in one.operations]}
+                if hasattr(one, "operations")
+                else {}
+            ),
         }
         for one in conversions(model)
     ]
@@ -178,10 +179,6 @@ def _operation(kind: Any, values: Mapping[str, Any]) -> Any:
     made = kind.__new__(kind)
     vars(made).update(values)
     return made
-
-
-def _converts(conversion: Any) -> bool:
-    return hasattr(conversion, "operations")
 
 
 def _prefixes(change: Any) -> dict[str, str | None]:

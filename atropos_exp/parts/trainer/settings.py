@@ -1,9 +1,9 @@
 """How the weights are trained: the settings of `trainer=fsdp2`."""
 
 from collections.abc import Sequence
-from typing import Annotated, Literal, Protocol
+from typing import Annotated, Literal, Protocol, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from atropos_exp.config.lora import LoraSettings
 from atropos_exp.config.settings import Count, Index, NotNegative, Positive, Seconds, Settings
@@ -52,6 +52,15 @@ class TrainerSettings(Settings):
     reshard_after_forward: bool
     max_bad_steps: Count
     timeout_s: Seconds
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.sequence_parallel_size > 1 and self.layout in ("rows", "single"):
+            raise UserError(
+                f"layout: got {self.layout}, expected packed or auto with trainer.sequence_parallel_size="
+                f"{self.sequence_parallel_size}: only packed sequences are shared between ranks"
+            )
+        return self
 
     def attention(self, requested: str) -> str:
         """transformers' name of the attention for `model.attn_implementation`; our own for `auto` and `packed`.

@@ -103,3 +103,10 @@ def test_dropout_is_switched_off(start: Any, tmp_path: Path) -> None:
     noisy, plain = start(write_model(tmp_path, attention_dropout=0.5)), start()
     batch = make_batch()
     assert noisy.update(batch).grad_norm == plain.update(batch).grad_norm
+
+
+@pytest.mark.parametrize("layout", ["rows", "single"])
+def test_only_packed_sequences_are_shared_between_ranks(layout: str) -> None:
+    with pytest.raises(UserError, match=f"layout: got {layout}, expected packed or auto"):
+        settings(layout=layout, sequence_parallel_size=2)
+    assert settings(layout="packed", sequence_parallel_size=2).layout == "packed"
