@@ -201,8 +201,8 @@ def _difference(
         zero = torch.zeros_like(want if want is not None else have)  # type: ignore[arg-type]
         want, have = (zero if one is None else one for one in (want, have))
         share = float((want - have).norm()) / (float(want.norm()) + CONTEXT * total)
-        if not share <= worst:
-            worst, name = share, weight
+        if share > worst or math.isnan(share):
+            worst, name = math.inf if math.isnan(share) else share, weight
     if worst <= GRADIENT_TOLERANCE:
         return None
     return f"the gradient of {name} differs by {worst:.2g} of its norm"

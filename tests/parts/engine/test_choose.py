@@ -67,3 +67,12 @@ def test_where_no_way_is_exact_the_engine_says_by_how_much(
     monkeypatch.setattr(choose, "TOLERANCE", -1.0)
     with pytest.raises(ValueError, match=r"cannot decode Qwen3ForCausalLM exactly: one shared cache .* nats"):
         choose_decoding(twin_of("qwen3"), device="cpu")
+
+
+def test_logprobs_that_are_not_finite_are_not_exact(
+    twin_of: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gaps = choose._gaps
+    monkeypatch.setattr(choose, "_gaps", lambda *given: [*gaps(*given), float("nan")])
+    with pytest.raises(ValueError, match=r"differ by up to nan nats"):
+        choose_decoding(twin_of("qwen3"), device="cpu")

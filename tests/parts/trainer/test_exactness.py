@@ -123,3 +123,14 @@ class TestPlantedFaults:
         monkeypatch.setattr(attention, "_padded", lambda *given: padded(given[0].detach(), *given[1:]))
         reason = choose(twin).rejected[Layout(kind="packed", attention=attention.NAME)]
         assert "the gradient of" in reason and "q_proj" in reason
+
+    def test_a_gradient_is_not_finite(self, twin: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """In one weight of many, with right logprobs."""
+        padded = attention._padded
+
+        def spoil(query: Any, *rest: Any) -> Any:
+            query.register_hook(lambda gradient: gradient * float("nan"))
+            return padded(query, *rest)
+
+        monkeypatch.setattr(attention, "_padded", spoil)
+        assert "differs by inf" in choose(twin).rejected[Layout(kind="packed", attention=attention.NAME)]

@@ -56,7 +56,9 @@ def choose_decoding(twin: Path, *, device: str) -> Decoding:
         try:
             with torch.inference_mode():
                 model = load_model(twin, device=device, dtype="float32", attention=way.attention)
-                gap = max(_gaps(way.decoder(model, prefill_tokens=64, on_step=lambda: None), plain))
+                gap = np.max(
+                    list(_gaps(way.decoder(model, prefill_tokens=64, on_step=lambda: None), plain))
+                )  # NaN stays
         except Exception as error:  # whatever an architecture raises for what it cannot do
             reasons.append(f"{way}: {type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}")
             continue
