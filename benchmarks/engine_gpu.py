@@ -117,6 +117,7 @@ def measure_syncs(
     publisher = WeightPublisher(
         trainer,  # type: ignore[arg-type]
         engine, is_rank_zero=True, bucket_bytes=bucket_mb << 20, canary=canary, temperature=temperature, tolerance=None,
+        recheck=False,
     )  # fmt: skip
     stats, engine_seconds, used = [], [], []
     for _ in range(num):

@@ -42,7 +42,7 @@ def assemble(checked: Checked, folder: RunFolder, ranks: Ranks, stack: ExitStack
     """Start everything. Collective. Raises UserError for what could only be found by trying."""
     run, parts = checked.run, checked.parts
     model_folder = ranks.folder_on_every_node(parts.model.fetch)
-    tried = ranks.on_zero(lambda: try_model(checked, model_folder, stack))
+    tried = ranks.on_zero(lambda: try_model(checked, model_folder, folder.path / "tmp.twin", stack))
     prepared = ranks.keep_on_zero(lambda: prepare(checked, folder, model_folder, stack))
     trainer, engine = _start_trainer_and_engine(checked, folder, model_folder, tried, ranks, stack)
     head = ranks.keep_on_zero(
@@ -111,6 +111,7 @@ def _start_trainer_and_engine(
             max_sequence_length=checked.max_sequence_length,
             lora=parts.model.lora,
             twin=tried.twin,
+            trust_remote_code=parts.model.trust_remote_code,
         )
         stack.callback(engine.stop)
         return engine

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import tempfile
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,8 +24,9 @@ class TriedModel:
     twin: Path | None  # the folder of its small twin, on rank 0's machine; None if there is none
 
 
-def try_model(checked: Checked, model_folder: Path, stack: ExitStack) -> TriedModel:
-    """Check the files in `model_folder`, and try the model's small twin. Says what it found; raises UserError."""
+def try_model(checked: Checked, model_folder: Path, twin_folder: Path, stack: ExitStack) -> TriedModel:
+    """Check the files in `model_folder`, and try the model's small twin, which lies in `twin_folder` while the stack is
+    open. Says what it found; raises UserError."""
     from atropos_exp.parts.model import hf_folder
     from atropos_exp.parts.model.completeness import check_tensors
     from atropos_exp.parts.model.quiet import quiet
@@ -33,7 +34,8 @@ def try_model(checked: Checked, model_folder: Path, stack: ExitStack) -> TriedMo
 
     model, trainer = checked.parts.model, checked.parts.trainer
     trust = model.trust_remote_code
-    folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="atropos_exp_twin_")))
+    shutil.rmtree(twin_folder, ignore_errors=True)  # of a run that was killed
+    stack.callback(shutil.rmtree, twin_folder, ignore_errors=True)
     if problems := hf_folder.token_problems(model_folder):
         raise UserError("\n".join(problems))
     with quiet():
@@ -44,9 +46,7 @@ def try_model(checked: Checked, model_folder: Path, stack: ExitStack) -> TriedMo
             )
         model.lora.check_targets(found.linear, architecture=found.architecture)
         try:
-            twin = make_twin(
-                model_folder, folder / "twin", max_length=checked.max_sequence_length, trust_remote_code=trust
-            )
+            twin = make_twin(model_folder, twin_folder, max_length=checked.max_sequence_length, trust_remote_code=trust)
         except UserError as error:
             if trainer.layout == "auto":
                 raise UserError(

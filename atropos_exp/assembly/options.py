@@ -86,12 +86,14 @@ class EnginePart(Protocol):
         max_sequence_length: int,
         lora: LoraSettings,
         twin: Path | None,
+        trust_remote_code: bool,
     ) -> Engine:
         """Start its servers on a Hugging Face folder and wait for their first token. Raises EngineError.
 
         `max_sequence_length`: the most tokens that a prompt and its answer have together. `lora`: the adapter that the
         model is trained with (rank 0: none), for an engine that serves it beside the base. `twin`: the folder of a
         small model of the same architecture, for an engine that tries what it may do; None if there is none.
+        `trust_remote_code`: Python code that comes with the model is run.
         """
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -66,3 +67,46 @@ def test_it_trains(tmp_path: Path, model_type: str) -> None:
     assert found["sync"]["count"] == found["sync"]["verified"] == 3
     rows = [row for row in metrics(run) if row.get("grad/norm")]
     assert rows and max(row["policy/logprob_gap_max"] for row in rows) < 1e-4
+
+
+CONFIGURATION = """
+from transformers import Qwen2Config
+
+class DoubledConfig(Qwen2Config):
+    model_type = "doubled"
+"""
+MODELING = '''
+from transformers import Qwen2ForCausalLM
+from .configuration_doubled import DoubledConfig
+
+class DoubledForCausalLM(Qwen2ForCausalLM):
+    """Its embeddings count twice, which nobody knows without this code."""
+
+    config_class = DoubledConfig
+
+    def forward(self, input_ids=None, inputs_embeds=None, **more):
+        if inputs_embeds is None:
+            inputs_embeds = 2 * self.get_input_embeddings()(input_ids)
+        return super().forward(inputs_embeds=inputs_embeds, **more)
+'''
+
+
+def test_code_that_comes_with_a_model_is_run_by_trainer_and_engine(tmp_path: Path) -> None:
+    folder = write(tmp_path / "model", "qwen2", **SMALL, num_hidden_layers=2)
+    (folder / "configuration_doubled.py").write_text(CONFIGURATION)
+    (folder / "modeling_doubled.py").write_text(MODELING)
+    config = json.loads((folder / "config.json").read_text())
+    config["model_type"], config["architectures"] = "doubled", ["DoubledForCausalLM"]
+    config["auto_map"] = {
+        "AutoConfig": "configuration_doubled.DoubledConfig",
+        "AutoModelForCausalLM": "modeling_doubled.DoubledForCausalLM",
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    run = tmp_path / "run"
+    found = run_here(
+        run,
+        *(f"model.path={folder}", "model.trust_remote_code=true", f"model.revision={'ab12' * 10}"),
+        *("data.format=plain", "eval.num_prompts=4", "trainer.max_steps=2"),
+    )
+    assert found["sync"]["count"] == found["sync"]["verified"] == 3
+    assert max(row["policy/logprob_gap_max"] for row in metrics(run)[1:]) < 1e-4

@@ -46,7 +46,7 @@ class HeldModel:
         with torch.no_grad():
             for parameter in self.model.parameters():
                 if parameter.dim() == 2:
-                    size = 0.2  # `initializer_range` of `random_model`
+                    size = self.model.config.initializer_range
                     parameter.mul_(math.sqrt(1 - by * by)).add_(by * size * torch.randn_like(parameter))
 
     def update(self, batch: TrainBatch) -> UpdateStats:

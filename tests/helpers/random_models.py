@@ -46,8 +46,9 @@ def random_prompts(lengths: list[int], seed: int = 0) -> list[TokenIds]:
 
 def plain_logits(model: Any, token_ids: TokenIds) -> torch.Tensor:
     """[T, vocabulary], float64, from one forward pass over the whole sequence."""
+    input_ids = torch.tensor(token_ids[None, :].astype(np.int64), device=model.device)
     with torch.inference_mode():
-        logits: torch.Tensor = model(input_ids=torch.tensor(token_ids[None, :].astype(np.int64))).logits[0].double()
+        logits: torch.Tensor = model(input_ids=input_ids).logits[0].double().cpu()
     return logits
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -11,48 +11,12 @@ import torch
 
 from atropos_exp.errors import SyncError
 from atropos_exp.parts.engine.servers import Servers
-from atropos_exp.weights.digest import digest
 from atropos_exp.weights.expectation import CEILING, Expectation
-from tests.helpers.faulty_lines import Bucket, FaultyLine
 from tests.helpers.publishing import HeldModel, manage
 from tests.helpers.random_models import random_model, random_prompts
+from tests.helpers.sabotage import Change, LiesAboutDigests, one_layer_larger, swap_q_and_k
 
 CANARY = random_prompts([12, 9, 16, 11], seed=5)
-Change = Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
-LAYER = "model.layers.1."
-Q, K = f"{LAYER}self_attn.q_proj.weight", f"{LAYER}self_attn.k_proj.weight"
-
-
-class LiesAboutDigests(FaultyLine):
-    """Its digests are those of what was sent, whatever it holds: the same as a change after they were compared."""
-
-    change: Change | None = None  # of what the engine gets
-    ignores = False  # it keeps the last weights
-
-    def __init__(self, engine: Servers) -> None:
-        super().__init__(engine)
-        self.held: dict[str, torch.Tensor] = {}
-        self.sent: dict[str, str] = {}
-
-    def receive(self, bucket: Bucket) -> None:
-        self.sent |= {name: digest(tensor) for name, tensor in bucket}
-        new = {name: tensor.clone() for name, tensor in bucket}
-        if not self.ignores:
-            self.held |= self.change(new) if self.change is not None else new
-        super().receive([(name, self.held[name]) for name in new])
-
-    def digests(self) -> Mapping[str, str]:
-        return self.sent
-
-
-def swap_q_and_k(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Of the first head: there are two of q to one of k."""
-    q, k = tensors[Q], tensors[K]
-    return tensors | {Q: torch.cat([k, q[len(k) :]]), K: q[: len(k)].clone()}
-
-
-def one_layer_larger(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: 1.5 * value if name.startswith(LAYER) else value for name, value in tensors.items()}
 
 
 @pytest.fixture(params=["float32", "bfloat16"], scope="module")

@@ -81,12 +81,14 @@ class ServerSettings(Settings):
         max_sequence_length: int,
         lora: LoraSettings | None = None,
         twin: Path | None = None,
+        trust_remote_code: bool = False,
     ) -> Servers:
         """Start the servers on a Hugging Face folder and wait for their first tokens. The caller stops them.
 
         `max_sequence_length` is the most tokens that a prompt and its answer have together. `lora`, of the model, is
         read by an engine that serves it beside the base. `twin` is the folder of a small model of the same
-        architecture, with which an engine may try how it can serve it. Raises UserError for what cannot be served, and
+        architecture, with which an engine may try how it can serve it. `trust_remote_code`: Python code of the folder
+        is run. Raises UserError for what cannot be served, and
         EngineError.
         """
         program = self.program(device=device, max_sequence_length=max_sequence_length, lora=lora, twin=twin)
@@ -102,6 +104,7 @@ class ServerSettings(Settings):
             dtype = "bfloat16" if device.startswith("cuda") else "float32"
         model = ["--model", str(model_folder), "--device", device, "--dtype", dtype]
         model += ["--max-sequence-length", str(max_sequence_length)]
+        model += ["--trust-remote-code"] if trust_remote_code else []
         with contextlib.ExitStack() as undo:  # after an error no server is left
             transport = make_transport(
                 choose_transport(self.transport, devices, device=device),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,25 +38,28 @@ NAMES = {Decoder: "one shared cache", GenerateDecoder: "the model's own cache", 
 WAYS = [Decoding(decoder=decoder, attention=attention) for decoder in NAMES for attention in ("sdpa", "eager")]
 
 
-def untried_decoding(folder: Path) -> Decoding:
+def untried_decoding(folder: Path, *, trust_remote_code: bool = False) -> Decoding:
     """How to decode a model without a twin: with a shared cache only what has attention layers alone."""
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config()
+    config = AutoConfig.from_pretrained(
+        folder, local_files_only=True, trust_remote_code=trust_remote_code
+    ).get_text_config()
     kinds = set(vars(config).get("layer_types") or ["full_attention"])
     return WAYS[0] if kinds <= {"full_attention", "sliding_attention"} else WAYS[-1]
 
 
-def choose_decoding(twin: Path, *, device: str) -> Decoding:
+def choose_decoding(twin: Path, *, device: str, trust_remote_code: bool = False) -> Decoding:
     """The first of `WAYS` that is exact for the small model in the folder `twin`. Raises ValueError if none is."""
     import torch
 
-    plain = load_model(twin, device=device, dtype="float32", attention="eager")
+    load = partial(load_model, twin, device=device, dtype="float32", trust_remote_code=trust_remote_code)
+    plain = load(attention="eager")
     reasons = []
     for way in WAYS:
         try:
             with torch.inference_mode():
-                model = load_model(twin, device=device, dtype="float32", attention=way.attention)
+                model = load(attention=way.attention)
                 gap = np.max(
                     list(_gaps(way.decoder(model, prefill_tokens=64, on_step=lambda: None), plain))
                 )  # NaN stays
@@ -68,8 +72,11 @@ def choose_decoding(twin: Path, *, device: str) -> Decoding:
     raise ValueError(f"engine=hf cannot decode {type(plain).__name__} exactly: " + "; ".join(reasons))
 
 
-def load_model(folder: Path, *, device: str, dtype: str, attention: str = "sdpa") -> Any:
-    """The model of a Hugging Face folder, for inference. Only files of the folder are read, and no code from it."""
+def load_model(
+    folder: Path, *, device: str, dtype: str, attention: str = "sdpa", trust_remote_code: bool = False
+) -> Any:
+    """The model of a Hugging Face folder, for inference. Only files of the folder are read, and code from it is run
+    only if it is trusted."""
     import torch
     from transformers import AutoModelForCausalLM, GenerationConfig
 
@@ -78,7 +85,7 @@ def load_model(folder: Path, *, device: str, dtype: str, attention: str = "sdpa"
         dtype=getattr(torch, dtype),
         attn_implementation=attention,
         local_files_only=True,
-        trust_remote_code=False,
+        trust_remote_code=trust_remote_code,
     )
     model.generation_config = GenerationConfig()  # a request says all that there is to say
     return model.to(device).eval().requires_grad_(False)

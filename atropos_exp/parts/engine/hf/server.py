@@ -31,15 +31,22 @@ def main() -> None:
 
         torch.set_num_threads(options.num_threads)
         torch.set_num_interop_threads(1)
+        trust = options.trust_remote_code
         try:
             way = (
-                choose_decoding(options.twin, device=options.device)
+                choose_decoding(options.twin, device=options.device, trust_remote_code=trust)
                 if options.twin
-                else untried_decoding(options.model)
+                else untried_decoding(options.model, trust_remote_code=trust)
             )
         except ValueError as error:
             raise SystemExit(str(error)) from error
-        model = load_model(options.model, device=options.device, dtype=options.dtype, attention=way.attention)
+        model = load_model(
+            options.model,
+            device=options.device,
+            dtype=options.dtype,
+            attention=way.attention,
+            trust_remote_code=trust,
+        )
     gc.collect()
     gc.freeze()  # the collector need not walk what was imported again and again
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)

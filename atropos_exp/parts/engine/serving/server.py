@@ -92,6 +92,7 @@ def parser(module: str, description: str | None) -> argparse.ArgumentParser:
     """The command line options that every server has. `module`: how the server is started."""
     options = argparse.ArgumentParser(prog=f"python -m {module}", description=description)
     options.add_argument("--model", type=Path, required=True, help="Hugging Face folder")
+    options.add_argument("--trust-remote-code", action="store_true", help="run Python code that the folder has")
     options.add_argument("--device", required=True, help="cpu, cuda or cuda:N")
     options.add_argument("--dtype", required=True)
     options.add_argument("--num-threads", type=int, required=True)

@@ -39,6 +39,7 @@ def make_backend(options: argparse.Namespace) -> SGLangBackend:
     nccl = _nccl_variables()
     engine = sglang.Engine(
         model_path=str(options.model),
+        trust_remote_code=options.trust_remote_code,
         dtype=options.dtype,
         context_length=options.max_sequence_length + ROOM,
         skip_tokenizer_init=True,

@@ -39,6 +39,7 @@ def make_backend(options: argparse.Namespace) -> VLLMBackend:
 
     chosen = {
         "model": str(options.model),
+        "trust_remote_code": options.trust_remote_code,
         "dtype": options.dtype,
         "max_model_len": options.max_sequence_length + 1,  # a score draws one token after its sequence
         "skip_tokenizer_init": True,
