@@ -13,6 +13,8 @@ from atropos_exp.errors import UserError
 if TYPE_CHECKING:
     from contextlib import ExitStack
 
+    from atropos_exp.assembly.parts import Parts
+    from atropos_exp.parts.model.completeness import FoundModel
     from atropos_exp.parts.trainer.layouts import Layout
 
 
@@ -44,7 +46,7 @@ def try_model(checked: Checked, model_folder: Path, twin_folder: Path, stack: Ex
             print(
                 f"model: {len(found.unused)} tensors of its files are not used, such as {found.unused[0]}", flush=True
             )
-        model.lora.check_targets(found.linear, architecture=found.architecture)
+        _check_lora(checked.parts, found)
         try:
             twin = make_twin(model_folder, twin_folder, max_length=checked.max_sequence_length, trust_remote_code=trust)
         except UserError as error:
@@ -61,3 +63,22 @@ def try_model(checked: Checked, model_folder: Path, twin_folder: Path, stack: Ex
         first = choice.without_gradient[0]
         print(f"model: text trains all but {len(choice.without_gradient)} weights, such as {first}", flush=True)
     return TriedModel(layout=choice.layout, twin=twin)
+
+
+def _check_lora(parts: Parts, found: FoundModel) -> None:
+    """Raise UserError for targets that the model does not have, or that the engine cannot serve beside the base."""
+    experts = parts.model.lora.check_targets(found.linear, found.experts, architecture=found.architecture)
+    if not experts:
+        return
+    if parts.engine.lora == "adapter":
+        raise UserError(
+            f"engine.lora=adapter: {', '.join(experts)} in model.lora.target_modules are experts of "
+            f"{found.architecture}, of which no engine takes LoRA matrices by themselves. Use engine.lora=merged, or "
+            "name other layers"
+        )
+    if plain := [layer for layer in found.linear if layer.rpartition(".")[2] in experts]:
+        print(
+            f"model: LoRA adapts the {', '.join(experts)} of experts alone, as PEFT does; {len(plain)} layers of the "
+            f"same names, such as {plain[0]}, stay as they are",
+            flush=True,
+        )

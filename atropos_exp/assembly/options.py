@@ -75,6 +75,8 @@ class EnginePart(Protocol):
     @property
     def colocate(self) -> bool: ...  # the engine gives its memory to the trainer during an update
     @property
+    def lora(self) -> str: ...  # how it serves LoRA: merged into the base, or adapter: matrices beside it
+    @property
     def max_restarts(self) -> int: ...  # how often a run replaces a server that died or hangs
 
     def start(

@@ -1,7 +1,7 @@
 """`model.lora`: read by the model, the trainer and the engine."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Self
 
 from pydantic import Field, model_validator
@@ -28,17 +28,35 @@ class LoraSettings(Settings):
             raise UserError("\n".join(wrong))
         return self
 
-    def check_targets(self, layers: Iterable[str], *, architecture: str) -> None:
-        """Raise UserError unless every target names one of the model's linear `layers`, given by their full names. As
-        in PEFT a target is a layer's full name, or the end of it after a dot."""
+    def check_targets(
+        self, layers: Iterable[str], experts: Mapping[str, Sequence[str]], *, architecture: str
+    ) -> list[str]:
+        """Return the targets that are projections of stacked experts. Raise UserError unless every target names one of
+        the model's linear `layers`, given by their full names, or such a projection. As in PEFT a target is a layer's
+        full name, or the end of it after a dot. `experts`: the stacked tensors, each with its projections, which are
+        adapted together."""
         layers = list(layers)
-        wrong = [one for one in self.target_modules if not any(f".{layer}".endswith(f".{one}") for layer in layers)]
-        if not (self.rank and wrong):
-            return
-        ends = sorted({layer.rpartition(".")[2] for layer in layers})
-        close = [match for one in wrong for match in difflib.get_close_matches(one, ends, n=1)]
-        hint = f"Did you mean {', '.join(close)}?" if close else f"An example is model.lora.target_modules=[{ends[0]}]"
-        raise UserError(
-            f"model.lora.target_modules: got {', '.join(wrong)}, which is no linear layer of {architecture}; expected "
-            f"some of {', '.join(ends)}. {hint}"
-        )
+        stacked = [one for projections in experts.values() for one in projections]
+        wrong = [
+            one
+            for one in self.target_modules
+            if one not in stacked and not any(f".{layer}".endswith(f".{one}") for layer in layers)
+        ]
+        if self.rank and wrong:
+            ends = sorted({layer.rpartition(".")[2] for layer in layers} | {*stacked})
+            close = [match for one in wrong for match in difflib.get_close_matches(one, ends, n=1)]
+            hint = (
+                f"Did you mean {', '.join(close)}?" if close else f"An example is model.lora.target_modules=[{ends[0]}]"
+            )
+            raise UserError(
+                f"model.lora.target_modules: got {', '.join(wrong)}, which is no linear layer of {architecture}; "
+                f"expected some of {', '.join(ends)}. {hint}"
+            )
+        for projections in experts.values():
+            named = set(projections) & set(self.target_modules)
+            if self.rank and named and (missing := set(projections) - named):
+                raise UserError(
+                    f"model.lora.target_modules: got {', '.join(sorted(named))} without {', '.join(sorted(missing))}; "
+                    f"the experts of {architecture} have them in one tensor, which is adapted as one: name all or none"
+                )
+        return [one for one in self.target_modules if self.rank and one in stacked]

@@ -17,6 +17,7 @@ class Half:
 
     dtype: str
     colocate: ClassVar[bool] = False
+    lora: ClassVar[str] = "merged"
 
 
 class Compares:

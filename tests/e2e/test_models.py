@@ -52,6 +52,12 @@ def test_it_trains(tmp_path: Path, model_type: str) -> None:
     _trains(tmp_path / "run", folder)
 
 
+def test_lora_on_experts_trains(tmp_path: Path) -> None:
+    experts = {"num_hidden_layers": 2, "moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2}
+    folder = write(tmp_path / "model", "qwen3_moe", **SMALL, **experts)
+    _trains(tmp_path / "run", folder, "model.lora.rank=4", "trainer.learning_rate=1e-2")
+
+
 def _trains(run: Path, folder: Path, *more: str) -> None:
     """Sums of one digit, of which a random model meets some: there is something to learn."""
     found = run_here(

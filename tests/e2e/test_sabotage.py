@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from atropos_exp.types import SyncStats
 from atropos_exp.weights.publisher import WeightPublisher
 from atropos_exp.weights.tensors import torch_dtype
-from tests.helpers.experiments import command, metrics, run_here, summary
+from tests.helpers.experiments import command, environment, metrics, run_here, summary
 from tests.helpers.paths import ROOT
 
 LAYER = "model.layers.0."
@@ -72,6 +73,17 @@ def test_an_overwritten_layer_is_named_by_tensor(tmp_path: Path) -> None:
     assert metrics(folder)[-1]["step"] == AFTER
     assert (folder / "rollouts" / f"step_{AFTER + 1:06d}.condemned.parquet").exists()
     assert summary(folder)["sync"]["count"] == summary(folder)["sync"]["verified"] == AFTER + 1
+
+
+def test_all_ranks_end_together(tmp_path: Path) -> None:
+    """Of a gap that is not allowed every rank knows, and rank 0 puts the rollouts aside."""
+    folder = tmp_path / "run"
+    overrides = ("trainer.max_steps=3", "sync.max_gap=1e-12", "cluster.num_processes=2", "eval.num_prompts=0")
+    done = subprocess.run(command(folder, *overrides), env=environment(), capture_output=True, text=True, timeout=240)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert re.search(r"WrongSampler: step 1: .* expected at most 1e-12 \(sync.max_gap\)", summary(folder)["error"])
+    assert "Rank 1 failed: WrongSampler: step 1" in done.stderr and "Traceback" not in done.stderr
+    assert [path.name for path in (folder / "rollouts").iterdir()] == ["step_000001.condemned.parquet"]
 
 
 @pytest.mark.usefixtures("sabotaged")

@@ -5,6 +5,7 @@
 
 In the cost of token t, only that token's own logprob carries the gradient of s_i, which there is s_i itself. As a ratio
 of whole sequences, s_i stays close to 1: its bounds are far narrower than PPO's.
+An importance weight multiplies the cost of its own token; in TRL all tokens of a sequence share the mean of theirs.
 """
 
 from typing import ClassVar

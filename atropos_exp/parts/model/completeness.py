@@ -23,6 +23,7 @@ class FoundModel:
     unused: list[str]  # tensors that the architecture has no use for
     architecture: str  # the name of its class
     linear: list[str]  # its linear layers but the output head, by their full names
+    experts: dict[str, list[str]]  # tensors of stacked experts, and the projections that LoRA calls each by
 
 
 def check_tensors(folder: Path, *, trust_remote_code: bool) -> FoundModel:
@@ -61,7 +62,10 @@ def check_tensors(folder: Path, *, trust_remote_code: bool) -> FoundModel:
             f"{REMEDY}, or correct its config.json"
         )
     return FoundModel(
-        unused=sorted(found["unexpected_keys"]), architecture=type(model).__name__, linear=_linear_layers(model)
+        unused=sorted(found["unexpected_keys"]),
+        architecture=type(model).__name__,
+        linear=_linear_layers(model),
+        experts=_stacked_experts(model),
     )
 
 
@@ -86,3 +90,17 @@ def _linear_layers(model: PreTrainedModel) -> list[str]:
     return [
         name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D) and module is not head
     ]
+
+
+def _stacked_experts(model: PreTrainedModel) -> dict[str, list[str]]:
+    """What PEFT adapts although it is no layer: transformers holds all experts' projections in one tensor of three
+    dimensions, and PEFT knows them by the names that they have on the hub."""
+    from peft.utils import transformers_weight_conversion as peft_names
+
+    kind = peft_names._MODEL_TO_CONVERSION_PATTERN.get(model.config.model_type)
+    stacked = {name.rpartition(".")[2] for name, tensor in model.named_parameters() if tensor.dim() == 3}
+    found: dict[str, list[str]] = {}
+    for projection, tensor in peft_names._MOE_TARGET_MODULE_MAPPING.get(kind, {}).items():
+        if tensor in stacked:
+            found.setdefault(tensor, []).append(projection)
+    return found

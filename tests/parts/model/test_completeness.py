@@ -41,7 +41,7 @@ def test_targets_of_lora_are_held_against_the_linear_layers_of_the_model(folder:
     found = check_tensors(folder, trust_remote_code=False)
     assert len(found.linear) == 2 * 7 and found.architecture == "Qwen2ForCausalLM"
     lora(["q_proj", "v_proj", "mlp.down_proj", "model.layers.1.self_attn.k_proj"]).check_targets(
-        found.linear, architecture=found.architecture
+        found.linear, found.experts, architecture=found.architecture
     )
     for targets in (["q_proj", "v_porj"], ["v_porj"]):
         with pytest.raises(
@@ -49,11 +49,11 @@ def test_targets_of_lora_are_held_against_the_linear_layers_of_the_model(folder:
             match=r"got v_porj, which is no linear layer of Qwen2ForCausalLM; expected some of down_proj, gate_proj, "
             r"k_proj, o_proj, q_proj, up_proj, v_proj. Did you mean v_proj\?",
         ):
-            lora(targets).check_targets(found.linear, architecture=found.architecture)
+            lora(targets).check_targets(found.linear, found.experts, architecture=found.architecture)
     for target in ("mlp", "proj", "lm_head", "embed_tokens", "all-linear", "model.layers.2.self_attn.k_proj"):
         with pytest.raises(UserError, match=f"got {target}, which is no linear layer"):
-            lora([target]).check_targets(found.linear, architecture=found.architecture)
-    lora(["anything"], rank=0).check_targets(found.linear, architecture=found.architecture)
+            lora([target]).check_targets(found.linear, found.experts, architecture=found.architecture)
+    lora(["anything"], rank=0).check_targets(found.linear, found.experts, architecture=found.architecture)
 
 
 def test_the_linear_layers_of_gpt2_are_found_under_their_own_names(tmp_path: Path) -> None:
@@ -65,7 +65,7 @@ def test_the_linear_layers_of_gpt2_are_found_under_their_own_names(tmp_path: Pat
         UserError,
         match=r"got q_proj, v_proj, which is no linear layer of GPT2LMHeadModel; .* of c_attn, c_fc, c_proj\.",
     ):
-        lora(["q_proj", "v_proj"]).check_targets(found.linear, architecture=found.architecture)
+        lora(["q_proj", "v_proj"]).check_targets(found.linear, found.experts, architecture=found.architecture)
 
 
 def test_every_target_that_passes_is_one_that_peft_adapts(folder: Path) -> None:
@@ -77,6 +77,28 @@ def test_every_target_that_passes_is_one_that_peft_adapts(folder: Path) -> None:
         wrapped = {name for name, module in adapted.named_modules() if hasattr(module, "lora_A")}
         expected = {f"base_model.model.{name}" for name in found.linear if name.endswith(f".{end}")}
         assert wrapped == expected
+
+
+@pytest.mark.filterwarnings("ignore:The following rank_pattern")  # PEFT looks for them among modules alone
+@pytest.mark.filterwarnings("ignore:The following alpha_pattern")
+@pytest.mark.parametrize(("kind", "projections"), [("qwen3_moe", ["gate_proj", "up_proj"]), ("mixtral", ["w1", "w3"])])
+def test_the_projections_of_experts_are_targets_as_peft_has_them(
+    tmp_path: Path, kind: str, projections: list[str]
+) -> None:
+    """By the names of the hub, though they are one tensor: so all of it, or none."""
+    from peft import LoraConfig, get_peft_model
+
+    model = random_model(kind=kind, tied=False)
+    model.save_pretrained(tmp_path)
+    found = check_tensors(tmp_path, trust_remote_code=False)
+    assert found.experts["gate_up_proj"] == projections and not {"gate_proj", "w1"} & {*found.linear}
+    check = lora(["q_proj", *projections]).check_targets
+    assert check(found.linear, found.experts, architecture=found.architecture) == projections
+    adapted = get_peft_model(model, LoraConfig(r=1, target_modules=["q_proj", *projections]))
+    names = {name for name, _ in adapted.named_parameters() if "lora_A" in name}
+    assert len([name for name in names if "experts" in name]) == len([name for name in names if "q_proj" in name]) == 2
+    with pytest.raises(UserError, match=f"got {projections[0]} without {projections[1]}; .*name all or none"):
+        lora(projections[:1]).check_targets(found.linear, found.experts, architecture=found.architecture)
 
 
 def lora(targets: list[str], rank: int = 4) -> LoraSettings:

@@ -32,6 +32,7 @@ class HFEngine(ServerSettings):
     batching_wait_seconds: NotNegative
 
     colocate: ClassVar[bool] = False
+    lora: ClassVar[str] = "merged"
     gpu_memory_utilization: ClassVar[float | None] = None
     kv_cache_gb: ClassVar[float | None] = None
 

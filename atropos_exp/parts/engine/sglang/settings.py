@@ -28,6 +28,7 @@ class SGLangEngine(ServerSettings):
     seeded: bool
 
     colocate: ClassVar[bool] = False
+    lora: ClassVar[str] = "merged"
     kv_cache_gb: ClassVar[float | None] = None
     max_batch_tokens: ClassVar[int | None] = None
 
