@@ -61,6 +61,22 @@ def test_a_cache_that_loses_a_token_is_not_chosen(
     assert NAMES[choose_decoding(twin_of("qwen3"), device="cpu").decoder] == "the model's own cache"
 
 
+def test_a_cache_that_ignores_its_window_is_not_chosen(
+    twin_of: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every layer gets the mask of full attention."""
+    start = decode.Decoder.__init__
+
+    def forget(self: decode.Decoder, *given: Any, **more: Any) -> None:
+        start(self, *given, **more)
+        self._full_only = True
+
+    twin = twin_of("mistral", sliding_window=4096)
+    assert NAMES[choose_decoding(twin, device="cpu").decoder] == "one shared cache"
+    monkeypatch.setattr(decode.Decoder, "__init__", forget)
+    assert NAMES[choose_decoding(twin, device="cpu").decoder] == "the model's own cache"
+
+
 def test_where_no_way_is_exact_the_engine_says_by_how_much(
     twin_of: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

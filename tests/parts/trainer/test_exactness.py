@@ -76,6 +76,12 @@ def test_a_lost_window_is_found_and_packed_refused_by_name(twin_of: Callable[...
         choose(twin, kind="packed")
 
 
+def test_a_lost_chunk_is_found_and_packed_refused_by_name(twin_of: Callable[..., Path]) -> None:
+    """Llama 4 attends within chunks, of which the packed attention knows nothing."""
+    with pytest.raises(UserError, match=r"cannot be trained exactly: trainer.layout=packed .* nats"):
+        choose(twin_of("llama4_text", attention_chunk_size=8192), kind="packed")
+
+
 def test_a_model_that_is_not_causal_is_refused(twin_of: Callable[..., Path]) -> None:
     with pytest.raises(UserError, match="BertLMHeadModel is not causal"):
         choose(twin_of("bert"))
