@@ -20,7 +20,7 @@ from tests.atropos_conformance.programs import START_SECONDS, wait_for
 MAX_LAG = 2
 EQUAL = 5e-4
 CLOSE = 2e-4  # nats, between a sampler and a plain forward pass
-pytestmark = pytest.mark.timeout(1200)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
 class Sampler:

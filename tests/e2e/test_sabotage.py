@@ -75,6 +75,7 @@ def test_an_overwritten_layer_is_named_by_tensor(tmp_path: Path) -> None:
     assert summary(folder)["sync"]["count"] == summary(folder)["sync"]["verified"] == AFTER + 1
 
 
+@pytest.mark.slow
 def test_all_ranks_end_together(tmp_path: Path) -> None:
     """Of a gap that is not allowed every rank knows, and rank 0 puts the rollouts aside."""
     folder = tmp_path / "run"
@@ -86,6 +87,7 @@ def test_all_ranks_end_together(tmp_path: Path) -> None:
     assert [path.name for path in (folder / "rollouts").iterdir()] == ["step_000001.condemned.parquet"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("sabotaged")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_an_overwritten_layer_is_named_by_what_it_sampled(

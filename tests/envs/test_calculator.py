@@ -89,6 +89,7 @@ def test_turns_masks_logprobs_and_credit(
     assert cut_inside > 0
 
 
+@pytest.mark.slow
 def test_evaluation_is_what_the_engine_answers_greedily(
     engine: Servers, gateway: str, write_config: Callable[..., Path], programs: Any, helpers: Any, tmp_path: Path
 ) -> None:

@@ -141,6 +141,7 @@ class _OnePromptAtATime:
         ]
 
 
+@pytest.mark.slow
 def test_evaluation_gives_the_numbers_of_our_own(
     engine: Servers, gateway: str, write_config: Callable[..., Path], programs: Any, tmp_path: Path
 ) -> None:

@@ -67,6 +67,7 @@ def test_before_it_sleeps_it_is_asked_too(engine: Servers) -> None:
         resync.sleep()
 
 
+@pytest.mark.slow
 def test_a_server_that_was_started_anew_is_not_blamed(tmp_path: Path, start: Any) -> None:
     """It serves what its folder holds until it is synced again, under the same version."""
     engine = start(tmp_path, random_model(seed=0))

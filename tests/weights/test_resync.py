@@ -88,6 +88,7 @@ def test_a_lost_engine_samples_from_the_published_weights_again(tmp_path: Path, 
         engine.stop()
 
 
+@pytest.mark.slow
 def test_a_new_server_refuses_until_a_sync_is_whole(tmp_path: Path, start: Any) -> None:
     """Also one that takes the place of a server that was lost under that sync."""
     engine = start(tmp_path, random_model(seed=0))
@@ -114,6 +115,7 @@ def test_a_new_server_refuses_until_a_sync_is_whole(tmp_path: Path, start: Any) 
         engine.stop()
 
 
+@pytest.mark.slow
 def test_an_engine_whose_guard_is_killed_is_replaced_at_its_address(tmp_path: Path, start: Any) -> None:
     engine = start(tmp_path, random_model(seed=0))
     try:
@@ -129,6 +131,7 @@ def test_an_engine_whose_guard_is_killed_is_replaced_at_its_address(tmp_path: Pa
         engine.stop()
 
 
+@pytest.mark.slow
 def test_an_engine_that_is_killed_while_it_starts_is_started_anew(tmp_path: Path, start: Any) -> None:
     engine = start(tmp_path, random_model(seed=0), max_restarts=3)
     server = engine.replicas[0].process

@@ -37,6 +37,7 @@ def start(model_folder: Path, log_folder: Path, **changes: Any) -> Servers:
     )
 
 
+@pytest.mark.slow
 def test_signals_hangs_and_death(model_folder: Path, tmp_path: Path) -> None:
     fds = open_fds()
     with ThreadPoolExecutor(1) as background:  # a thread that ends must not take the server along

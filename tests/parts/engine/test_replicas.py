@@ -150,6 +150,7 @@ def test_one_server_with_other_weights_is_found(engines: Servers, trainer: Train
     engines.check()
 
 
+@pytest.mark.slow
 def test_a_lost_server_is_replaced_and_all_are_synced_again(engines: Servers, trainer: Trainer) -> None:
     resync = Resync(manage(trainer, engines), engines, ALONE, max_restarts=1)
     version = engines.version() + 1

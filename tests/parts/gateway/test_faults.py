@@ -169,6 +169,7 @@ def test_a_gateway_that_hangs_is_replaced(gateway: GatewayClient, helpers: Any) 
     helpers.post(gateway, "/generate", BODY)
 
 
+@pytest.mark.slow
 def test_an_engine_that_hangs_or_dies(helpers: Any, tmp_path: Path) -> None:
     engine = helpers.start_engine(tmp_path)
     try:

@@ -169,6 +169,7 @@ def sync(command: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_a_real_run_loses_less_than_a_hundredth_to_a_server_that_dies(
     tmp_path: Path, wandb_server: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
