@@ -7,6 +7,7 @@ A row without a usable answer gets the ground_truth None, and the schema check t
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any
 
 VerlRow = dict[str, Any]  # see schema.py
@@ -58,10 +59,19 @@ def recognise(columns: Collection[str]) -> RawFormat | None:
 
 
 def gsm8k_answer(solution: str) -> str | None:
-    """The number after the last "####", without thousands separators; None if there is none."""
-    found = re.findall(r"####\s*\$?\s*(-?[\d.,]+)", solution)
-    answer = found[-1].replace(",", "").rstrip(".") if found else ""
-    return answer or None
+    """What stands after the last "####", to the end of its line; None if nothing does. A number has no currency and no
+    thousands separators: "#### -$1,234.50" gives "-1234.50", "#### x = 3/4" gives "3/4"."""
+    _, marker, rest = solution.rpartition("####")
+    answer = rest.strip().partition("\n")[0].strip().rstrip(".")
+    if not marker or not answer:
+        return None
+    answer = re.sub(r"^[A-Za-z]\w*\s*=\s*", "", answer)
+    if re.fullmatch(r"-?[0-9.]+[eE]\+?[0-9]{1,2}", answer):
+        return f"{Decimal(answer):f}"
+    number = re.fullmatch(r"(-?)\s*\$?\s*(-?)([0-9]{1,3}(?:[, ][0-9]{3})+|[0-9]+)?(\.[0-9]+)?\s*\$?", answer)
+    if number is None or not (number[3] or number[4]):
+        return answer
+    return f"{number[1] or number[2]}{re.sub('[, ]', '', number[3] or '0')}{number[4] or ''}"
 
 
 def boxed_answer(solution: str) -> str | None:

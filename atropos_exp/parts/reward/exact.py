@@ -8,6 +8,7 @@ from pydantic import AfterValidator
 
 from atropos_exp.errors import UserError
 from atropos_exp.parts.reward.base import PooledReward
+from atropos_exp.parts.reward.numbers import after_thoughts
 from atropos_exp.types import Prompt
 
 
@@ -31,7 +32,7 @@ class Exact(PooledReward):
         expected = self._normalise(prompt.ground_truth)
         if not expected:
             raise ValueError(f"prompt {prompt.prompt_id!r} has no ground truth")
-        part = self._part(answer)
+        part = self._part(after_thoughts(answer))
         return float(part is not None and self._normalise(part) == expected)
 
     def _part(self, answer: str) -> str | None:

@@ -5,7 +5,7 @@ from typing import Annotated
 from pydantic import Field
 
 from atropos_exp.parts.reward.base import PooledReward
-from atropos_exp.parts.reward.numbers import final_number
+from atropos_exp.parts.reward.numbers import after_thoughts, final_number, whole_number
 from atropos_exp.types import Prompt
 
 
@@ -16,9 +16,12 @@ class Numeric(PooledReward):
     require_marker: bool
 
     def __call__(self, answer: str, prompt: Prompt) -> float:
-        """Raises ValueError if the ground truth is not a number."""
-        expected = final_number(prompt.ground_truth, require_marker=False)
+        """Raises ValueError if the ground truth is not a number, nor a solution that marks one."""
+        expected = whole_number(prompt.ground_truth) or final_number(prompt.ground_truth, require_marker=True)
         if expected is None:
-            raise ValueError(f"ground truth {prompt.ground_truth!r} of prompt {prompt.prompt_id!r} has no number")
-        got = final_number(answer, require_marker=self.require_marker)
+            raise ValueError(
+                f"ground truth {prompt.ground_truth!r} of prompt {prompt.prompt_id!r} is not a number; "
+                "reward=math_verify reads expressions, reward=exact compares text"
+            )
+        got = final_number(after_thoughts(answer), require_marker=self.require_marker)
         return float(got is not None and got.close_to(expected, self.tolerance))

@@ -7,6 +7,7 @@ from typing import Any
 
 from atropos_exp.errors import UserError
 from atropos_exp.parts.reward.base import PooledReward
+from atropos_exp.parts.reward.numbers import after_thoughts
 from atropos_exp.types import Prompt
 
 
@@ -31,6 +32,7 @@ class ReasoningGym(PooledReward):
                 f"reward=reasoning_gym got prompt {prompt.prompt_id!r} with extra_info keys {sorted(info)}; expected "
                 "task and entry, as data_prep.reasoning_gym writes them. Choose the reward that fits the data"
             )
+        answer = after_thoughts(answer)
         tagged = extract_answer(answer)
         if tagged is None and self.require_tag:
             return 0.0
