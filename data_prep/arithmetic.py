@@ -52,9 +52,9 @@ class Arithmetic(Builder):
 
     operations: str = argument("+", "any of + - *, without separators")
     digits: int = argument(2, "of each operand, 1 to 9", ge=1, le=9)
-    num_train: int = argument(6000, "training problems", ge=1)
-    num_test: int = argument(256, "held-out problems: one in sixteen of all is never trained on", ge=1)
-    seed: int = argument(0, "of the choice of problems", ge=0)
+    num_train: int = argument(6000, "training problems", ge=1, le=10**8)
+    num_test: int = argument(256, "held-out problems: one in sixteen of all is never trained on", ge=1, le=10**8)
+    seed: int = argument(0, "of the choice of problems", ge=0, le=2**31 - 1)
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -27,8 +27,8 @@ class Gsm8k(Builder):
     config: str = argument("main", "its configuration")
     revision: str | None = argument(None, "commit or tag of the data set; none: the newest")
     from_folder: str | None = argument(None, "local copy in place of the hub: save_to_disk output, or its files")
-    max_train: int | None = argument(None, "first rows only", ge=1)
-    max_test: int | None = argument(None, "first rows only", ge=1)
+    max_train: int | None = argument(None, "first rows only", ge=1, le=10**9)
+    max_test: int | None = argument(None, "first rows only", ge=1, le=10**9)
 
     def draft(self) -> Draft:
         return draft_from_hub(

@@ -39,9 +39,9 @@ class ReasoningGymTasks(Builder):
     options: dict[str, dict[str, Any]] = Field(
         default_factory=dict, description="by task, options of the library's generator: how hard it is"
     )
-    num_train: int = argument(2100, "training entries over all tasks, before duplicates are dropped")
-    num_test: int = argument(210, "held-out entries over all tasks, before duplicates are dropped")
-    seed: int = argument(0, "of the entries", ge=0)
+    num_train: int = argument(2100, "training entries over all tasks, before duplicates are dropped", le=10**8)
+    num_test: int = argument(210, "held-out entries over all tasks, before duplicates are dropped", le=10**8)
+    seed: int = argument(0, "of the entries", ge=0, le=2**31 - 1)
 
     @model_validator(mode="after")
     def _check(self) -> Self:

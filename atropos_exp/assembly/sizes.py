@@ -1,5 +1,6 @@
 """Sizes that follow from the configuration, and what refuses to fit together."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -112,9 +113,9 @@ def _nearest(batch_size: int, group_size: int, ranks: int) -> str:
     """The nearest values of either key that divide, such as "use batch_size=6 or 8, or group_size=4"."""
 
     def around(value: int, factor: int) -> list[int]:
-        below = next((n for n in range(value - 1, 0, -1) if n * factor % ranks == 0), None)
-        above = next(n for n in range(value + 1, value + ranks + 1) if n * factor % ranks == 0)
-        return [n for n in (below, above) if n is not None]
+        step = ranks // math.gcd(ranks, factor)
+        below = (value - 1) // step * step
+        return [n for n in (below, below + step) if n > 0]
 
     batches = " or ".join(map(str, around(batch_size, group_size)))
     groups = " or ".join(map(str, around(group_size, batch_size)))

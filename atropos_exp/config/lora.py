@@ -13,8 +13,8 @@ from atropos_exp.errors import UserError
 class LoraSettings(Settings):
     """Low-rank adapters (Hu et al. 2021) instead of training every weight."""
 
-    rank: Annotated[int, Field(ge=0, description="0: off")]
-    alpha: int
+    rank: Annotated[int, Field(ge=0, le=65536, description="0: off")]
+    alpha: Annotated[int, Field(ge=0, le=10**6)]
     target_modules: list[str]
 
     @model_validator(mode="after")

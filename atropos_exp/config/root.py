@@ -30,15 +30,17 @@ OLD_KEYS = {
 
 
 class CheckpointConfig(Settings):
-    every: Annotated[int, Field(ge=0, description="steps; 0: only the last")]
+    every: Annotated[int, Field(ge=0, le=10**9, description="steps; 0: only the last")]
     keep: Count  # newest ones kept
 
 
 class SyncConfig(Settings):
     bucket_mb: Annotated[int, Field(ge=1, le=65536, description="MiB")]
-    canary_prompts: Annotated[int, Field(ge=1, description="every sync is proven")]
-    tolerance: Annotated[float | None, Field(ge=0, description="nats; null: by the engine's dtype")]
-    max_gap: Annotated[float | None, Field(gt=0, description="nats; null: by dtype and what the first steps showed")]
+    canary_prompts: Annotated[int, Field(ge=1, le=10_000, description="every sync is proven")]
+    tolerance: Annotated[float | None, Field(ge=0, le=1e6, description="nats; null: by the engine's dtype")]
+    max_gap: Annotated[
+        float | None, Field(gt=0, le=1e6, description="nats; null: by dtype and what the first steps showed")
+    ]
     recheck: Literal["auto", True, False]
 
 
@@ -54,13 +56,13 @@ class RunConfig(Settings):
     ]
     seed: Seed
     device: Literal["auto", "cpu", "cuda"]
-    batch_size: Count  # prompts per step
-    group_size: Count  # rollouts per prompt
+    batch_size: Annotated[int, Field(ge=1, le=10**6)]  # prompts per step
+    group_size: Annotated[int, Field(ge=1, le=10**5)]  # rollouts per prompt
     max_prompt_length: Count  # tokens
     max_response_length: Count  # tokens
     temperature: Annotated[float, Field(gt=0, le=10)]  # greedy rollouts of one prompt would all be equal
     top_p: Annotated[float, Field(gt=0, le=1, description="1: off")]
-    top_k: Annotated[int, Field(ge=0, description="0: off")]
+    top_k: Annotated[int, Field(ge=0, le=10**9, description="0: off")]
     output_dir: Folder
     run_dir: Folder | None
     resume: Annotated[str, Field(min_length=1, description="auto, never or a path")]

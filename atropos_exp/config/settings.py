@@ -11,12 +11,14 @@ from pydantic_core import PydanticCustomError
 
 from atropos_exp.config.typed import Mistake, SettingsError, join, strip_optional, translated
 
-Count = Annotated[int, Field(ge=1)]
-Index = Annotated[int, Field(ge=0)]
+# Every number has two ends: what nobody means is refused here, and not by whatever it would overflow or fill later.
+Count = Annotated[int, Field(ge=1, le=10**9)]
+Index = Annotated[int, Field(ge=0, le=10**9)]
+Few = Annotated[int, Field(ge=1, le=1024)]  # processes, threads or devices
 Seed = Annotated[int, Field(ge=0, le=2**31 - 1)]
-Positive = Annotated[float, Field(gt=0)]
-NotNegative = Annotated[float, Field(ge=0)]
-Seconds = Annotated[float, Field(gt=0, description="seconds")]
+Positive = Annotated[float, Field(gt=0, le=1e9)]
+NotNegative = Annotated[float, Field(ge=0, le=1e9)]
+Seconds = Annotated[float, Field(gt=0, le=1e6, description="seconds")]  # at most 11 days
 
 _HYDRA_KEYS = ("_target_", "_partial_", "_args_", "_recursive_", "_convert_")
 _TRUTH = {
@@ -63,6 +65,8 @@ class Settings(BaseModel):
             raise SettingsError(refused)
         if _has_interpolation(value):
             raise PydanticCustomError("interpolation_error", "text with an interpolation that is not resolved")
+        if isinstance(value, str) and value.isspace():
+            raise PydanticCustomError("blank_text", "text without a letter")
         return _converted(annotation, value)
 
 

@@ -18,6 +18,7 @@ from atropos_exp.errors import UserError
 _UNKNOWN = "unknown key."
 _HINT = " Did you mean '"
 _TYPES = {int: "a whole number", float: "a number", bool: "true or false", str: "text", Any: "any value"}
+_FAR = 1000  # an upper end from here on only catches slips: it is named to who went beyond it
 _LIMITS = {"ge": "at least {}", "gt": "above {}", "le": "at most {}", "lt": "below {}"}
 
 
@@ -79,7 +80,7 @@ def _translated(one: ErrorDetails, cls: type[BaseModel], values: Mapping[str, An
     name = str(one["loc"][0])
     field = cls.model_fields[name]
     about_type = len(one["loc"]) > 1 or one["type"].endswith(("_type", "_error", "enum")) or values[name] is None
-    wanted = type_name(field.annotation) if about_type else _accepted(field, number=one["type"] == "finite_number")
+    wanted = type_name(field.annotation) if about_type else _accepted(field, one["type"])
     if len(one["loc"]) > 1 and field.description:
         wanted += f" ({field.description})"
     return [Mistake(path=name, message=f"got {_shown(values[name])}, expected {wanted}")]
@@ -151,25 +152,30 @@ def _item(annotation: Any) -> str:
     return f"{type_name(annotation)}, {limits}" if limits else type_name(annotation)
 
 
-def _accepted(field: FieldInfo, *, number: bool) -> str:
-    """The range of a field, and what its description says of it."""
+def _accepted(field: FieldInfo, problem: str) -> str:
+    """The range of a field, and what its description says of it. `problem`: pydantic's name of what was wrong."""
     annotated = [item for item in (field.annotation, *get_args(field.annotation)) if get_origin(item) is Annotated]
     metadata = [*field.metadata, *(extra for item in annotated for extra in get_args(item)[1:])]
     described = [one.description for one in (field, *metadata) if isinstance(one, FieldInfo) and one.description]
-    words = _limits(metadata)
-    if number:
+    words = _limits(metadata, beyond=problem.startswith("less_than"))
+    if problem == "finite_number":
         words = f"a finite number, {words}" if words else "a finite number"
     words = f"{words} ({described[0]})" if words and described else words or "".join(described[:1])
     optional, _ = strip_optional(field.annotation)
     return f"{words or type_name(field.annotation)}{', or null' if optional and 'null' not in words else ''}"
 
 
-def _limits(metadata: Iterable[Any]) -> str:
+def _limits(metadata: Iterable[Any], *, beyond: bool = True) -> str:
     flat = [extra for one in metadata for extra in (one.metadata if isinstance(one, FieldInfo) else [one])]
     limits = {key: getattr(one, key) for key in _LIMITS for one in flat if getattr(one, key, None) is not None}
-    if {"ge", "le"} <= limits.keys():
-        return f"{limits['ge']} to {limits['le']}"
-    return " and ".join(_LIMITS[key].format(limit) for key, limit in limits.items())
+    shown = {
+        key: f"{limit:,}" if isinstance(limit, int) else f"{limit:g}"
+        for key, limit in limits.items()
+        if beyond or key not in ("le", "lt") or limit < _FAR
+    }
+    if {"ge", "le"} <= shown.keys():
+        return f"{shown['ge']} to {shown['le']}"
+    return " and ".join(_LIMITS[key].format(limit) for key, limit in shown.items())
 
 
 def _shown(value: Any) -> str:

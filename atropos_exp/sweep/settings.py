@@ -32,8 +32,8 @@ class SweepSettings(Settings):
     dir: Annotated[str | None, Field(min_length=1, description="a folder, or null")]
     parallel: Annotated[int, Field(ge=1, le=256)]
     devices: list[str]
-    timeout_minutes: Annotated[float | None, Field(gt=0, description="minutes")]
-    stop_grace_s: Annotated[float, Field(ge=0, description="seconds")]
+    timeout_minutes: Annotated[float | None, Field(gt=0, le=1e7, description="minutes")]
+    stop_grace_s: Annotated[float, Field(ge=0, le=1e6, description="seconds")]
     wait: bool
 
 
@@ -42,7 +42,7 @@ class GridSweep(SweepSettings):
 
     grid: Annotated[dict[str, Any], AfterValidator(_lists)]
     zip: Annotated[dict[str, Any], AfterValidator(_lists), AfterValidator(_equally_long)]
-    seeds: Annotated[list[int], AfterValidator(_distinct)]
+    seeds: Annotated[list[Seed], AfterValidator(_distinct)]
     baseline: dict[str, Any] | None
 
 
@@ -55,6 +55,6 @@ class OptunaSweep(SweepSettings):
     startup_trials: Count
     prune: bool
     min_steps: Count
-    reduction_factor: Annotated[int, Field(ge=2)]
+    reduction_factor: Annotated[int, Field(ge=2, le=1000)]
     max_failed_trials: Index
     sampler_seed: Seed

@@ -25,7 +25,7 @@ EQUAL_WITHIN = {"float64": 1e-12, "float32": 1e-6}
 # as float32 their differences would lose digits. verl's estimators subtract a baseline of the group, so a shift changes
 # nothing else; where no digit is at stake they get what they were given, and their numbers are verl's to the last bit.
 CENTRED_BELOW = 1 / 16
-Epsilon = Annotated[float, Field(ge=0, description="a small number, such as 1e-6")]
+Epsilon = Annotated[float, Field(ge=0, le=1e6, description="a small number, such as 1e-6")]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -59,7 +59,7 @@ class VerlAdvantage(Settings):
     """
 
     normalization: Literal["none", "batch"]
-    clip: Annotated[list[float] | None, AfterValidator(_around_zero)]
+    clip: Annotated[list[Annotated[float, Field(ge=-1e9, le=1e9)]] | None, AfterValidator(_around_zero)]
 
     verl_name: ClassVar[str]
     min_group_size: ClassVar[int] = 2

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from atropos_exp.config.settings import Count, Settings
+from atropos_exp.config.settings import Few, Settings
 from atropos_exp.errors import UserError
 
 
@@ -37,9 +37,9 @@ class Environment(Settings):
     name: str
     python: str | None
     command: list[str]
-    num_processes: Count
+    num_processes: Few
     server_type: Literal["vllm", "sglang", "openai"]
-    max_batches_offpolicy: Annotated[int, Field(ge=1, description="0 samples nothing")]
+    max_batches_offpolicy: Annotated[int, Field(ge=1, le=10**6, description="0 samples nothing")]
     arguments: dict[str, Any]
     server_arguments: dict[str, Any]
 

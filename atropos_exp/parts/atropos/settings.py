@@ -18,9 +18,9 @@ class AtroposSettings(Settings):
     timeout: Seconds
     start_timeout: Seconds
     data_timeout: Seconds
-    batch_timeout: Annotated[float, Field(ge=120, description="seconds; hanging up earlier loses the batch")]
+    batch_timeout: Annotated[float, Field(ge=120, le=1e6, description="seconds; hanging up earlier loses the batch")]
     take_over: bool
-    max_version_lag: Annotated[int | None, Field(ge=0, description="null: no limit")]
+    max_version_lag: Annotated[int | None, Field(ge=0, le=10**9, description="null: no limit")]
     max_restarts: Index
     extra_ports: list[Port]
 

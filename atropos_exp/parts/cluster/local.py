@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from types import FrameType
 from typing import ClassVar
 
-from atropos_exp.config.settings import Count, Settings
+from atropos_exp.config.settings import Few, Settings
 from atropos_exp.processes.lifeline import dying_with_parent
 from atropos_exp.processes.ports import HeldPort
 
@@ -23,7 +23,7 @@ class Local(Settings):
     to finish; a run started by torchrun works as well.
     """
 
-    num_processes: Count
+    num_processes: Few
 
     target_device: ClassVar[None] = None  # it runs on this machine
     queue: ClassVar[None] = None  # at once

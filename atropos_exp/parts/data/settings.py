@@ -44,7 +44,7 @@ class DataSettings(Settings):
     system_prompt: str | None
     chat_template_arguments: dict[str, Any]
     ability: Strings  # to train on; empty: all
-    max_prompts: int | None
+    max_prompts: Annotated[int | None, Field(le=10**9)]
     max_bad_fraction: Annotated[float, Field(ge=0, lt=1, description="0: none")]
 
     @model_validator(mode="after")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field
 
 from atropos_exp.config.lora import LoraSettings
-from atropos_exp.config.settings import Count, Seconds, Settings
+from atropos_exp.config.settings import Few, Seconds, Settings
 from atropos_exp.errors import UserError
 from atropos_exp.parts.engine.client import EngineClient
 from atropos_exp.parts.engine.devices import gpu_problems, visible_devices
@@ -57,14 +57,16 @@ class ServerSettings(Settings):
     # of the served weights; auto: float32 on a CPU, bfloat16 on a GPU
     dtype: Literal["auto", "float32", "bfloat16", "float16"]
     python: str | None  # interpreter of the servers; None: one that the engine finds, or this process's
-    gpus: list[int] | None  # of all servers; None: the trainer's own
-    data_parallel_size: Count  # servers, each with the whole model
-    num_threads: Annotated[int | None, Field(ge=1, description="null: its share of the cores")]  # of each server
+    gpus: list[Annotated[int, Field(ge=0, le=1023)]] | None  # of all servers; None: the trainer's own
+    data_parallel_size: Few  # servers, each with the whole model
+    num_threads: Annotated[
+        int | None, Field(ge=1, le=1024, description="null: its share of the cores")
+    ]  # of each server
     transport: str  # auto, a name in `weights.choose.TRANSPORTS`, or the full name of a class
     start_timeout_seconds: Seconds
     request_timeout_seconds: Seconds
     health_timeout_seconds: Seconds
-    max_restarts: Annotated[int, Field(ge=0, description="0: never")]  # times that a lost server is replaced
+    max_restarts: Annotated[int, Field(ge=0, le=10**6, description="0: never")]  # times that a lost server is replaced
 
     def program(
         self, *, device: str, max_sequence_length: int, lora: LoraSettings | None, twin: Path | None

@@ -1,12 +1,13 @@
 """Held-out evaluation: greedy accuracy and sampled pass@k on prompts that are never trained on."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
-from atropos_exp.config.settings import Index, NotNegative, Settings
+from atropos_exp.config.settings import Index, Settings
 from atropos_exp.interfaces import Engine, Scorer
 from atropos_exp.metrics import slug
 from atropos_exp.parts.eval.estimators import mean_interval, pass_at_k, wilson_interval
@@ -19,9 +20,9 @@ class HeldOut(Settings):
 
     every: Index  # steps between evaluations
     num_prompts: Index
-    samples_per_prompt: Index  # k of pass@k; 0: greedy only
-    temperature: NotNegative  # of the sampled answers; the greedy ones are at 0
-    correct_at: float  # an answer with at least this reward is correct
+    samples_per_prompt: Annotated[int, Field(ge=0, le=10**5)]  # k of pass@k; 0: greedy only
+    temperature: Annotated[float, Field(ge=0, le=10)]  # of the sampled answers; the greedy ones are at 0
+    correct_at: Annotated[float, Field(ge=-1e9, le=1e9)]  # an answer with at least this reward is correct
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -24,7 +24,7 @@ class GatewaySettings(Settings):
     host: str
     port: Annotated[int | None, Field(ge=1, le=65535, description="null: a free one")]
     token: Annotated[str | None, Field(min_length=8, description="at least 8 characters, or null")]
-    ledger_tokens: Annotated[int, Field(ge=1000)]
+    ledger_tokens: Annotated[int, Field(ge=1000, le=10**10)]
     max_hold_seconds: Patience
     request_timeout_seconds: Patience
     engine_silence_seconds: Seconds

@@ -28,7 +28,7 @@ class RemoteSettings(Settings):
     project: Annotated[str, Field(min_length=1, description="the name of a project")]
     group: str | None
     finish_timeout: Seconds
-    queue_size: Count
+    queue_size: Annotated[int, Field(ge=1, le=10**7)]
 
     def console(self, run: RunDescription) -> ConsoleLogger:
         """Return the logger that prints beside this one."""

@@ -36,7 +36,7 @@ class VerlPolicyLoss(Settings):
     micro-batches and mean over ranks is the loss of the mini-batch however it was split.
     """
 
-    kl_coef: Annotated[float, Field(ge=0, description="0: no reference model")]
+    kl_coef: Annotated[float, Field(ge=0, le=1e6, description="0: no reference model")]
     kl_estimator: Literal["k1", "k2", "k3", "k3_unclamped", "k1+", "k3+"]
 
     verl_name: ClassVar[str]

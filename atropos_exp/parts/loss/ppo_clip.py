@@ -18,7 +18,7 @@ from atropos_exp.parts.loss.base import AveragedLoss, ClippedRatio
 class DualClip(ClippedRatio):
     """The cost l_it: verl's policy loss "vanilla" (`compute_policy_loss_vanilla`), its average left to subclasses."""
 
-    dual_clip: Annotated[float, Field(gt=1, description="the bound of the ratio where A < 0")]
+    dual_clip: Annotated[float, Field(gt=1, le=1e9, description="the bound of the ratio where A < 0")]
 
     verl_name: ClassVar[str] = "vanilla"
 

@@ -2,12 +2,12 @@
 
 import re
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from atropos_exp.config.lora import LoraSettings
-from atropos_exp.config.settings import NotNegative, Settings
+from atropos_exp.config.settings import Settings
 from atropos_exp.errors import UserError
 from atropos_exp.parts.model import hf_folder
 
@@ -24,7 +24,7 @@ class ModelSettings(Settings):
     attn_implementation: Literal["auto", "packed", "sdpa", "eager", "flash_attention_2", "flash_attention_3"]
     gradient_checkpointing: bool
     lora: LoraSettings
-    suggested_learning_rate: NotNegative  # the default of trainer.learning_rate
+    suggested_learning_rate: Annotated[float, Field(ge=0, le=10)]  # the default of trainer.learning_rate
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -4,14 +4,14 @@ from typing import Annotated
 
 from pydantic import Field
 
-from atropos_exp.config.settings import Count, Settings
+from atropos_exp.config.settings import Few, Settings
 
 
 class PooledReward(Settings):
     """A reward that `RewardPool` runs. Subclasses add `__call__(answer, prompt) -> float`, and override `warm_up` if
     they import libraries of their own."""
 
-    num_workers: Count  # processes
+    num_workers: Few  # processes
     timeout_seconds: Annotated[float, Field(gt=0, lt=3600, description="seconds")]
 
     def warm_up(self) -> None:

@@ -2,9 +2,10 @@
 
 import logging
 import re
-from typing import Any
+from typing import Annotated, Any
 
-from atropos_exp.config.settings import Index
+from pydantic import Field
+
 from atropos_exp.parts.reward.base import PooledReward
 from atropos_exp.parts.reward.numbers import after_thoughts, last_box, last_boxed, last_number
 from atropos_exp.types import Prompt
@@ -18,7 +19,7 @@ class MathVerify(PooledReward):
     """Reads LaTeX, preferring \\boxed{...}, and plain expressions. What cannot be read scores 0. A percentage equals
     its value and its hundredth, unless both are percentages."""
 
-    float_rounding: Index  # decimals
+    float_rounding: Annotated[int, Field(ge=0, le=100)]  # decimals
     require_boxed: bool
 
     def warm_up(self) -> None:

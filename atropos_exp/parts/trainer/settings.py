@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Protocol, Self
 from pydantic import Field, model_validator
 
 from atropos_exp.config.lora import LoraSettings
-from atropos_exp.config.settings import Count, Index, NotNegative, Positive, Seconds, Settings
+from atropos_exp.config.settings import Count, Few, Index, Positive, Seconds, Settings
 from atropos_exp.errors import UserError
 
 Decay = Annotated[float, Field(ge=0, lt=1)]  # of a moving average
@@ -33,20 +33,20 @@ class TrainerSettings(Settings):
     moments are sharded over all of them."""
 
     max_steps: Count
-    num_mini_batches: Count
+    num_mini_batches: Annotated[int, Field(ge=1, le=10**6)]
     layout: Literal["auto", "packed", "rows", "single"]
     max_tokens_per_micro_batch: Count
-    learning_rate: NotNegative
+    learning_rate: Annotated[float, Field(ge=0, le=10)]
     scheduler: Literal["constant", "linear", "cosine"]
     warmup_steps: Index
     min_lr_ratio: Annotated[float, Field(ge=0, le=1, description="a part of the peak")]
     adam_beta1: Decay
     adam_beta2: Decay
-    adam_epsilon: Positive
-    weight_decay: NotNegative
+    adam_epsilon: Annotated[float, Field(gt=0, le=1)]
+    weight_decay: Annotated[float, Field(ge=0, le=100)]
     max_grad_norm: Positive
-    importance_cap: Annotated[float | None, Field(gt=0, description="null: none")]
-    sequence_parallel_size: Count
+    importance_cap: Annotated[float | None, Field(gt=0, le=1e9, description="null: none")]
+    sequence_parallel_size: Few
     offload_parameters: bool
     offload_optimizer: bool
     reshard_after_forward: bool

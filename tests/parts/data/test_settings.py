@@ -61,7 +61,7 @@ def test_settings_are_light() -> None:
         (
             {"weights": [0.0]},
             r"weights: got \[0.0\], "
-            r"expected a list \(each item a number, above 0\), or null \(leave a source out",
+            r"expected a list \(each item a number, above 0 and at most 1e\+09\), or null \(leave a source out",
         ),
         ({"format": "alpaca"}, "format: got 'alpaca', expected one of chat, plain"),
         (

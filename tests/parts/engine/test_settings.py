@@ -29,7 +29,7 @@ from tests.helpers.engines import engine_settings
         ),
         ({"max_batch_tokens": 0}, "max_batch_tokens: got 0, expected at least 1"),
         ({"num_threads": 0}, "num_threads: got 0, expected at least 1 (null: its share of the cores)"),
-        ({"batching_wait_seconds": -1.0}, "batching_wait_seconds: got -1.0, expected at least 0"),
+        ({"batching_wait_seconds": -1.0}, "batching_wait_seconds: got -1.0, expected 0 to 60"),
         ({"health_timeout_seconds": 0.0}, "health_timeout_seconds: got 0.0, expected above 0 (seconds)"),
     ],
 )
@@ -82,7 +82,7 @@ def test_engines_of_another_environment(option: str, title: str, install: str, t
         ("vllm", {"step_timeout_seconds": 0.0}, "step_timeout_seconds: got 0.0, expected above 0 (seconds)"),
         ("vllm", {"max_restarts": -1}, "max_restarts: got -1, expected at least 0 (0: never)"),
         ("sglang", {"dtype": "fp8"}, "dtype: got 'fp8', expected one of auto, float32, bfloat16, float16"),
-        ("sglang", {"mem_fraction_static": 0.0}, "mem_fraction_static: got 0.0, expected above 0"),
+        ("sglang", {"mem_fraction_static": 0.0}, "mem_fraction_static: got 0.0, expected above 0 and at most 1"),
     ],
 )
 def test_wrong_settings_of_other_engines(option: str, changes: dict[str, Any], message: str) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
-from atropos_exp.config.settings import Count, Settings
+from atropos_exp.config.settings import Count, Few, Settings
 from atropos_exp.errors import UserError
 from atropos_exp.parts.cluster.slurm.layout import Layout
 
@@ -35,12 +35,12 @@ OWN_LINES = {
 class SlurmSettings(Settings):
     """What a job asks for, and what happens when it is interrupted; `conf/cluster/slurm.yaml` explains each key."""
 
-    nodes: Count
-    gpus_per_node: Annotated[int, Field(ge=0, description="0: none")]
-    ranks_per_node: Annotated[int | None, Field(ge=1, description="null: one per GPU")]
-    engine_gpus: Annotated[int, Field(ge=0, description="0: shares the device of rank 0")]
-    cpus_per_task: Count
-    mem_gb: Annotated[float | None, Field(gt=0, description="GiB")]
+    nodes: Annotated[int, Field(ge=1, le=10**5)]
+    gpus_per_node: Annotated[int, Field(ge=0, le=1024, description="0: none")]
+    ranks_per_node: Annotated[int | None, Field(ge=1, le=1024, description="null: one per GPU")]
+    engine_gpus: Annotated[int, Field(ge=0, le=1024, description="0: shares the device of rank 0")]
+    cpus_per_task: Few
+    mem_gb: Annotated[float | None, Field(gt=0, le=1e6, description="GiB")]
     time_minutes: Count
     partition: str | None
     account: str | None
@@ -55,7 +55,7 @@ class SlurmSettings(Settings):
     python: str | None
     container_image: str | None
     container_mounts: list[str]
-    array_parallelism: Count
+    array_parallelism: Annotated[int, Field(ge=1, le=10**5)]
     wait: bool
     dry_run: bool
 

@@ -4,10 +4,10 @@ import os
 from pathlib import Path
 from typing import Annotated, ClassVar
 
-from pydantic import AfterValidator
+from pydantic import AfterValidator, Field
 
 from atropos_exp.config.lora import LoraSettings
-from atropos_exp.config.settings import Count, NotNegative
+from atropos_exp.config.settings import Count
 from atropos_exp.errors import UserError
 from atropos_exp.parts.engine.launch import ServerProgram, ServerSettings
 from atropos_exp.parts.engine.preflight import missing_modules
@@ -29,7 +29,7 @@ class HFEngine(ServerSettings):
 
     transport: Annotated[str, AfterValidator(_known)]
     max_batch_tokens: Count
-    batching_wait_seconds: NotNegative
+    batching_wait_seconds: Annotated[float, Field(ge=0, le=60)]
 
     colocate: ClassVar[bool] = False
     lora: ClassVar[str] = "merged"

@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
-from pydantic import AfterValidator
+from pydantic import AfterValidator, Field
 
 from atropos_exp.config.lora import LoraSettings
-from atropos_exp.config.settings import Count, Positive
+from atropos_exp.config.settings import Count, Few
 from atropos_exp.parts.engine.launch import ServerProgram, ServerSettings, built_in
 from atropos_exp.parts.engine.preflight import environment_problems, has_gpu, interpreter
 
@@ -20,8 +20,8 @@ class SGLangEngine(ServerSettings):
     """Settings of `engine=sglang`; conf/engine/sglang.yaml describes each."""
 
     transport: Annotated[str, AfterValidator(built_in)]
-    tensor_parallel_size: Count
-    mem_fraction_static: Positive
+    tensor_parallel_size: Few
+    mem_fraction_static: Annotated[float, Field(gt=0, le=1)]
     max_running_requests: Count
     attention_backend: str | None
     sampling_backend: str | None

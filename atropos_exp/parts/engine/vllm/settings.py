@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, Field
 
 from atropos_exp.config.lora import LoraSettings
-from atropos_exp.config.settings import Count, Seconds
+from atropos_exp.config.settings import Count, Few, Seconds
 from atropos_exp.parts.engine.launch import ServerProgram, ServerSettings, built_in
 from atropos_exp.parts.engine.preflight import environment_problems, interpreter
 
@@ -25,10 +25,10 @@ class VLLMEngine(ServerSettings):
     """Settings of `engine=vllm`; conf/engine/vllm.yaml describes each."""
 
     transport: Annotated[str, AfterValidator(built_in)]
-    tensor_parallel_size: Count
+    tensor_parallel_size: Few
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)]
     colocate: bool
-    kv_cache_gb: Annotated[float | None, Field(gt=0)]
+    kv_cache_gb: Annotated[float | None, Field(gt=0, le=1e5)]
     max_num_seqs: Count
     enforce_eager: bool | None
     seeded: bool
