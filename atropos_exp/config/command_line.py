@@ -2,14 +2,14 @@
 
 import os
 import sys
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import hydra
-from hydra._internal.utils import get_args_parser
+from hydra import version
+from hydra._internal.utils import _run_hydra, get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -17,28 +17,39 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from atropos_exp.config.build import refuse_moved
 from atropos_exp.config.diagnose import COMPOSE_ERRORS, Check, diagnose
 from atropos_exp.config.freeze import FROZEN
-from atropos_exp.config.origin import CONF_DIR
+from atropos_exp.config.sources import Sources
+from atropos_exp.config.verbatim import verbatim
 from atropos_exp.errors import UserError
 
 Task = Callable[[DictConfig], int | None]
-Sweep = Callable[[Sequence[str], str | None], int]
+Sweep = Callable[[Sequence[str], Sources], int]
 
 
 def hydra_main(task: Task, sweep: Sweep, check: Check) -> Callable[[], None]:
     """Make `task(config) -> exit code` a program with Hydra's command line over the shipped conf/.
 
-    It works from any directory, from a checkout and from a wheel, with `-m`, `--cfg job`, `--help` and
-    `--config-dir DIR`. A UserError of the task and everything that Hydra cannot compose are printed without a
-    traceback and exit with 2. `-m` and `+sweeps=NAME` make it `sweep(overrides, config_dir)`; `--frozen FILE` alone
-    runs the task on a configuration that was frozen when its job was submitted.
+    It works from any directory, from a checkout and from a wheel, with `-m`, `--cfg job`, `--help`, `--config-name`,
+    `--config-path` and `--config-dir`, before and after overrides. A UserError of the task and everything that Hydra
+    cannot compose are printed without a traceback and exit with 2. `-m` and `+sweeps=NAME` make it
+    `sweep(overrides, sources)`; `--frozen FILE` alone runs the task on a configuration that was frozen when its job was
+    submitted.
     """
 
     def main() -> None:
         if sys.argv[1:2] == [FROZEN]:
             sys.exit(_told(lambda: task(_frozen(sys.argv[2:])) or 0))
-        arguments = get_args_parser().parse_args()
+        version.setbase("1.3")
+        parser = get_args_parser()
+        arguments = parser.parse_intermixed_args()
+        sys.exit(_told(lambda: compose_and_run(parser, arguments)))
+
+    def compose_and_run(parser: ArgumentParser, arguments: Namespace) -> int:
+        sources = Sources.of(arguments)
+        arguments.overrides = verbatim(arguments.overrides, sources.folders)
         if _is_sweep(arguments):
-            sys.exit(_told(lambda: _start(sweep, check, arguments)))
+            return _start(sweep, check, arguments.overrides, sources)
+        # Hydra would look for them elsewhere: beside this file
+        arguments.config_path, arguments.config_dir = str(sources.path), sources.own and str(sources.own)
         codes = [0]
         composed = False
 
@@ -58,16 +69,14 @@ def hydra_main(task: Task, sweep: Sweep, check: Check) -> Callable[[], None]:
                 config.pop("sweep", None)  # no part of a single run
             codes.append(_told(lambda: task(config) or 0))
 
-        run = hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="config")(job)
         try:
             with _unhandled_by_hydra():
-                run()
+                _run_hydra(arguments, parser, job, str(sources.path), sources.name)
         except (*COMPOSE_ERRORS, ValueError) as error:
             if composed:
                 raise  # of the task itself: a defect, to be seen whole
-            _complain(diagnose(error, arguments.overrides, arguments.config_dir, check=check))
-            codes.append(2)
-        sys.exit(max(codes))
+            raise UserError(diagnose(error, arguments.overrides, sources, check=check)) from error
+        return max(codes)
 
     return main
 
@@ -84,11 +93,11 @@ def _is_sweep(arguments: Namespace) -> bool:
     return not looks and bool(arguments.multirun or named)
 
 
-def _start(sweep: Sweep, check: Check, arguments: Namespace) -> int:
+def _start(sweep: Sweep, check: Check, overrides: Sequence[str], sources: Sources) -> int:
     try:
-        return sweep(arguments.overrides, arguments.config_dir)
+        return sweep(overrides, sources)
     except COMPOSE_ERRORS as error:
-        raise UserError(diagnose(error, arguments.overrides, arguments.config_dir, check=check)) from error
+        raise UserError(diagnose(error, overrides, sources, check=check)) from error
 
 
 def _frozen(arguments: Sequence[str]) -> DictConfig:
@@ -102,12 +111,18 @@ def _frozen(arguments: Sequence[str]) -> DictConfig:
 
 
 def _told(work: Callable[[], int]) -> int:
-    """Its exit code; a UserError becomes a message and 2."""
+    """Its exit code; a UserError, or a folder that the system refuses, becomes a message and 2."""
     try:
         return work()
     except UserError as error:
         _complain(str(error))
-        return 2
+    except OSError as error:
+        if error.filename is None:
+            raise
+        _complain(
+            f"{error.filename}: {error.strerror}; choose another folder (output_dir, run_dir, sweep.dir), or mend it"
+        )
+    return 2
 
 
 def _complain(message: str) -> None:

@@ -1,11 +1,10 @@
 """Hydra stops at the first override that it cannot apply. This finds all of them, and says it in our words."""
 
+import re
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import yaml
-from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -13,8 +12,9 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from atropos_exp.config.origin import CONF_DIR, Origin, report
+from atropos_exp.config.origin import Origin, report
 from atropos_exp.config.root import GROUPS, OLD_KEYS
+from atropos_exp.config.sources import Sources
 from atropos_exp.config.typed import Mistake, did_you_mean, unknown_key
 
 COMPOSE_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError)
@@ -23,40 +23,39 @@ COMPOSE_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError)
 Check = Callable[[DictConfig], list[Mistake]]
 
 
-def diagnose(error: Exception, overrides: Sequence[str], config_dir: str | None, *, check: Check) -> str:
+def diagnose(error: Exception, overrides: Sequence[str], sources: Sources, *, check: Check) -> str:
     """The message for the user after `error` stopped the composition of `overrides`: every mistake, or `error` itself.
 
     `check` finds the mistakes of what can be composed (`assembly.check.mistakes_of`).
     """
-    GlobalHydra.instance().clear()
-    if config_dir and not Path(config_dir).is_dir():
-        return _first_lines(error)
-    folders = [Path(config_dir).resolve()] if config_dir else []
     try:
-        with initialize_config_dir(version_base="1.3", config_dir=str(CONF_DIR)):
-            text = _diagnose(overrides, folders, check)
+        with sources.opened():
+            text = _diagnose(overrides, sources, check)
     except (*COMPOSE_ERRORS, ValueError) as other:
         return _first_lines(other)
     return text or _first_lines(error)
 
 
-def _diagnose(texts: Sequence[str], folders: list[Path], check: Check) -> str:
-    search = [f"hydra.searchpath=[{folder.as_uri()}]" for folder in folders]
+def _diagnose(texts: Sequence[str], sources: Sources, check: Check) -> str:
     mistakes: list[Mistake] = []
     parsed = []
-    for text in texts:
+    spaced = [text for text in _joined(texts) if re.search(r"^[^'\"]*\s=|^[\w.@/+~]+=\s", text)]
+    for text in spaced:
+        compact = re.sub(r"\s*=\s*", "=", text, count=1)
+        mistakes.append(Mistake(path="", message=f"cannot read '{text}'; write it without spaces: {compact}"))
+    for text in [] if spaced else texts:
         try:
             parsed.append((text, OverridesParser.create().parse_override(text)))
         except HydraException:
             message = f"cannot read the override '{text}'; expected key=value (quote values with , : = or spaces)"
             mistakes.append(Mistake(path="", message=message))
 
-    base = compose("config", overrides=search, return_hydra_config=True)
+    base = sources.compose([], with_hydra=True)
     loader = GlobalHydra.instance().config_loader()
     groups, values = [], []
     for text, override in parsed:
         name = override.key_or_group
-        own = {file.stem for folder in folders for file in (folder / name).glob("*.yaml")}
+        own = {file.stem for folder in sources.folders for file in (folder / name).glob("*.yaml")}
         options = sorted(own.union(loader.get_group_options(name)))
         if override.is_add() and (_has(base, name) or name in ("experiment", *GROUPS)):
             message = f"it is there already: write it without the '+', as '{text.lstrip('+')}'"
@@ -71,7 +70,7 @@ def _diagnose(texts: Sequence[str], folders: list[Path], check: Check) -> str:
         else:
             values.append((text, override))
 
-    composed = compose("config", overrides=[*search, *groups], return_hydra_config=True) if groups else base
+    composed = sources.compose(groups, with_hydra=True) if groups else base
     kept = []
     for text, override in values:
         key = override.key_or_group
@@ -84,10 +83,22 @@ def _diagnose(texts: Sequence[str], folders: list[Path], check: Check) -> str:
             mistakes.append(unknown_key(key, _paths(composed)))
     if not mistakes:
         return ""
-    config = compose("config", overrides=[*search, *groups, *kept])
+    config = sources.compose([*groups, *kept])
     mistakes.extend(check(config))
     choices = {group: option for group, option in composed.hydra.runtime.choices.items() if option}
-    return report(mistakes, Origin(overrides=tuple(texts), choices=choices, folders=(*folders, CONF_DIR)))
+    origin = Origin(overrides=tuple(texts), choices=choices, folders=sources.folders, name=sources.name)
+    return report(mistakes, origin)
+
+
+def _joined(texts: Sequence[str]) -> list[str]:
+    """The words of a command line, with those that belong together but for spaces around an "=" joined by a space."""
+    joined: list[str] = []
+    for text in texts:
+        if joined and (text.startswith("=") or (joined[-1].endswith("=") and "=" not in text)):
+            joined[-1] += f" {text}"
+        else:
+            joined.append(text)
+    return joined
 
 
 def _chosen(override: Override) -> Iterable[str]:

@@ -25,6 +25,7 @@ class Origin:
     overrides: tuple[str, ...]  # of the command line, in order
     choices: Mapping[str, str]  # group -> chosen option
     folders: tuple[Path, ...]  # searched for <group>/<option>.yaml, in order
+    name: str = "config"  # of the file that Hydra reads first
 
     @classmethod
     def current(cls) -> Origin:
@@ -37,6 +38,7 @@ class Origin:
             overrides=tuple(overrides),
             choices={group: option for group, option in hydra.runtime.choices.items() if option},
             folders=tuple(Path(source.path) for source in hydra.runtime.config_sources if source.schema == "file"),
+            name=str(hydra.job.config_name).removesuffix(".yaml"),
         )
 
     def of(self, path: str) -> str:
@@ -60,7 +62,7 @@ class Origin:
                 return f"{_shown(file)} line {line}"
             if name == group:
                 fallback = _shown(file)
-        root = self._find("config.yaml")
+        root = self._find(f"{self.name}.yaml")
         if root is not None and (line := _line(root, path)):
             return f"{_shown(root)} line {line}"
         belongs = root is not None and (not rest or _line(root, group))

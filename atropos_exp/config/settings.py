@@ -77,7 +77,7 @@ def _converted(annotation: Any, value: Any) -> Any:
         return [_converted(get_args(wanted)[0], item) for item in value]
     if get_origin(wanted) is dict and isinstance(value, Mapping):
         return {key: _converted(get_args(wanted)[1], item) for key, item in value.items()}
-    if wanted is str and isinstance(value, int | float):
+    if wanted is str and type(value) is int:  # of any other number it is not known how it was written
         return str(value)
     if wanted is bool and isinstance(value, int):
         return bool(value)

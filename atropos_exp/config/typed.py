@@ -18,6 +18,18 @@ from atropos_exp.errors import UserError
 _UNKNOWN = "unknown key."
 _HINT = " Did you mean '"
 _TYPES = {int: "a whole number", float: "a number", bool: "true or false", str: "text", Any: "any value"}
+# What other programs call a key -> the last name of ours.
+_SYNONYMS = {
+    **dict.fromkeys(("lr", "learningrate"), "learning_rate"),
+    **dict.fromkeys(("steps", "num_steps", "total_steps", "epochs", "num_train_epochs"), "max_steps"),
+    **dict.fromkeys(("bs", "train_batch_size", "per_device_train_batch_size"), "batch_size"),
+    **dict.fromkeys(("num_generations", "num_rollouts", "n"), "group_size"),
+    **dict.fromkeys(("max_new_tokens", "max_tokens", "max_completion_length"), "max_response_length"),
+    **dict.fromkeys(("beta", "kl_beta"), "kl_coef"),
+    **dict.fromkeys(("warmup", "num_warmup_steps"), "warmup_steps"),
+    "wd": "weight_decay",
+    **dict.fromkeys(("num_gpus", "nproc_per_node"), "num_processes"),
+}
 _FAR = 1000  # an upper end from here on only catches slips: it is named to who went beyond it
 _LIMITS = {"ge": "at least {}", "gt": "above {}", "le": "at most {}", "lt": "below {}"}
 
@@ -81,6 +93,8 @@ def _translated(one: ErrorDetails, cls: type[BaseModel], values: Mapping[str, An
     field = cls.model_fields[name]
     about_type = len(one["loc"]) > 1 or one["type"].endswith(("_type", "_error", "enum")) or values[name] is None
     wanted = type_name(field.annotation) if about_type else _accepted(field, one["type"])
+    if one["type"] == "string_type" and isinstance(values[name], int | float):
+        wanted += ", so put it in quotes"
     if len(one["loc"]) > 1 and field.description:
         wanted += f" ({field.description})"
     return [Mistake(path=name, message=f"got {_shown(values[name])}, expected {wanted}")]
@@ -94,7 +108,9 @@ def unknown_key(path: str, known: Iterable[str]) -> Mistake:
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """ " Did you mean 'x'?", preferring a near spelling, then the same last name elsewhere; "" if nothing is near."""
     options = list(known)
-    near = difflib.get_close_matches(word, options, n=1, cutoff=0.75)
+    synonym = _SYNONYMS.get(word.rsplit(".", 1)[-1])
+    near = [option for option in options if option.rsplit(".", 1)[-1] == synonym][:1]
+    near = near or difflib.get_close_matches(word, options, n=1, cutoff=0.75)
     if not near:
         last = {option: option.rsplit(".", 1)[-1] for option in options}
         names = difflib.get_close_matches(word.rsplit(".", 1)[-1], set(last.values()), n=1, cutoff=0.75)

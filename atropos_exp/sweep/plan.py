@@ -6,10 +6,8 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
-from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
@@ -17,7 +15,8 @@ from atropos_exp.assembly.check import Checked, check, mistakes_of
 from atropos_exp.config.build import build
 from atropos_exp.config.diagnose import COMPOSE_ERRORS, diagnose
 from atropos_exp.config.freeze import config_hash, resolved
-from atropos_exp.config.origin import CONF_DIR, Origin, report
+from atropos_exp.config.origin import Origin, report
+from atropos_exp.config.sources import Sources
 from atropos_exp.errors import UserError
 from atropos_exp.runs.sweep_folder import describe_point
 from atropos_exp.sweep.axes import (
@@ -63,32 +62,30 @@ class Plan:
     search: SearchPlan | None
 
 
-def plan_sweep(overrides: Sequence[str], config_dir: str | None) -> Plan:
+def plan_sweep(overrides: Sequence[str], sources: Sources) -> Plan:
     """Compose and check every run of a sweep.
 
-        plan = plan_sweep(["advantage=grpo,rloo", "seed=0,1,2"], config_dir=None)  # six runs of two points
+        plan = plan_sweep(["advantage=grpo,rloo", "seed=0,1,2"], Sources())  # six runs of two points
 
     Raises UserError with every mistake of every run, or what Hydra raises if not even the base can be composed.
     """
-    folders = [Path(config_dir).resolve()] if config_dir else []
-    search_path = [f"hydra.searchpath=[{folder.as_uri()}]" for folder in folders]
     failed: list[tuple[str, ...]] = []  # overrides of runs that Hydra cannot compose
 
     def composer(point: Mapping[str, str]) -> tuple[DictConfig, Origin] | None:
         own = (*line.fixed, *(f"{key}={text}" for key, text in point.items()))
         try:
-            config = compose("config", [*search_path, *own], return_hydra_config=True)
+            config = sources.compose(own, with_hydra=True)
         except COMPOSE_ERRORS:
             failed.append(own)
             return None
         choices = {group: option for group, option in config.hydra.runtime.choices.items() if option}
         without_sweep = OmegaConf.masked_copy(config, [str(key) for key in config if key not in ("hydra", "sweep")])
-        return without_sweep, Origin(overrides=own, choices=choices, folders=(*folders, CONF_DIR))
+        return without_sweep, Origin(overrides=own, choices=choices, folders=sources.folders, name=sources.name)
 
-    with initialize_config_dir(version_base="1.3", config_dir=str(CONF_DIR)):
+    with sources.opened():
         loader = GlobalHydra.instance().config_loader()
         line = parse_command_line(overrides, loader)
-        base = compose("config", overrides=[*search_path, *line.fixed], return_hydra_config=True)
+        base = sources.compose(line.fixed, with_hydra=True)
         line = _with_params(line, base)
         settings: GridSweep | OptunaSweep = _settings(base, line)
         if isinstance(settings, OptunaSweep):
@@ -96,9 +93,7 @@ def plan_sweep(overrides: Sequence[str], config_dir: str | None) -> Plan:
         else:
             plan = _plan_grid(settings, line, base, composer)
     if failed:
-        messages = dict.fromkeys(
-            diagnose(UserError(""), overrides, config_dir, check=mistakes_of) for overrides in failed
-        )
+        messages = dict.fromkeys(diagnose(UserError(""), overrides, sources, check=mistakes_of) for overrides in failed)
         raise UserError("\n".join(messages))
     assert plan is not None
     return plan
@@ -157,6 +152,7 @@ def _plan_grid(settings: GridSweep, line: CommandLine, base: DictConfig, compose
     num_points = math.prod(map(len, axes))
     if num_points * num_seeds > MOST_RUNS:
         raise UserError(f"sweep: {num_points} points x {num_seeds} seeds are more than {MOST_RUNS} runs")
+    _refuse_repeated({SEED: seed_texts, **swept})
     points = [{key: text for setting in choice for key, text in setting.items()} for choice in itertools.product(*axes)]
     seeds = [plain_value(text) for text in seed_texts] or settings.seeds or [base.seed]
     values = [{key.lstrip("+"): plain_value(text) for key, text in point.items()} for point in points]
@@ -186,6 +182,23 @@ def _plan_grid(settings: GridSweep, line: CommandLine, base: DictConfig, compose
         axes=[key.lstrip("+") for axis in axes for key in axis[0]], baseline=_baseline(settings, values), runs=runs,
         search=None,
     )  # fmt: skip
+
+
+def _refuse_repeated(swept: Mapping[str, Sequence[str]]) -> None:
+    """Raise UserError for a value that a key takes twice: it would run twice, and count as evidence of its own."""
+    mistakes = []
+    for key, texts in swept.items():
+        written: dict[str, list[str]] = {}  # by what is read: 1e-4 and 0.0001 are one value
+        for text in texts:
+            value = plain_value(text)
+            written.setdefault(repr(float(value) if type(value) is int else value), []).append(text)
+        mistakes += [
+            f"{key}: got {same[0]} {len(same)} times, expected values that differ"
+            for same in written.values()
+            if len(same) > 1
+        ]
+    if mistakes:
+        raise UserError("\n  ".join(["Wrong configuration:", *mistakes]))
 
 
 def _plan_search(

@@ -4,18 +4,19 @@ import sys
 from collections.abc import Sequence
 from contextlib import closing
 
+from atropos_exp.config.sources import Sources
 from atropos_exp.sweep.driver import Sweep, open_or_create, unfinished
 from atropos_exp.sweep.plan import plan_sweep
 from atropos_exp.sweep.table import LiveTable, counts
 
 
-def start_sweep(overrides: Sequence[str], config_dir: str | None) -> int:
+def start_sweep(overrides: Sequence[str], sources: Sources) -> int:
     """Plan a sweep, freeze its runs, and run what is left of them.
 
     Returns the exit code: 0 if nothing is left (or `wait` is false), else 1. Raises UserError before anything has
     started.
     """
-    plan = plan_sweep(overrides, config_dir)
+    plan = plan_sweep(overrides, sources)
     sweep = Sweep(open_or_create(plan, ["python", "-m", "atropos_exp.run", *sys.argv[1:]]))
     num_jobs = sweep.submit(attached=plan.settings.wait)
     print(f"Sweep: {sweep.folder.path}", flush=True)

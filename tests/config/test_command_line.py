@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
+
+from atropos_exp.config.origin import CONF_DIR
 
 # Command lines, and what their messages must say. Mistakes of one kind share a command line: all must be reported.
 MISTAKES = [
@@ -63,6 +67,23 @@ MISTAKES = [
             "name: got 'a/b', expected letters",
             "cluster.num_processes: got 0, expected at least 1",
         ],
+    ),
+    (
+        ["cluster.num_processes=1000000000000", "trainer.num_mini_batches=1000000000000"],
+        ["expected 1 to 1,024", "expected 1 to 1,000,000"],
+    ),
+    (["trainer.num_mini_batches=1000000"], ["use batch_size=62500, or group_size=31250"]),
+    (
+        ["engine.batching_wait_seconds=nan"],
+        ["seconds: got nan, expected a finite number, 0 to 60"],
+    ),
+    # what other programs call a key, and spaces that the shell takes apart
+    (["trainer.lr=1", "n=4"], ["Did you mean 'trainer.learning_rate'?", "Did you mean 'group_size'?"]),
+    (["seed", "=", "1"], ["cannot read 'seed = 1'; write it without spaces: seed=1"]),
+    (["seed =1"], ["cannot read 'seed =1'; write it without spaces: seed=1"]),
+    (
+        ["-m", "seed=0,0,0", "trainer.weight_decay=1,1.0"],
+        ["seed: got 0 3 times, expected values that differ", "trainer.weight_decay: got 1 2 times"],
     ),
     (["seed=${nowhere}"], ["seed: Interpolation key 'nowhere' not found"]),
     (["seed=???"], ["seed: missing"]),
@@ -237,3 +258,26 @@ def test_the_configuration_can_be_shown_from_any_directory(tmp_path: Path) -> No
     assert done.returncode == 0
     assert "advantage: " in done.stdout
     assert list(tmp_path.iterdir()) == []
+
+
+def test_flags_name_the_same_files_for_one_run_and_for_many_wherever_they_stand(tmp_path: Path) -> None:
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / "mine.yaml").write_text("defaults: [config, _self_]\nbatch_size: x\n")
+    shutil.copytree(CONF_DIR, tmp_path / "copy")
+    (tmp_path / "copy" / "config.yaml").write_text(
+        (CONF_DIR / "config.yaml").read_text().replace("batch_size: 32", "batch_size: y")
+    )
+    for flags in (["--config-dir", "own", "--config-name", "mine"], ["--config-path", "copy"]):
+        for line in (["seed=1", *flags, "group_size=4"], ["seed=1,2", "-m", *flags, "group_size=4"]):
+            done = run(*line, cwd=tmp_path)
+            assert done.returncode == 2
+            wrong = "'x'" if "own" in flags else "'y'"
+            assert f"batch_size: got {wrong}, expected a whole number [" in done.stderr, done.stderr
+            assert done.stderr.count("\n") == 1
+
+
+def test_text_stays_text(tmp_path: Path) -> None:
+    done = run("--cfg", "job", "name=2024_11", "model.revision=12e4567", "data.ability=[1e3,a]", cwd=tmp_path)
+    shown = yaml.safe_load(done.stdout)
+    assert (shown["name"], shown["model"]["revision"], shown["data"]["ability"]) == ("2024_11", "12e4567", ["1e3", "a"])

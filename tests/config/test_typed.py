@@ -88,6 +88,7 @@ def test_values_take_the_types_of_their_fields() -> None:
         ({"rate": "banana"}, "outer.rate", "got 'banana', expected a number"),
         ({"label": "${nowhere}"}, "outer.label", "got '${nowhere}', expected text, or null"),
         ({"label": "???"}, "outer.label", "got '???', expected text, or null"),
+        ({"label": 1e3}, "outer.label", "got 1000.0, expected text, or null, so put it in quotes"),
         ({"on": "maybe"}, "outer.on", "expected true or false"),
         ({"shape": "SQUARE"}, "outer.shape", "got 'SQUARE', expected one of ROUND, FLAT"),
         ({"bounds": 3}, "outer.bounds", "got 3, expected a list (each item a number), or null"),

@@ -8,6 +8,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from atropos_exp.config.origin import CONF_DIR
+from atropos_exp.config.sources import Sources
 from atropos_exp.errors import UserError
 from atropos_exp.sweep.axes import Interval, override_text, plain_value
 from atropos_exp.sweep.plan import Plan, plan_sweep
@@ -20,7 +21,7 @@ def runs_of(plan: Plan) -> list[tuple[dict[str, object], int]]:
 
 def refused(*overrides: str, config_dir: Path | None = None) -> str:
     with pytest.raises(UserError) as caught:
-        plan_sweep(overrides, str(config_dir) if config_dir else None)
+        plan_sweep(overrides, Sources(own=config_dir))
     return str(caught.value)
 
 
@@ -33,7 +34,7 @@ def own(tmp_path: Path) -> Path:
 
 
 def test_a_grid_of_the_command_line_pairs_every_point_with_every_seed() -> None:
-    plan = plan_sweep(["advantage=grpo,rloo", "loss.clip_low=0.1,0.2", "seed=3,5", "trainer.max_steps=2"], None)
+    plan = plan_sweep(["advantage=grpo,rloo", "loss.clip_low=0.1,0.2", "seed=3,5", "trainer.max_steps=2"], Sources())
     expected = [
         ({"advantage": advantage, "loss.clip_low": clip}, seed)
         for advantage in ("grpo", "rloo") for clip in (0.1, 0.2) for seed in (3, 5)
@@ -58,7 +59,7 @@ def test_a_file_with_grid_zip_seeds_and_baseline(own: Path) -> None:
         "  zip:\n    batch_size: [8, 4]\n    group_size: [4, 8]\n  seeds: [1, 2]\n"
         "  baseline: {advantage: opo, batch_size: 4}\n"
     )
-    plan = plan_sweep(["+sweeps=mine"], str(own))
+    plan = plan_sweep(["+sweeps=mine"], Sources(own=own))
     pairs = [(8, 4), (4, 8)]
     assert runs_of(plan) == [
         ({"advantage": advantage, "batch_size": batch, "group_size": group}, seed)
@@ -66,7 +67,7 @@ def test_a_file_with_grid_zip_seeds_and_baseline(own: Path) -> None:
     ]  # fmt: skip
     assert plan.baseline == 3
     # the command line wins over the file, seeds and axes alike
-    plan = plan_sweep(["+sweeps=mine", "seed=9,10", "advantage=rloo,opo", "sweep.parallel=3"], str(own))
+    plan = plan_sweep(["+sweeps=mine", "seed=9,10", "advantage=rloo,opo", "sweep.parallel=3"], Sources(own=own))
     assert {run.seed for run in plan.runs} == {9, 10}
     assert {run.values["advantage"] for run in plan.runs} == {"rloo", "opo"}
     assert plan.settings.parallel == 3
@@ -77,13 +78,13 @@ def test_hydras_own_sweeper_params_are_understood(own: Path) -> None:
         "# @package _global_\nhydra:\n  mode: MULTIRUN\n  sweeper:\n    params:\n"
         "      advantage: grpo,rloo\n      seed: range(2)\n      trainer.max_steps: 7\n"
     )
-    plan = plan_sweep(["+sweeps=plain"], str(own))
+    plan = plan_sweep(["+sweeps=plain"], Sources(own=own))
     assert runs_of(plan) == [({"advantage": name}, seed) for name in ("grpo", "rloo") for seed in (0, 1)]
     assert {run.checked.config.trainer.max_steps for run in plan.runs} == {7}
 
 
 def test_globs_and_ranges() -> None:
-    plan = plan_sweep(["advantage=glob(*grpo)", "seed=range(1,3)"], None)
+    plan = plan_sweep(["advantage=glob(*grpo)", "seed=range(1,3)"], Sources())
     assert runs_of(plan) == [({"advantage": name}, seed) for name in ("dr_grpo", "grpo") for seed in (1, 2)]
 
 
@@ -119,7 +120,7 @@ def test_a_mistake_anywhere_is_found_before_anything_starts(overrides: list[str]
         from atropos_exp.assembly.check import mistakes_of
         from atropos_exp.config.diagnose import diagnose
 
-        message = diagnose(error, overrides, None, check=mistakes_of)
+        message = diagnose(error, overrides, Sources(), check=mistakes_of)
     for word in words:
         assert word in message, message
 
@@ -136,7 +137,7 @@ def test_a_search_is_frozen_with_every_choice_of_groups(own: Path) -> None:
     line = ["sweep=optuna", "experiment=mine", "loss=ppo_clip,gspo",
             "trainer.learning_rate=tag(log,interval(1e-5,1e-3))",
             "trainer.num_mini_batches=int(interval(1,4))", "temperature=0.7,1.0"]  # fmt: skip
-    plan = plan_sweep(line, str(own))
+    plan = plan_sweep(line, Sources(own=own))
     assert plan.search is not None
     search = SearchPlan.from_json(plan.search.to_json())
     assert search.space["trainer.learning_rate"] == Interval(low=1e-5, high=1e-3, integer=False, log=True)
@@ -151,12 +152,12 @@ def test_a_search_is_frozen_with_every_choice_of_groups(own: Path) -> None:
 
 def test_the_same_runs_have_the_same_identity_and_others_another() -> None:
     line = ["advantage=grpo,rloo", "seed=0,1"]
-    same = plan_sweep([*line, "sweep.parallel=2", "logger=none"], None)
-    assert plan_sweep(line, None).identity == same.identity
-    assert plan_sweep([*line, "batch_size=8"], None).identity != same.identity
-    assert plan_sweep(["advantage=grpo,rloo", "seed=0,2"], None).identity != same.identity
+    same = plan_sweep([*line, "sweep.parallel=2", "logger=none"], Sources())
+    assert plan_sweep(line, Sources()).identity == same.identity
+    assert plan_sweep([*line, "batch_size=8"], Sources()).identity != same.identity
+    assert plan_sweep(["advantage=grpo,rloo", "seed=0,2"], Sources()).identity != same.identity
     search = ["sweep=optuna", "trainer.learning_rate=interval(1e-5,1e-3)"]
-    assert plan_sweep(search, None).identity == plan_sweep([*search, "sweep.trials=99"], None).identity
+    assert plan_sweep(search, Sources()).identity == plan_sweep([*search, "sweep.trials=99"], Sources()).identity
 
 
 @pytest.mark.parametrize(
@@ -168,7 +169,7 @@ def test_yaml_values_survive_hydras_grammar(value: object) -> None:
 
 @pytest.mark.parametrize("file", sorted(path.stem for path in (CONF_DIR / "sweeps").glob("*.yaml")))
 def test_every_file_of_sweeps_plans(file: str) -> None:
-    plan = plan_sweep([f"+sweeps={file}"], None)
+    plan = plan_sweep([f"+sweeps={file}"], Sources())
     if plan.search is None:
         assert len(plan.runs) >= 9
         points = {run.point: dict(run.values) for run in plan.runs}
