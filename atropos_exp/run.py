@@ -18,9 +18,10 @@ from atropos_exp.assembly.assemble import Assembly
 from atropos_exp.assembly.check import Checked, mistakes_of, validate
 from atropos_exp.assembly.head import preparation_problems
 from atropos_exp.assembly.sizes import describe
+from atropos_exp.assembly.starting import refuse_start, remarks
 from atropos_exp.assembly.submission import launch
 from atropos_exp.config.command_line import hydra_main
-from atropos_exp.config.freeze import config_hash, save_config
+from atropos_exp.config.freeze import FROZEN, config_hash, save_config
 from atropos_exp.errors import UserError
 from atropos_exp.processes.ranks import Ranks
 from atropos_exp.processes.startup import no_collections
@@ -35,8 +36,11 @@ def run(config: DictConfig) -> int:
     """One experiment; returns the exit code, 0 when it finished or stopped on request. UserError is for the caller."""
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # trainer and engine take turns on the same cores
     checked = validate(config)
-    if problems := preparation_problems(checked.parts.data.prepare):
-        raise UserError("\n".join(["Wrong configuration:", *problems]))
+    if "WORLD_SIZE" not in os.environ:  # a rank of many checks where it runs, with the others
+        if checked.parts.cluster.queue is None:
+            refuse_start(checked)
+        elif problems := preparation_problems(checked.parts.data.prepare):
+            raise UserError("\n".join(["Wrong configuration:", *problems]))
     code = launch(checked)
     if code is not None:
         return code
@@ -48,7 +52,7 @@ def run(config: DictConfig) -> int:
         join_process_group(checked.device, timeout_s=checked.parts.trainer.timeout_s)
     folder = _open_folder(checked, ranks)
     if ranks.is_zero:
-        print(describe(checked.sizes), flush=True)
+        print(describe(checked.sizes), *remarks(checked), sep="\n", flush=True)
         print(f"{'Continuing' if folder.resumed else 'Run folder'}: {folder.path}", flush=True)
         save_config(checked.config, folder.path / "config.yaml")
         note_command(folder.path, ["python", "-m", "atropos_exp.run", *sys.argv[1:]])
@@ -69,12 +73,14 @@ class Experiment:
         """0: finished or stopped on request, 1: failed, 130: stopped at once by a second Ctrl-C."""
         handlers = {number: signal.signal(number, self._request_stop) for number in (signal.SIGTERM, signal.SIGINT)}
         status, error, code = "failed", None, 1
+        refused = False
         try:
             with ExitStack() as stack:
                 done = self._train(stack)
             status, code = ("finished" if done == self._checked.parts.trainer.max_steps else "stopped"), 0
         except UserError as failure:
             error = str(failure)
+            refused = not self._is_begun and FROZEN not in sys.argv  # of such a one others look for the summary
             raise
         except KeyboardInterrupt:
             status, code = "stopped", 130
@@ -82,13 +88,20 @@ class Experiment:
             error = f"{type(failure).__name__}: {failure}"
             self._keep_traceback(error)
         finally:
-            if self._ranks.is_zero:
+            if self._ranks.is_zero and refused:
+                self._folder.withdraw()
+            elif self._ranks.is_zero:
                 self._conclude(status, error)
             for number, handler in handlers.items():
                 signal.signal(number, handler)
             if self._folder.lock is not None:
                 self._folder.lock.close()
         return code
+
+    @property
+    def _is_begun(self) -> bool:
+        """Whether anything that a summary could tell of may have happened."""
+        return self._parts is not None and self._parts.checkpoints.is_restored
 
     def _train(self, stack: ExitStack) -> int:
         from atropos_exp.assembly.assemble import assemble
@@ -162,15 +175,19 @@ class Experiment:
 
 def _open_folder(checked: Checked, ranks: Ranks) -> RunFolder:
     run = checked.run
-    opened = ranks.keep_on_zero(
-        lambda: open_run_folder(
+
+    def open_it() -> RunFolder:
+        if ranks.world_size > 1:
+            refuse_start(checked)
+        return open_run_folder(
             output_dir=Path(run.output_dir),
             name=run.name,
             run_dir=run.run_dir,
             resume=run.resume,
             config_hash=config_hash(checked.config),
         )
-    )
+
+    opened = ranks.keep_on_zero(open_it)
     path, resumed = ranks.broadcast((opened.path, opened.resumed) if opened is not None else (Path(), False))
     return opened or RunFolder(path=path, resumed=resumed, lock=None)
 

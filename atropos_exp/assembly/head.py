@@ -76,6 +76,8 @@ def prepare(checked: Checked, folder: RunFolder, model_folder: Path, stack: Exit
             max_prompt_length=run.max_prompt_length,
             prepared_folder=prepared_folder,
         )
+        if len(held_out) < parts.eval.num_prompts:
+            print(f"eval.num_prompts is {parts.eval.num_prompts:,}, but {len(held_out):,} are held out", flush=True)
     scorer.score([])  # a reward that cannot be loaded says so here
     return Prepared(
         tokenizer=tokenizer,

@@ -119,9 +119,7 @@ def _told(work: Callable[[], int]) -> int:
     except OSError as error:
         if error.filename is None:
             raise
-        _complain(
-            f"{error.filename}: {error.strerror}; choose another folder (output_dir, run_dir, sweep.dir), or mend it"
-        )
+        _complain(f"{error.filename}: {error.strerror}; mend it, or choose another (output_dir, run_dir, sweep.dir)")
     return 2
 
 

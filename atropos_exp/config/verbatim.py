@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
 import yaml
+from antlr4 import CommonTokenStream, InputStream
 from hydra.core.override_parser.overrides_visitor import HydraErrorListener
 from hydra.errors import HydraException
-from hydra.grammar.gen.OverrideLexer import CommonTokenStream, InputStream, OverrideLexer
+from hydra.grammar.gen.OverrideLexer import OverrideLexer
 from hydra.grammar.gen.OverrideParser import OverrideParser
 
 from atropos_exp.config.build import find_class
@@ -18,16 +20,19 @@ from atropos_exp.config.settings import Settings
 from atropos_exp.config.typed import strip_optional
 from atropos_exp.errors import UserError
 
+# A path in someone's home, for which Hydra's grammar has no sign.
+_HOME = re.compile(r"(?<=[=,\[(])(~[^\s,'\"\[\](){}]*)")
 _LOSSY = (OverrideParser.INT, OverrideParser.FLOAT, OverrideParser.BOOL)
 
 
 def verbatim(overrides: Sequence[str], folders: Sequence[Path]) -> list[str]:
     """The same overrides, with a value in quotes where its key takes text and Hydra would read a number or a truth
-    value. `folders` hold the options of groups. What cannot be parsed, or names no key of ours, stays as it is.
+    value, and around a `~` for someone's home. `folders` hold the options of groups. What cannot be parsed, or names no
+    key of ours, stays as it is.
 
         verbatim(["name=2024_11", "seed=2024_11"], [CONF_DIR])  # ["name='2024_11'", "seed=2024_11"]
     """
-    return [_quoted(text, folders) for text in overrides]
+    return [_quoted(_HOME.sub(r"'\1'", text), folders) for text in overrides]
 
 
 def _quoted(text: str, folders: Sequence[Path]) -> str:
@@ -49,7 +54,7 @@ def _read_otherwise(text: str) -> Iterator[tuple[int, int]]:
         one.removeErrorListeners()
         one.addErrorListener(listener)
     try:
-        tree = parser.override()
+        tree: Any = parser.override()  # type: ignore[no-untyped-call]
     except HydraException:
         return  # Hydra says what is wrong with it
     yield from _spans(tree)
@@ -60,7 +65,7 @@ def _spans(node: Any) -> Iterator[tuple[int, int]]:
         if node.getChildCount() == 1 and node.start.type in _LOSSY:
             yield node.start.start, node.stop.stop + 1
         return
-    if isinstance(node, OverrideParser.FunctionContext) and node.ID().getText() not in ("choice", "shuffle"):
+    if isinstance(node, OverrideParser.FunctionContext) and node.start.text not in ("choice", "shuffle"):
         return
     for child in getattr(node, "children", None) or ():
         yield from _spans(child)

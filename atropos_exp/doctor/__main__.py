@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 
 from atropos_exp.assembly.check import mistakes_of
 from atropos_exp.config.command_line import hydra_main
+from atropos_exp.config.sources import Sources
 from atropos_exp.doctor.line import counts, worst
 from atropos_exp.errors import UserError
 
@@ -45,7 +46,7 @@ def after(arguments: list[str]) -> int:
     return worst(lines)
 
 
-def refuse_sweep(overrides: Sequence[str], config_dir: str | None) -> int:
+def refuse_sweep(overrides: Sequence[str], sources: Sources) -> int:
     """Raise UserError for the overrides of a sweep: the doctor examines one run."""
     raise UserError("the doctor looks at one configuration; leave -m and +sweeps= away")
 

@@ -180,6 +180,11 @@ def find_latest(folder: Path) -> tuple[Checkpoint | None, dict[Path, str]]:
     return None, damaged
 
 
+def newest_step(folder: Path) -> int:
+    """Return the step of the newest checkpoint under `folder`, intact or not; 0 if there is none."""
+    return max((step for step, _, _ in _list(folder)), default=0)
+
+
 def _list(folder: Path) -> list[tuple[int, bool, Path]]:
     """(step, being replaced, folder), newest step first, and of one step the replacement first."""
     entries = []

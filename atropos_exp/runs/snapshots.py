@@ -26,18 +26,19 @@ class Snapshots:
         self._describe = describe
         self._is_zero = is_zero
         self.resumed_from: str | None = None
+        self.is_restored = False  # from then on the run goes on from where it is
         self._saved_step: int | None = None
 
     def restore(self) -> int:
         """Load the newest intact checkpoint; returns the number of finished steps, 0 for a new run."""
         newest = self._checkpoints.latest()
-        if newest is None:
-            return 0
-        self._trainer.load(newest.folder)
-        self._source.restore(newest.state["source"])
-        self.resumed_from = newest.folder.name
-        self._saved_step = newest.step
-        return newest.step
+        if newest is not None:
+            self._trainer.load(newest.folder)
+            self._source.restore(newest.state["source"])
+            self.resumed_from = newest.folder.name
+            self._saved_step = newest.step
+        self.is_restored = True
+        return newest.step if newest is not None else 0
 
     def save(self, step: int) -> None:
         """Save trainer and source after `step` finished steps, unless that is done already."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
@@ -13,6 +12,7 @@ import pytest
 import yaml
 
 from atropos_exp.config.origin import CONF_DIR
+from tests.helpers.command_lines import answers_to
 
 # Command lines, and what their messages must say. Mistakes of one kind share a command line: all must be reported.
 MISTAKES = [
@@ -136,35 +136,12 @@ MISTAKES = [
     (["--config-dir", "nowhere"], ["nowhere", "not found"]),
 ]
 
-# Runs many command lines through the real entry point, each in a process of its own that inherits the imports.
-DRIVER = """
-import json, os, sys
-from atropos_exp.run import main
-codes = []
-for number, arguments in enumerate(json.loads(sys.argv[1])):
-    os.makedirs(f"{number}/empty")
-    child = os.fork()
-    if child == 0:
-        for stream, name in ((1, "out"), (2, "err")):
-            os.dup2(os.open(f"{number}/{name}", os.O_CREAT | os.O_WRONLY), stream)
-        os.chdir(f"{number}/empty")
-        sys.argv[1:] = arguments
-        main()  # leaves by SystemExit
-        os._exit(99)
-    codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-print(json.dumps(codes))
-"""
-
 
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[int, Path]]:
     """Exit code, and folder with out, err and the working directory, of each of MISTAKES."""
     folder = tmp_path_factory.mktemp("mistakes")
-    command = [sys.executable, "-c", DRIVER, json.dumps([arguments for arguments, _ in MISTAKES])]
-    environ = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, cwd=folder, env=environ, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
-    return [(code, folder / str(number)) for number, code in enumerate(json.loads(done.stdout))]
+    return answers_to([arguments for arguments, _ in MISTAKES], folder)
 
 
 @pytest.mark.parametrize("number", range(len(MISTAKES)), ids=[" ".join(arguments)[:60] for arguments, _ in MISTAKES])

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from atropos_exp.errors import UserError
 from tests.helpers.experiments import command, environment, metrics, run_here, summary
 
 NAMES = (
@@ -53,6 +54,48 @@ def test_the_summary_keeps_its_contract(one):
     assert set(found["sync"]) == {"count", "verified", "seconds_mean", "bytes", "canary_gap_max"}
     assert found["versions"]["engine: transformers"] == found["versions"]["transformers"]  # the same environment
     assert found["error"] is None
+
+
+def test_what_cannot_be_continued_is_left_as_it_was(one):
+    before = {path: path.read_bytes() for path in one.rglob("*") if path.is_file()}
+    refusals = {
+        ("seed=1", f"resume={one}"): "^This run cannot start:\n  resume: .* is finished after 2 .*\n  seed: got 1, but",
+        (
+            "trainer.max_steps=3",
+            f"resume={one}",
+            "model.lora.rank=4",
+        ): "lora.rank: got 4, but the checkpoint .* 0;",
+        ("trainer.max_steps=3", f"resume={one}", "data.prepare.arguments.seed=1"): "changed since the checkpoint",
+        (f"resume={one / 'checkpoints' / 'step_000002'}",): f"is a checkpoint; resume={one} continues its run",
+    }
+    for overrides, message in refusals.items():
+        with pytest.raises(UserError, match=message):
+            run_here(one, "trainer.max_steps=2", *overrides)
+        now = {path: path.read_bytes() for path in one.rglob("*") if path.is_file() and path.parent.name != "log"}
+        assert now == {path: content for path, content in before.items() if path.parent.name != "log"}
+
+
+@pytest.mark.parametrize("is_there", [False, True])
+def test_a_run_that_is_refused_late_leaves_no_folder(tmp_path, is_there, capsys):
+    folder = tmp_path / "new" / "run"
+    if is_there:
+        folder.mkdir(parents=True)
+    with pytest.raises(UserError, match=r"target_modules: got q_porj, .* Did you mean q_proj\?"):
+        run_here(folder, "model.lora.rank=4", "model.lora.target_modules=[q_porj]")
+    assert list(tmp_path.rglob("*")) == ([folder.parent, folder] if is_there else [])
+    assert "q_porj" not in "".join(capsys.readouterr()), "it is said once, by who catches it"
+
+
+def test_what_is_hardly_meant_is_said(one, capsys, tmp_path):
+    shutil.copytree(one.parent / "data", tmp_path / "data")
+    train = next((tmp_path / "data").glob("*/train.parquet"))
+    run_here(
+        tmp_path / "run", "trainer.max_steps=1", "trainer.warmup_steps=1000", "data.prepare=null",
+        f"data.parquet_paths={train}",
+    )  # fmt: skip
+    said = capsys.readouterr().out
+    assert said.count("only 1 steps: the learning rate ends at 0.001 of trainer.learning_rate") == 1
+    assert said.count("data.eval_paths is empty: nothing is evaluated") == 1
 
 
 @pytest.mark.slow

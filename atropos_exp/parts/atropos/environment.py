@@ -12,6 +12,7 @@ from pydantic import Field
 
 from atropos_exp.config.settings import Few, Settings
 from atropos_exp.errors import UserError
+from atropos_exp.processes.interpreters import missing_modules
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +56,13 @@ class Environment(Settings):
         script = self.command[0]
         if script.endswith(".py") and not Path(script).expanduser().is_file():
             yield f"command: got {script}, but there is no such file"
+
+    def interpreter_problems(self, *, launches_atropos: bool) -> list[str]:
+        """Why `python` cannot run the environment; it is started for a moment."""
+        if not launches_atropos or self.python is None:
+            return []
+        lack = missing_modules(os.path.expanduser(self.python), ())
+        return [f"env.python: got {self.python!r}, but {lack}; name the interpreter that it needs"] if lack else []
 
     def argv(self, facts: Facts, process: int) -> list[str]:
         """The command line of process number `process`. Raises UserError for an unknown {name}."""

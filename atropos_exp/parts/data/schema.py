@@ -52,7 +52,7 @@ def check_rows(table: pa.Table, file: str, *, split: str) -> tuple[GoodRows, lis
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    _check_columns(table, file)
+    check_columns(table, file)
     bad = _undecodable(table, file)
     row = np.setdiff1d(np.arange(table.num_rows), [one.row for one in bad])
     if bad:
@@ -112,7 +112,8 @@ def _normalised(texts: pa.Array) -> pa.Array:
     return pc.utf8_trim_whitespace(pc.replace_substring_regex(pc.utf8_lower(texts), r"\s+", " "))
 
 
-def _check_columns(table: pa.Table, file: str) -> None:
+def check_columns(table: pa.Table, file: str) -> None:
+    """Raise UserError if the columns of `table` are not verl's. No row is looked at."""
     import pyarrow as pa
 
     problems = []

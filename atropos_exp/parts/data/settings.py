@@ -107,6 +107,13 @@ class DataSettings(Settings):
                 problems.append(text if text.startswith("data.") else f"{entry.key}: {text}")
         return problems
 
+    def file_problems(self) -> list[str]:
+        """Messages about parquet files that cannot be used, as far as it shows without reading a row."""
+        from atropos_exp.parts.data.early import problems_of
+
+        entries = [*self.sources(Path()), *self.eval_sources(Path())]
+        return problems_of((one.key, one.name) for one in entries if not one.is_hub and one.key != "data.prepare")
+
     def _prepared(self, folder: Path | None, split: str) -> Sequence[Entry]:
         if self.prepare is None:
             return []

@@ -1,18 +1,13 @@
 """Checks of an engine's environment before any process of the run starts."""
 
-import subprocess
+import os
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
-from atropos_exp.processes.child import IMPORT_ROOT, child_environment
+from atropos_exp.processes.child import IMPORT_ROOT
+from atropos_exp.processes.interpreters import missing_modules
 
-FIND_SECONDS = 30.0  # for an interpreter to find its modules
 NEEDS = ("msgpack", "xxhash", "safetensors", "starlette", "uvicorn", "numpy")  # of our server, besides the engine
-_FIND = (
-    "import importlib.util, sys; "
-    "print('\\n'.join(name for name in sys.argv[1:] if importlib.util.find_spec(name) is None))"
-)
 
 
 def has_gpu() -> bool:
@@ -20,32 +15,13 @@ def has_gpu() -> bool:
     return any(Path("/dev").glob("nvidia[0-9]*"))
 
 
-def missing_modules(python: str, modules: Sequence[str]) -> str | None:
-    """Why the interpreter `python` cannot import all of `modules`, or None. It finds them without importing them."""
-    try:
-        found = subprocess.run(
-            [python, "-c", _FIND, *modules],
-            capture_output=True,
-            text=True,
-            timeout=FIND_SECONDS,
-            check=False,
-            env=child_environment(python),
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return f"it does not run ({error})"
-    if found.returncode != 0:
-        return f"it does not run (exit code {found.returncode}: {found.stderr.strip()[-200:]})"
-    missing = found.stdout.split()
-    return f"it cannot import {', '.join(missing)}" if missing else None
-
-
 def interpreter(python: str | None, *, environment: str) -> str:
     """The interpreter that runs the server: `python` if it is configured, otherwise that of a virtual environment with
-    the name `environment` in the checkout, otherwise the trainer's own."""
+    the name `environment` ("": none) in the checkout, otherwise the trainer's own."""
     if python is not None:
-        return python
+        return os.path.expanduser(python)
     beside = IMPORT_ROOT / environment / "bin" / "python"
-    return str(beside) if beside.is_file() else sys.executable
+    return str(beside) if environment and beside.is_file() else sys.executable
 
 
 def environment_problems(*, option: str, title: str, python: str, is_own: bool, install: str) -> list[str]:

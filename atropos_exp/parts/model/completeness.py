@@ -33,8 +33,7 @@ def check_tensors(folder: Path, *, trust_remote_code: bool) -> FoundModel:
     """
     from transformers import AutoModelForCausalLM
 
-    for path in sorted(folder.glob("*.safetensors")):
-        _check_file(path)
+    check_files(folder)
     try:
         model, found = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -69,8 +68,13 @@ def check_tensors(folder: Path, *, trust_remote_code: bool) -> FoundModel:
     )
 
 
+def check_files(folder: Path) -> None:
+    """Raise UserError for a damaged file. The header of each says how long it must be; PyTorch is not imported."""
+    for path in sorted(folder.glob("*.safetensors")):
+        _check_file(path)
+
+
 def _check_file(path: Path) -> None:
-    """The header of a file says how long it must be."""
     from safetensors import SafetensorError, safe_open
 
     try:

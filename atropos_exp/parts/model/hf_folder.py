@@ -20,6 +20,9 @@ _LENGTH_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_le
 
 def problems(folder: Path) -> list[str]:
     """Why the model in `folder` cannot be trained, one message each; empty if nothing is missing."""
+    if folder.is_file():
+        use = "data go to data.parquet_paths" if folder.suffix == ".parquet" else "its folder may be what you mean"
+        return [f"path: got {folder}, which is a file; expected the folder of a Hugging Face model ({use})"]
     if not folder.is_dir():
         return [f"path: got {folder}, which does not exist; expected a folder, or a hub id such as org/name"]
     messages = []

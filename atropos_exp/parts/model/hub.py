@@ -47,10 +47,14 @@ class HubModel(ModelSettings):
         """The folder on this machine, downloaded or copied if necessary."""
         import httpx
         from huggingface_hub import snapshot_download
-        from verl.utils.fs import copy_to_local
 
         path, revision = self._path, self.revision
-        folder = Path(copy_to_local(str(_as_folder(path)) if not path.startswith("hdfs://") else path.rstrip("/")))
+        if path.startswith("hdfs://"):
+            from verl.utils.fs import copy_to_local
+
+            folder = Path(copy_to_local(path.rstrip("/")))
+        else:
+            folder = _as_folder(path)
         if folder.is_dir():
             return folder.resolve()
         if not _is_hub_id(path):

@@ -10,7 +10,8 @@ from atropos_exp.config.lora import LoraSettings
 from atropos_exp.config.settings import Count
 from atropos_exp.errors import UserError
 from atropos_exp.parts.engine.launch import ServerProgram, ServerSettings
-from atropos_exp.parts.engine.preflight import missing_modules
+from atropos_exp.parts.engine.preflight import interpreter
+from atropos_exp.processes.interpreters import missing_modules
 from atropos_exp.weights.choose import TRANSPORTS, is_transport
 
 SERVER = "atropos_exp.parts.engine.hf.server"
@@ -36,10 +37,14 @@ class HFEngine(ServerSettings):
     gpu_memory_utilization: ClassVar[float | None] = None
     kv_cache_gb: ClassVar[float | None] = None
 
+    @property
+    def _python(self) -> str:
+        return interpreter(self.python, environment="")
+
     def preflight(self, *, device: str) -> list[str]:
         """Why `start` would fail, one sentence each, found without starting a server."""
         problems = []
-        if self.python is not None and (missing := missing_modules(self.python, (*NEEDS, "atropos_exp"))):
+        if self.python is not None and (missing := missing_modules(self._python, (*NEEDS, "atropos_exp"))):
             problems.append(
                 f"engine.python: {self.python} cannot serve engine=hf: {missing}; name an interpreter of an "
                 "environment that has this package, or null for the trainer's own"
@@ -59,7 +64,7 @@ class HFEngine(ServerSettings):
         return ServerProgram(
             kind="hf",
             module=SERVER,
-            python=self.python,
+            python=self._python,
             arguments=[
                 *("--max-batch-tokens", str(self.max_batch_tokens)),
                 *("--batching-wait-seconds", str(self.batching_wait_seconds)),
