@@ -20,7 +20,7 @@ def check_tracking(checked: Checked) -> list[Line]:
     if isinstance(logger, Wandb):
         return [_wandb(logger)]
     if isinstance(logger, Trackio) and importlib.util.find_spec("trackio") is None:
-        return [fail("tracking", "logger=trackio, but trackio is not installed", "pip install 'atropos-exp[trackio]'")]
+        return [fail("tracking", "logger=trackio, but trackio is not installed", "pip install 'trackio>=0.43'")]
     return [ok("tracking", f"{type(logger).__name__}; metrics.jsonl of the run folder has everything")]
 
 

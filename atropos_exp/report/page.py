@@ -1,5 +1,6 @@
 """One HTML file of one or more runs that opens offline: all styles, scripts and numbers are inside it."""
 
+import os
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
@@ -17,11 +18,19 @@ from atropos_exp.runs.atomic import write_atomic
 def write_report(paths: Sequence[Path], out: Path | None = None) -> Path:
     """Write the report of the runs in `paths` (run folders, or folders of runs such as a sweep) and return its path.
 
-    `out`: None is report.html in the run's folder, or in the first given folder if there are several runs.
+    `out`: None is report.html in the folder that is given: of a run, or of several. Of several folders it is
+    comparison.html in the folder that they have in common.
     Raises UserError if a path is no folder or holds no run.
     """
     folders = find_runs(paths)
-    target = out or (folders[0] if len(folders) == 1 else paths[0]) / "report.html"
+    if out is not None:
+        target = out
+    elif len(folders) == 1:
+        target = folders[0] / "report.html"
+    elif len(paths) == 1:
+        target = paths[0] / "report.html"
+    else:
+        target = Path(os.path.commonpath([path.expanduser().absolute() for path in paths])) / "comparison.html"
     write_atomic(target, render([load_run(folder) for folder in folders]))
     return target
 

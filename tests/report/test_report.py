@@ -163,3 +163,15 @@ def test_a_long_run_is_thinned_to_means(tmp_path: Path) -> None:
     )
     assert len(write_report([files.folder]).read_text()) < 2_000_000
     assert time.perf_counter() - start < 10
+
+
+def test_a_comparison_of_runs_overwrites_no_report(tmp_path: Path, write_run: Any, capsys: Any) -> None:
+    runs = [write_run(tmp_path / "demo" / name, steps=2) for name in ("one", "two")]
+    for run in runs:
+        (run / "report.html").write_text("its own")
+    assert main([str(run) for run in runs]) == 0
+    target = tmp_path / "demo" / "comparison.html"
+    assert capsys.readouterr().out == f"{target}\n" and "2 runs" in target.read_text()
+    assert [(run / "report.html").read_text() for run in runs] == ["its own", "its own"]
+    assert main([str(runs[0]), "--out", "/proc/x/report.html"]) == 2
+    assert capsys.readouterr().err == "report: /proc/x: No such file or directory; --out names another file\n"

@@ -7,7 +7,7 @@ from pathlib import Path
 from atropos_exp.parts.logger.remote import RemoteLogger, RemoteSettings
 from atropos_exp.types import RunDescription
 
-INSTALL = "pip install 'atropos-exp[trackio]' (docs/troubleshooting.md, if pip refuses)"
+INSTALL = "pip install 'trackio>=0.43' (docs/troubleshooting.md, if pip refuses)"
 
 
 class Trackio(RemoteSettings):

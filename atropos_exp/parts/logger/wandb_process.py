@@ -6,12 +6,16 @@ later.
 """
 
 import glob
+import http.client
 import netrc
 import os
 import shlex
 import signal
+import ssl
 import sys
 import time
+import urllib.error
+import urllib.request
 from typing import Any
 from urllib.parse import urlparse
 
@@ -19,6 +23,7 @@ from atropos_exp.parts.logger.remote_process import Report, brief, connect, end_
 
 DEFAULT_HOST = "https://api.wandb.ai"
 _HOSTS = ("api.wandb.ai", "api.forge.coreweave.com")  # where a key of `wandb login` may be filed under
+_PROBE_SECONDS = 5.0  # wandb itself takes all of init_timeout to find that there is no network
 _NOT_STARTED = 10  # exit code of a session that has read no message yet
 
 Settings = dict[str, Any]
@@ -33,8 +38,24 @@ def main() -> None:
     mode = settings["mode"]
     if mode == "auto":
         mode = os.environ.get("WANDB_MODE") or ("online" if has_key() else "offline")
+    if mode == "online" and (problem := _unreachable(min(_PROBE_SECONDS, settings["init_timeout"]))):
+        report(f"no connection, recording offline: {problem}", "warning")
+        mode = "offline"
     if _attempt(settings, mode, report) == _NOT_STARTED and mode != "offline":
         _attempt(settings, "offline", report)
+
+
+def _unreachable(seconds: float) -> str:
+    """Why W&B's server does not answer within `seconds`; "" if it does, whatever it says."""
+    address = os.environ.get("WANDB_BASE_URL") or DEFAULT_HOST
+    try:
+        urllib.request.urlopen(address, timeout=seconds).close()
+    except (urllib.error.HTTPError, ssl.SSLError, http.client.HTTPException, ValueError):
+        return ""  # somebody is there: wandb sees to the rest
+    except OSError as error:
+        reason = getattr(error, "reason", error)
+        return "" if isinstance(reason, ssl.SSLError) else f"{address} does not answer ({reason})"
+    return ""
 
 
 def _attempt(settings: Settings, mode: str, report: Report) -> int:

@@ -56,9 +56,7 @@ class SmolLM2(HubModel):
         return super().own_problems()
 
 
-_NEEDS_GGUF = (
-    "model=smollm2_135m needs the package gguf to read its weights the first time: pip install 'atropos-exp[smollm2]'"
-)
+_NEEDS_GGUF = "model=smollm2_135m needs the package gguf to read its weights the first time: pip install 'gguf>=0.17'"
 
 
 def cache_folder() -> Path:

@@ -36,6 +36,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # verl and its dependencies warn of their own deprecations at import
     from peft import PeftModel
     from transformers import AutoConfig, AutoModelForCausalLM
+    from verl.models.transformers import monkey_patch
     from verl.trainer.config import CheckpointConfig
     from verl.utils import model as verl_model
     from verl.utils.ulysses import (
@@ -46,6 +47,8 @@ with warnings.catch_warnings():
     from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig
     from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
+# Where TRL is installed, verl would patch a class of it that TRL 1 has no more. Nothing here has a value head.
+monkey_patch.is_trl_available = lambda: False
 logger = logging.getLogger(__name__)
 PRECISION = {"float32": "fp32", "bfloat16": "bf16"}
 

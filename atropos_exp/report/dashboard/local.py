@@ -6,7 +6,7 @@ from pathlib import Path
 
 from atropos_exp.errors import UserError
 
-INSTALL = "pip install 'atropos-exp[trackio]' (docs/troubleshooting.md, if pip refuses)"
+INSTALL = "pip install 'trackio>=0.43' (docs/troubleshooting.md, if pip refuses)"
 
 
 def show(folder: Path, *, port: int | None, open_browser: bool) -> None:

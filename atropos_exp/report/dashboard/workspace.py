@@ -9,7 +9,7 @@ from atropos_exp.errors import UserError
 
 STEP = "step"
 CLOSED = ("Weights in the engine",)  # sections that are folded at first
-INSTALL = "pip install 'atropos-exp[dashboard]'"
+INSTALL = "pip install 'wandb-workspaces>=0.4.13'"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

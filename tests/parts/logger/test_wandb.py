@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -121,6 +122,23 @@ def test_a_server_that_never_answers_neither_stops_nor_slows_the_run(
     assert logger.num_dropped > 0  # 499 steps do not fit the queue and the pipe
     assert "did not finish within 2 s" in caplog.text
     assert f"missed {logger.num_dropped} messages" in caplog.text
+
+
+def test_a_short_run_without_a_network_is_recorded_offline_and_soon_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture, read_wandb_offline: Callable[[Path], dict[str, Any]],
+) -> None:  # fmt: skip
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections, and says nothing
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        monkeypatch.setenv("WANDB_API_KEY", KEY)
+        begin = time.monotonic()
+        logger = start(tmp_path, mode=Mode.auto, init_timeout=60.0, finish_timeout=60.0)
+        logger.log(StepMetrics(step=1, values={"reward/mean": 0.5}))
+        logger.close(SUMMARY)
+        assert time.monotonic() - begin < 20
+    assert [row["reward/mean"] for row in read_wandb_offline(tmp_path)["history"]] == [0.5]
+    assert "no connection, recording offline" in caplog.text
+    assert "to upload: wandb sync" in capfd.readouterr().out
 
 
 def test_a_dead_server_falls_back_to_offline(

@@ -188,7 +188,7 @@ def test_preflight_asks_for_gguf_and_knows_the_context(cache: Path, monkeypatch:
     assert "8000 + 193 = 8193 tokens, but the context of the model is 8192" in message
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     (message,) = settings.preflight(**sizes)
-    assert "pip install 'atropos-exp[smollm2]'" in message
+    assert "pip install 'gguf>=0.17'" in message
     with pytest.raises(UserError, match="needs the package gguf"):
         settings.fetch()
     other = settings.model_copy(update={"path": "/no/such/folder"})

@@ -61,7 +61,7 @@ def test_the_workspace_that_would_be_sent() -> None:
 @pytest.mark.skipif(HAS_WORKSPACES, reason="the extra `dashboard` is installed")
 def test_without_workspaces_it_says_what_to_install() -> None:
     done = command("--print")
-    assert done.returncode == 2 and "pip install 'atropos-exp[dashboard]'" in done.stderr
+    assert done.returncode == 2 and "pip install 'wandb-workspaces>=0.4.13'" in done.stderr
 
 
 def test_the_workspace_needs_an_owner() -> None:
@@ -85,9 +85,9 @@ def test_impossible_settings_are_refused(tmp_path: Path) -> None:
 @pytest.mark.skipif(HAS_TRACKIO, reason="the extra `trackio` is installed")
 def test_without_trackio_it_says_what_to_install(tmp_path: Path) -> None:
     (problem,) = trackio(tmp_path).preflight()
-    assert "pip install 'atropos-exp[trackio]'" in problem
+    assert "pip install 'trackio>=0.43'" in problem
     done = command("--local", str(tmp_path))
-    assert done.returncode == 2 and "pip install 'atropos-exp[trackio]'" in done.stderr
+    assert done.returncode == 2 and "pip install 'trackio>=0.43'" in done.stderr
 
 
 @needs_trackio
