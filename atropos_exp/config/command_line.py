@@ -20,6 +20,7 @@ from atropos_exp.config.freeze import FROZEN
 from atropos_exp.config.sources import Sources
 from atropos_exp.config.verbatim import verbatim
 from atropos_exp.errors import UserError
+from atropos_exp.processes.startup import load_own
 
 Task = Callable[[DictConfig], int | None]
 Sweep = Callable[[Sequence[str], Sources], int]
@@ -36,6 +37,7 @@ def hydra_main(task: Task, sweep: Sweep, check: Check) -> Callable[[], None]:
     """
 
     def main() -> None:
+        load_own("data_prep")
         if sys.argv[1:2] == [FROZEN]:
             sys.exit(_told(lambda: task(_frozen(sys.argv[2:])) or 0))
         version.setbase("1.3")

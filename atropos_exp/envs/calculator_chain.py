@@ -12,6 +12,8 @@ from random import Random
 
 import numpy as np
 
+from atropos_exp.processes.startup import load_own
+
 _NUMBER = re.compile(r"\s*(-?\d{1,18})\s*\.?\s*")
 _EXPRESSION = re.compile(r"\s*(\d{1,18}(?:\s*[+-]\s*\d{1,18})+)\s*=?\s*")
 LOWEST, HIGHEST = 10, 99  # of the operands and of every result
@@ -45,6 +47,7 @@ def question(left: int, right: int) -> str:
 def draw_chain(seed: int, num_sums: int, *, held_out: bool) -> Chain:
     """A random chain with operands and results of two digits. With `held_out`, every sum in it is one that no run
     trains on (see `data_prep.arithmetic`); without, none is."""
+    load_own("data_prep")
     from data_prep.arithmetic import is_held_out
 
     random = Random(seed)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from atropos_exp.processes.startup import no_collections, tokenizers_only
+from atropos_exp.processes.startup import load_own, no_collections, tokenizers_only
 
 if __name__ == "__main__":
     with tokenizers_only(), no_collections():
@@ -42,6 +42,8 @@ class SingleTurnEnv(RunEnv):
 
     def prepare(self) -> None:
         from atropos_exp.parts.reward.pool import RewardPool
+
+        load_own("data_prep")
         from data_prep.prepare import ensure
 
         settings, run = self.settings, self.settings.run

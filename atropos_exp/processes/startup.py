@@ -1,10 +1,24 @@
-"""Two ways to make programs start sooner that import large libraries."""
+"""What a program does with Python's imports before it imports much: large libraries, and a package's rightful place."""
 
 import gc
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import module_from_spec, spec_from_file_location
+
+from atropos_exp.processes.child import IMPORT_ROOT
+
+
+def load_own(package: str) -> None:
+    """Import `package` from beside this one, where a folder of that name in the working directory would hide it."""
+    folder = IMPORT_ROOT / package
+    if package in sys.modules or not folder.is_dir():
+        return
+    spec = spec_from_file_location(package, folder / "__init__.py", submodule_search_locations=[str(folder)])
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[package] = module_from_spec(spec)
+    spec.loader.exec_module(module)
 
 
 @contextmanager

@@ -258,3 +258,11 @@ def test_text_stays_text(tmp_path: Path) -> None:
     done = run("--cfg", "job", "name=2024_11", "model.revision=12e4567", "data.ability=[1e3,a]", cwd=tmp_path)
     shown = yaml.safe_load(done.stdout)
     assert (shown["name"], shown["model"]["revision"], shown["data"]["ability"]) == ("2024_11", "12e4567", ["1e3", "a"])
+
+
+def test_a_folder_of_the_users_hides_no_package_of_ours(tmp_path: Path) -> None:
+    (tmp_path / "data_prep").mkdir()
+    (tmp_path / "data_prep" / "__init__.py").write_text("raise RuntimeError('not ours')\n")
+    done = run("data.prepare.arguments.num_train=0", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "data.prepare.arguments.num_train: got 0, expected at least 1" in done.stderr

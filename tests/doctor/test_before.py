@@ -117,7 +117,7 @@ def test_a_library_that_is_not_the_tested_one(tmp_path: Path, monkeypatch: pytes
 @pytest.mark.parametrize(
     ("overrides", "topic", "level", "said", "remedy"),
     [
-        (["trainer.max_steps=2000000000"], "disk", Level.fail, "wanted", "output_dir"),
+        (["trainer.max_steps=1000000000"], "disk", Level.fail, "wanted", "output_dir"),
         (["output_dir=/proc/runs"], "disk", Level.fail, "cannot be written to", "output_dir"),
         (
             ["batch_size=65536", "group_size=64", "trainer.max_tokens_per_micro_batch=100000000"],
