@@ -15,7 +15,7 @@ from atropos_exp.parts.atropos.launch import UNLIMITED_STEPS, Programs, start_pr
 from atropos_exp.parts.atropos.source import AtroposSource
 from atropos_exp.parts.gateway.client import GatewayClient
 from atropos_exp.parts.gateway.ports import Doors
-from atropos_exp.parts.model.hf_folder import vocab_size
+from atropos_exp.parts.model.hf_folder import copy_description, vocab_size
 from atropos_exp.runs.folder import RunFolder
 from atropos_exp.runs.seeds import derive_seed
 
@@ -61,6 +61,8 @@ def start_outside(checked: Checked, folder: RunFolder, *, model_folder: Path, st
     run, parts = checked.run, checked.parts
     if not parts.rollout.uses_atropos:
         return None
+    tokenizer = folder.path / "tokenizer"  # environments may have an older transformers than the run
+    copy_description(model_folder, tokenizer)
     doors = parts.gateway.listen(parts.atropos.extra_ports)
     stack.callback(doors.close)
     programs = start_programs(
@@ -71,7 +73,7 @@ def start_outside(checked: Checked, folder: RunFolder, *, model_folder: Path, st
             gateway_url=doors.address,
             gateway_token=parts.gateway.token or NO_TOKEN,
             model_name=run.name,
-            tokenizer=model_folder,
+            tokenizer=tokenizer.absolute(),
             run_config=folder.path / "config.yaml",
             run_folder=folder.path,
             group_size=run.group_size,

@@ -143,11 +143,29 @@ def read_json(path: Path, *, optional: bool = False) -> dict[str, Any]:
 
 
 def copy_description(folder: Path, target: Path) -> None:
-    """Copy everything but the weights into `target`: configuration, generation settings, tokenizer, own code."""
+    """Copy everything but the weights into `target`: configuration, generation settings, tokenizer, own code. Versions
+    4 and 5 of transformers can both read the tokenizer there."""
     target.mkdir(parents=True, exist_ok=True)
     for pattern in DESCRIPTION:
         for path in folder.glob(pattern):
             shutil.copyfile(path, target / path.name)
+    settings = target / "tokenizer_config.json"
+    if settings.is_file():
+        found = read_json(settings)
+        if (readable := _for_both_versions(found)) != found:
+            settings.write_text(json.dumps(readable, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _for_both_versions(settings: dict[str, Any]) -> dict[str, Any]:
+    """A tokenizer_config.json of transformers 5 under the names of version 4, which version 5 reads too."""
+    readable = dict(settings)
+    if settings.get("tokenizer_class") == "TokenizersBackend":
+        readable["tokenizer_class"] = "PreTrainedTokenizerFast"
+    extra = settings.get("extra_special_tokens")
+    if isinstance(extra, list):  # version 4 has a mapping of names here
+        del readable["extra_special_tokens"]
+        readable["additional_special_tokens"] = [*(settings.get("additional_special_tokens") or ()), *extra]
+    return readable
 
 
 def vocab_size(model_folder: Path) -> int:
