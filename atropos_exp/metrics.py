@@ -91,6 +91,7 @@ METRICS: Mapping[str, str] = {
     "eval/<set>/num": "Problems of the held-out set.",
     "eval/reward_failures": "Held-out answers that could not be scored; they count as wrong.",
     "atropos/<counter>": "A total of this process: batches, groups by fate, restarts, outages (docs/atropos.md).",
+    "environment/<name>/<metric>": "What this process of an environment measured in an evaluation of its own.",
     "gateway/<counter>": "Total or gauge of the gateway: requests, tokens, refusals, ledger (docs/atropos.md).",
 }
 

@@ -9,12 +9,14 @@ from atropos_exp.assembly.check import Checked
 from atropos_exp.errors import EngineError
 from atropos_exp.interfaces import Engine
 from atropos_exp.parts.atropos.client import Registration
-from atropos_exp.parts.atropos.environment import Facts
+from atropos_exp.parts.atropos.environment import EVALUATIONS, Facts
+from atropos_exp.parts.atropos.evaluations import Evaluations
 from atropos_exp.parts.atropos.intake import Intake
 from atropos_exp.parts.atropos.launch import UNLIMITED_STEPS, Programs, start_programs
 from atropos_exp.parts.atropos.source import AtroposSource
 from atropos_exp.parts.gateway.client import GatewayClient
 from atropos_exp.parts.gateway.ports import Doors
+from atropos_exp.parts.logger.wandb import Wandb
 from atropos_exp.parts.model.hf_folder import copy_description, vocab_size
 from atropos_exp.runs.folder import RunFolder
 from atropos_exp.runs.seeds import derive_seed
@@ -63,6 +65,7 @@ def start_outside(checked: Checked, folder: RunFolder, *, model_folder: Path, st
         return None
     tokenizer = folder.path / "tokenizer"  # environments may have an older transformers than the run
     copy_description(model_folder, tokenizer)
+    wandb = parts.logger.environment_variables(folder.path) if isinstance(parts.logger, Wandb) else {}
     doors = parts.gateway.listen(parts.atropos.extra_ports)
     stack.callback(doors.close)
     programs = start_programs(
@@ -78,8 +81,9 @@ def start_outside(checked: Checked, folder: RunFolder, *, model_folder: Path, st
             run_folder=folder.path,
             group_size=run.group_size,
             max_token_length=checked.max_sequence_length,
-            uses_wandb=parts.logger.project is not None,
+            uses_wandb=wandb.get("WANDB_MODE", "disabled") != "disabled",
         ),
+        variables=wandb,
         log_folder=folder.path / "log",
     )
     stack.callback(programs.client.close)
@@ -124,10 +128,12 @@ def read_atropos(
         except EngineError:  # it is down: `watch` sees to it when something is waited for
             return {}
 
+    evaluations = Evaluations(folder.path / EVALUATIONS)
+
     source = AtroposSource(
         parts.atropos,
         outside.programs,
-        falls_back=parts.rollout.falls_back,
+        falls_back=checked.falls_back,
         registration=registration,
         intake=Intake(
             gateway,
@@ -138,7 +144,7 @@ def read_atropos(
             max_version_lag=parts.atropos.max_version_lag,
         ),
         watch=watch,
-        more_counters=gateway_counters,
+        more_counters=lambda: {**gateway_counters(), **evaluations.collect()},
         group_size=run.group_size,
     )
     stack.callback(outside.programs.supervisor.stop)  # before the gateway: nobody asks while it goes

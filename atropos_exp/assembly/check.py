@@ -33,6 +33,11 @@ class Checked:
     config: DictConfig  # as composed; interpolations are kept
 
     @property
+    def falls_back(self) -> bool:
+        """Whether local rollouts take over while Atropos gives none: only where they are of the same kind."""
+        return self.parts.rollout.falls_back and self.parts.env.fallback
+
+    @property
     def max_sequence_length(self) -> int:
         """Tokens of a prompt and its answer; a whole conversation of an environment has at most as many."""
         return self.run.max_prompt_length + self.run.max_response_length

@@ -11,7 +11,7 @@ import numpy as np
 from atropos_exp.assembly.atropos import Outside, read_atropos, start_gateway, start_outside, tracker_group
 from atropos_exp.assembly.check import Checked
 from atropos_exp.config.freeze import resolved
-from atropos_exp.interfaces import Engine, Evaluator, Logger, PromptLoader, Scorer
+from atropos_exp.interfaces import Engine, Evaluator, Logger, PromptLoader, RolloutSource, Scorer
 from atropos_exp.parts.data.settings import PrepareSettings
 from atropos_exp.parts.eval.held_out import HeldOutEvaluator
 from atropos_exp.parts.gateway.client import GatewayClient
@@ -146,7 +146,11 @@ def start_head(
         seed=run.seed,
         mask_truncated=parts.rollout.mask_truncated,
     )
-    source = JournaledSource(parts.rollout.choose(local=local, remote=remote), folder.path / "rollouts")
+    if remote is not None and parts.rollout.falls_back and not checked.falls_back:
+        chosen: RolloutSource = remote
+    else:
+        chosen = parts.rollout.choose(local=local, remote=remote)
+    source = JournaledSource(chosen, folder.path / "rollouts")
     evaluate = HeldOutEvaluator(
         settings=parts.eval,
         prompts=prepared.held_out,

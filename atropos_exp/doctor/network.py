@@ -44,9 +44,11 @@ def _down(checked: Checked, reason: str) -> Line:
     remedy = f"start it (run-api), or correct atropos.api_url={settings.api_url}"
     if settings.launch:
         return warn("atropos", f"{reason}: the run starts an API of its own instead", remedy)
-    if checked.parts.rollout.falls_back:
+    if checked.falls_back:
         return warn("atropos", f"{reason}: the run goes on with local rollouts", remedy)
-    return fail("atropos", f"{reason}, and rollout=atropos has nothing else", f"{remedy}, or rollout=auto")
+    return fail(
+        "atropos", f"{reason}, and the run has nothing else", f"{remedy}, or rollout=auto with env.fallback=true"
+    )
 
 
 def _state(checked: Checked, client: AtroposClient) -> Line:

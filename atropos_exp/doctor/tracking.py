@@ -2,16 +2,13 @@
 
 import importlib.util
 import os
-import socket
 from urllib.parse import urlparse
 
 from atropos_exp.assembly.check import Checked
 from atropos_exp.doctor.line import Line, fail, ok, warn
 from atropos_exp.parts.logger.trackio import Trackio
-from atropos_exp.parts.logger.wandb import Mode, Wandb
-from atropos_exp.parts.logger.wandb_process import DEFAULT_HOST, has_key
-
-_CONNECT_SECONDS = 3.0
+from atropos_exp.parts.logger.wandb import CONNECT_SECONDS, Wandb
+from atropos_exp.parts.logger.wandb_process import DEFAULT_HOST, has_key, resolved, unreachable
 
 
 def check_tracking(checked: Checked) -> list[Line]:
@@ -26,8 +23,7 @@ def check_tracking(checked: Checked) -> list[Line]:
 
 def _wandb(logger: Wandb) -> Line:
     keyed = has_key()
-    mode = os.environ.get("WANDB_MODE") if logger.mode is Mode.auto else logger.mode.value
-    mode = mode or ("online" if keyed else "offline")
+    mode = resolved(logger.mode.value)
     if mode == "online" and not keyed:
         remedy = "wandb login, set WANDB_API_KEY, or logger.mode=offline"
         return fail("tracking", "W&B online without an API key", remedy)
@@ -36,11 +32,8 @@ def _wandb(logger: Wandb) -> Line:
         return warn("tracking", text, "wandb login; or upload later with the `wandb sync` command that the run prints")
     if mode != "online":
         return ok("tracking", f"W&B is {mode}")
-    address = urlparse(os.environ.get("WANDB_BASE_URL") or DEFAULT_HOST)
-    port = address.port or (443 if address.scheme == "https" else 80)
-    try:
-        socket.create_connection((address.hostname or "", port), _CONNECT_SECONDS).close()
-    except OSError as error:
-        text = f"W&B's server {address.hostname}:{port} cannot be reached ({error}); the run would record offline"
+    if reason := unreachable(CONNECT_SECONDS):
+        text = f"{reason}; the run would record offline"
         return warn("tracking", text, "check network and WANDB_BASE_URL, or logger.mode=offline")
-    return ok("tracking", f"W&B online at {address.hostname}, project {logger.project}")
+    host = urlparse(os.environ.get("WANDB_BASE_URL") or DEFAULT_HOST).hostname
+    return ok("tracking", f"W&B online at {host}, project {logger.project}")

@@ -55,6 +55,13 @@ def _outcome(known: set[str]) -> list[dict[str, Any]]:
                  "Greedy answers to prompts never trained on, with 95 % intervals.",
                  _evaluated(name, "greedy"), *curves, floor=0.0, ceiling=1.0)
         )  # fmt: skip
+    for environment in sorted({name.split("/")[1] for name in known if name.startswith("environment/")}):
+        prefix = f"environment/{environment}/"
+        measured = sorted(name for name in known if name.startswith(prefix))
+        charts.append(
+            line(f"Environment {environment}", "What it measured in evaluations of its own.",
+                 *[curve(name, name.removeprefix(prefix), sparse=True) for name in measured])
+        )  # fmt: skip
     return charts
 
 

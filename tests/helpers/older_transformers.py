@@ -10,7 +10,12 @@ from pathlib import Path
 
 import pytest
 
-PACKAGES = ("transformers<5", "huggingface_hub<1", "tokenizers<0.23")  # what transformers 4 pins; the rest is shared
+PACKAGES = (
+    "transformers<5",
+    "huggingface_hub<1",
+    "tokenizers<0.23",
+    "datasets<=5.0.1",
+)  # what transformers 4 pins; the rest is shared
 
 
 def environment(folder: Path) -> Path:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from atropos_exp.report.__main__ import main
+from atropos_exp.report.charts import chart_specs
 from atropos_exp.report.page import write_report
 from atropos_exp.report.run_data import MAX_POINTS, columns, load_run
 from atropos_exp.runs.files import RunFiles
@@ -175,3 +176,13 @@ def test_a_comparison_of_runs_overwrites_no_report(tmp_path: Path, write_run: An
     assert [(run / "report.html").read_text() for run in runs] == ["its own", "its own"]
     assert main([str(runs[0]), "--out", "/proc/x/report.html"]) == 2
     assert capsys.readouterr().err == "report: /proc/x: No such file or directory; --out names another file\n"
+
+
+def test_evaluations_of_an_environment_have_a_chart_of_their_own() -> None:
+    names = ["reward/mean", "environment/gsm8k_0/eval_percent_correct", "environment/gsm8k_0/n"]
+    [chart] = [chart for chart in chart_specs(names) if chart["title"].startswith("Environment")]
+    assert chart["title"] == "Environment gsm8k_0"
+    assert [(series["name"], series["label"]) for series in chart["series"]] == [
+        ("environment/gsm8k_0/eval_percent_correct", "eval_percent_correct"),
+        ("environment/gsm8k_0/n", "n"),
+    ]

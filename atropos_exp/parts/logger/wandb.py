@@ -7,10 +7,12 @@ from pathlib import Path
 from atropos_exp.config.settings import Seconds
 from atropos_exp.parts.logger.console import ConsoleLogger
 from atropos_exp.parts.logger.remote import RemoteLogger, RemoteSettings
+from atropos_exp.parts.logger.wandb_process import resolved, unreachable
 from atropos_exp.runs.atomic import write_atomic
 from atropos_exp.types import RunDescription
 
 RUN_ID_FILE = "wandb_run_id.txt"
+CONNECT_SECONDS = 3.0
 
 
 class Mode(Enum):
@@ -30,6 +32,15 @@ class Wandb(RemoteSettings):
     job_type: str | None
     tags: list[str]
     init_timeout: Seconds
+
+    def environment_variables(self, run_folder: Path) -> dict[str, str]:
+        """With which other programs of the run record as it does: in its mode, offline where the server is out of
+        reach."""
+        mode = resolved(self.mode.value)
+        if mode == "online" and unreachable(CONNECT_SECONDS) is not None:
+            mode = "offline"
+        variables = {"WANDB_MODE": mode, "WANDB_DIR": str(run_folder.absolute()), "WANDB_SILENT": "true"}
+        return variables if self.entity is None else {**variables, "WANDB_ENTITY": self.entity}
 
     def start(self, run: RunDescription) -> ConsoleLogger | RemoteLogger:
         """Return the logger of a run. A resumed run continues its W&B run, whose id lies in the run folder."""

@@ -35,27 +35,12 @@ def main() -> None:
     if connected is None:
         return
     settings, report = connected
-    mode = settings["mode"]
-    if mode == "auto":
-        mode = os.environ.get("WANDB_MODE") or ("online" if has_key() else "offline")
-    if mode == "online" and (problem := _unreachable(min(_PROBE_SECONDS, settings["init_timeout"]))):
+    mode = resolved(settings["mode"])
+    if mode == "online" and (problem := unreachable(min(_PROBE_SECONDS, settings["init_timeout"]))):
         report(f"no connection, recording offline: {problem}", "warning")
         mode = "offline"
     if _attempt(settings, mode, report) == _NOT_STARTED and mode != "offline":
         _attempt(settings, "offline", report)
-
-
-def _unreachable(seconds: float) -> str:
-    """Why W&B's server does not answer within `seconds`; "" if it does, whatever it says."""
-    address = os.environ.get("WANDB_BASE_URL") or DEFAULT_HOST
-    try:
-        urllib.request.urlopen(address, timeout=seconds).close()
-    except (urllib.error.HTTPError, ssl.SSLError, http.client.HTTPException, ValueError):
-        return ""  # somebody is there: wandb sees to the rest
-    except OSError as error:
-        reason = getattr(error, "reason", error)
-        return "" if isinstance(reason, ssl.SSLError) else f"{address} does not answer ({reason})"
-    return ""
 
 
 def _attempt(settings: Settings, mode: str, report: Report) -> int:
@@ -137,6 +122,26 @@ def _all_attempts(sync_dir: str) -> str:
     for each attempt, and all of them are parts of one run."""
     run_id = sync_dir.rpartition("-")[2]
     return shlex.join(sorted(glob.glob(f"{glob.escape(os.path.dirname(sync_dir))}/offline-run-*-{run_id}")))
+
+
+def resolved(mode: str) -> str:
+    """`mode`, or what `auto` means for this user: WANDB_MODE, else online with an API key, else offline."""
+    if mode != "auto":
+        return mode
+    return os.environ.get("WANDB_MODE") or ("online" if has_key() else "offline")
+
+
+def unreachable(seconds: float) -> str | None:
+    """Why W&B's server does not answer within `seconds`; None if it does, whatever it says."""
+    address = os.environ.get("WANDB_BASE_URL") or DEFAULT_HOST
+    try:
+        urllib.request.urlopen(address, timeout=seconds).close()
+    except (urllib.error.HTTPError, ssl.SSLError, http.client.HTTPException, ValueError):
+        return None  # somebody is there: wandb sees to the rest
+    except OSError as error:
+        reason = getattr(error, "reason", error)
+        return None if isinstance(reason, ssl.SSLError) else f"{address} does not answer ({reason})"
+    return None
 
 
 def has_key() -> bool:

@@ -209,3 +209,25 @@ def test_disabled_starts_no_process(tmp_path: Path) -> None:
 def test_impossible_settings_are_refused(changed: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=rf"^{next(iter(changed))}: got"):
         settings(**changed)
+
+
+@pytest.mark.parametrize(
+    ("mode", "variables", "expected"),
+    [
+        ("offline", {"WANDB_API_KEY": "x" * 40}, "offline"),
+        ("disabled", {"WANDB_API_KEY": "x" * 40}, "disabled"),
+        ("auto", {}, "offline"),  # without a key
+        ("auto", {"WANDB_MODE": "disabled"}, "disabled"),
+        ("online", {"WANDB_BASE_URL": "http://127.0.0.1:9"}, "offline"),  # nobody listens there
+    ],
+)
+def test_other_programs_of_the_run_record_as_it_does(
+    mode: str, variables: dict[str, str], expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    given = settings(mode=Mode(mode), entity="team").environment_variables(tmp_path)
+    assert given == {
+        "WANDB_MODE": expected, "WANDB_DIR": str(tmp_path), "WANDB_SILENT": "true", "WANDB_ENTITY": "team",
+    }  # fmt: skip
