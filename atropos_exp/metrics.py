@@ -23,6 +23,7 @@ METRICS: Mapping[str, str] = {
     "rollout/num": "Rollouts that reached the step.",
     "rollout/num_<source>": "Of these, sampled by this source (`local`, `atropos`).",
     "rollout/supervised": "Of these, trained on by plain cross-entropy; their rewards are not compared.",
+    "rollout/of_unknown_version": "Of these, neither supervised nor known to the ledger: of weights that nobody knows.",
     "rollout/num_tokens": "Tokens of the rollouts, prompts included.",
     "rollout/dropped_<reason>": "Rollouts that were dropped for this reason before they reached a group.",
     "batch/num_tokens": "Packed tokens of the update, prompts included.",
@@ -35,7 +36,7 @@ METRICS: Mapping[str, str] = {
     "lr": "Learning rate of the update.",
     "update/skipped": "1 if the loss or a gradient was not finite, so that nothing was applied.",
     "policy/version": "Version of the weights that the step trained, before its update.",
-    "policy/version_lag_mean": "Mean over rollouts of `policy/version` minus the version that sampled the rollout.",
+    "policy/version_lag_mean": "Mean over rollouts of known version of `policy/version` minus that version.",
     "policy/version_lag_max": "The same, of the oldest rollout.",
     "policy/entropy": "Mean entropy of the policy per trained token, nats.",
     "policy/mismatch_kl": "k3 estimate of KL(behaviour || trained policy) per trained token, nats.",
@@ -180,6 +181,7 @@ def _of_groups(groups: Sequence[RolloutGroup], policy_version: int) -> dict[str,
         "group/num": len(groups),
         "rollout/num": len(rollouts),
         "rollout/supervised": sum(rollout.supervised for rollout in rollouts),
+        "rollout/of_unknown_version": sum(not (rollout.by_engine or rollout.supervised) for rollout in rollouts),
         "rollout/num_tokens": sum(len(rollout.token_ids) for rollout in rollouts),
     }
     by_source = Counter(slug(group.source) for group in groups for _ in group.rollouts)
@@ -187,7 +189,7 @@ def _of_groups(groups: Sequence[RolloutGroup], policy_version: int) -> dict[str,
     if not rollouts:
         return values | {"reward/mean": float("nan")}
     rewards_N = np.array([rollout.reward for rollout in rollouts], dtype=np.float64)
-    lags_N = policy_version - np.array([rollout.policy_version for rollout in rollouts])
+    lags = [float(policy_version - rollout.policy_version) for rollout in rollouts if rollout.by_engine]
     responses_N = np.array([rollout.num_trained for rollout in rollouts])
     judged = [np.array([rollout.reward for rollout in group.compared], dtype=np.float64) for group in groups]
     flat = [
@@ -201,8 +203,8 @@ def _of_groups(groups: Sequence[RolloutGroup], policy_version: int) -> dict[str,
         "reward/std": rewards_N.std(),
         "group/zero_variance_fraction": float(np.mean(flat)),
         "group/singleton_fraction": float(np.mean([len(rewards_G) == 1 for rewards_G in judged])),
-        "policy/version_lag_mean": lags_N.mean(),
-        "policy/version_lag_max": lags_N.max(),
+        "policy/version_lag_mean": float(np.mean(lags or [np.nan])),
+        "policy/version_lag_max": max(lags, default=np.nan),
         "length/prompt_mean": float(np.mean([np.argmax(rollout.trained) for rollout in rollouts])),
         "length/response_mean": responses_N.mean(),
         "length/response_max": responses_N.max(),

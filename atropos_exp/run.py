@@ -29,6 +29,7 @@ from atropos_exp.runs.files import last_step, note_command, read_rows, write_sum
 from atropos_exp.runs.folder import RunFolder, open_run_folder
 from atropos_exp.runs.provenance import git_commit, versions
 from atropos_exp.runs.summary import summarize_run
+from atropos_exp.runs.waiting import dropped_while_waiting
 from atropos_exp.sweep.start import start_sweep
 
 
@@ -153,6 +154,7 @@ class Experiment:
             git=git_commit(),
             versions=versions() | {f"engine: {name}": version for name, version in libraries.items()},
             config_hash=config_hash(self._checked.config),
+            dropped_waiting=dropped_while_waiting(self._folder.path),
             num_failed_syncs=parts.publisher.num_syncs - parts.publisher.num_verified if parts is not None else 0,
             num_repeated_syncs=parts.publisher.num_repeated if parts is not None else 0,
         )

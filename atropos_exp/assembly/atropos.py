@@ -15,6 +15,7 @@ from atropos_exp.parts.atropos.intake import Intake
 from atropos_exp.parts.atropos.launch import UNLIMITED_STEPS, Programs, start_programs
 from atropos_exp.parts.atropos.source import AtroposSource
 from atropos_exp.parts.gateway.client import GatewayClient
+from atropos_exp.parts.gateway.options import ENTRY_TOKENS
 from atropos_exp.parts.gateway.ports import Doors
 from atropos_exp.parts.logger.wandb import Wandb
 from atropos_exp.parts.model.hf_folder import copy_description, vocab_size
@@ -52,6 +53,7 @@ def start_gateway(
         # What a resumed run samples anew must not repeat what it sampled before.
         seed=derive_seed(run.seed, "gateway", sum(1 for _ in (folder.path / "rollouts").glob("*.parquet"))),
         log_folder=folder.path / "log",
+        batch_tokens=run.batch_size * run.group_size * (run.max_response_length + ENTRY_TOKENS),
     )
     stack.callback(gateway.stop)
     gateway.hold()
@@ -128,7 +130,11 @@ def read_atropos(
         except EngineError:  # it is down: `watch` sees to it when something is waited for
             return {}
 
-    evaluations = Evaluations(folder.path / EVALUATIONS)
+    def refusals() -> Mapping[str, str]:
+        try:
+            return gateway.refusals()
+        except EngineError:
+            return {}
 
     source = AtroposSource(
         parts.atropos,
@@ -142,10 +148,14 @@ def read_atropos(
             group_size=run.group_size,
             stop_token_ids=parts.model.stop_token_ids(model_folder),
             max_version_lag=parts.atropos.max_version_lag,
+            max_response=run.max_response_length,
         ),
         watch=watch,
-        more_counters=lambda: {**gateway_counters(), **evaluations.collect()},
+        gateway_counters=gateway_counters,
+        evaluations=Evaluations(folder.path / EVALUATIONS).collect,
+        refusals=refusals,
         group_size=run.group_size,
+        run_folder=folder.path,
     )
     stack.callback(outside.programs.supervisor.stop)  # before the gateway: nobody asks while it goes
     if not folder.resumed:

@@ -17,13 +17,14 @@ def summarize_run(
     git: str | None,
     versions: Mapping[str, str],
     config_hash: str,
+    dropped_waiting: Mapping[str, int],
     num_failed_syncs: int = 0,
     num_repeated_syncs: int = 0,
 ) -> dict[str, Any]:
     """The summary of a run whose metrics.jsonl holds `rows`.
 
     A sync whose proof failed has no row, nor has one that was repeated because the engine had been restarted; the last
-    two arguments count them.
+    two arguments count them. `dropped_waiting` are rollouts of a step that has none, by reason.
     """
     assert status in ("finished", "stopped", "failed"), status
     rewards = _column(rows, "reward/mean")
@@ -45,7 +46,7 @@ def summarize_run(
         "rollouts": {
             "atropos": int(sum(_column(rows, "rollout/num_atropos"))),
             "local": int(sum(_column(rows, "rollout/num_local"))),
-            "dropped": _dropped(rows),
+            "dropped": _dropped(rows, dropped_waiting),
         },
         "sync": {
             "count": len(syncs) + num_failed_syncs + num_repeated_syncs,
@@ -76,9 +77,9 @@ def _column(rows: Sequence[Row], name: str) -> list[float]:
     return [value for row in rows if (value := row.get(name)) is not None]
 
 
-def _dropped(rows: Sequence[Row]) -> dict[str, int]:
+def _dropped(rows: Sequence[Row], waiting: Mapping[str, int]) -> dict[str, int]:
     prefix = "rollout/dropped_"
-    total: dict[str, int] = {}
+    total = dict(waiting)
     for row in rows:
         for name, value in row.items():
             if name.startswith(prefix) and value:

@@ -1,11 +1,14 @@
 """A client of the Atropos API. Every call has a deadline, and one that takes data from a queue is never repeated."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
-import orjson
+
+from atropos_exp.parts.atropos.stream import BrokenJSON, NoGroups, groups
+
+Group = TypeVar("Group")
 
 GREETING = "AtroposLib API"  # the answer to GET /
 CONNECT_SECONDS = 2.0
@@ -128,13 +131,17 @@ class AtroposClient:
         assert env_id >= 0, "the API counts negative numbers from the end"
         self._json("POST", "/disconnect-env", {"env_id": env_id})
 
-    def batch(self) -> list[dict[str, Any]] | None:
-        """The next batch of groups, as the environments sent them; None while there is none.
+    def batch(self, read: Callable[[Any], Group] = lambda raw: raw) -> list[Group] | None:
+        """What `read` makes of each group of the next batch, as the environments sent them (lists of numbers are arrays
+        in them); None while there is no batch. Each is read as it arrives, so the whole is never in memory.
 
         Raises ApiLost if this run is not registered, BatchLost if a batch was taken and is gone, ApiDown.
         """
         try:
-            response = self._http.get("/batch", timeout=self._batch_timeout)
+            with self._http.stream("GET", "/batch", timeout=self._batch_timeout) as response:
+                if response.status_code != 200:
+                    raise self._refused(response)
+                return _read_batch(response.iter_raw(), read)
         except httpx.ReadTimeout:
             raise BatchLost(
                 f"GET /batch took longer than {self._batch_timeout.read:g} s (atropos.batch_timeout): what it "
@@ -144,19 +151,18 @@ class AtroposClient:
             raise ApiDown(f"{self.url} broke off while sending a batch ({error})") from None
         except httpx.TransportError as error:
             raise ApiDown(f"{self.url} does not answer ({error})") from None
-        if response.status_code >= 500:
-            raise BatchLost(
-                f"GET /batch answered {response.status_code}: the API cannot send what it took from its queue, as "
-                "when a group holds NaN or infinity"
+
+    def _refused(self, response: httpx.Response) -> Exception:
+        """Why there is no batch in it. The API itself answers 500; a proxy before it others."""
+        if response.status_code == 500:
+            return BatchLost(
+                "GET /batch answered 500: the API cannot send what it took from its queue, as when a group holds NaN "
+                "or infinity"
             )
-        try:
-            answer = orjson.loads(response.content)
-        except orjson.JSONDecodeError as error:
-            raise BatchLost(f"GET /batch sent no JSON ({error})") from None
-        if answer.get("status") == "error":
-            raise ApiLost(str(answer.get("message")))
-        batch: list[dict[str, Any]] | None = answer.get("batch")
-        return batch or None
+        text = response.read()[:200].decode(errors="replace")
+        return ApiDown(
+            f"GET {self.url}/batch answered {response.status_code}, as a proxy does that does not reach the API: {text}"
+        )
 
     def close(self) -> None:
         """Close the connections."""
@@ -179,3 +185,16 @@ class AtroposClient:
         if response.status_code >= 400 and not allow_error:
             raise ApiDown(f"{method} {self.url}{path} answered {response.status_code}: {response.text[:200]}")
         return response
+
+
+def _read_batch(pieces: Iterable[bytes], read: Callable[[Any], Group]) -> list[Group] | None:
+    batch: list[Group] = []
+    try:
+        for group in groups(pieces):
+            batch.append(read(group))
+    except NoGroups as none:
+        if none.answer.get("status") == "error":
+            raise ApiLost(str(none.answer.get("message"))) from None
+    except BrokenJSON as error:
+        raise BatchLost(f"GET /batch sent no JSON ({error})") from None
+    return batch or None

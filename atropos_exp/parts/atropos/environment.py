@@ -13,8 +13,8 @@ from pydantic import Field
 
 from atropos_exp.config.settings import Few, Settings
 from atropos_exp.errors import UserError
-from atropos_exp.processes.interpreters import missing_modules
 from atropos_exp.parts.atropos.script import read_script
+from atropos_exp.processes.interpreters import missing_modules
 
 EVALUATIONS = "environments"  # folder of the run with what environments evaluated, one folder a process
 SERVERS = "environment_servers.yaml"  # file of the run

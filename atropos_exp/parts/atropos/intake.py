@@ -16,15 +16,23 @@ from atropos_exp.types import Finish, Provenance, Rollout, RolloutGroup
 
 log = logging.getLogger(__name__)
 
-REMEMBERED_GROUPS = 8192  # whose digests are kept, for repeated groups that the ledger does not know
+REMEMBERED_GROUPS = 8192  # whose digests are kept, to count repeated groups that the ledger does not know
 LOGPROB_TOLERANCE = 1e-3  # nats between an environment's logprob and the sampler's
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Unreadable:
+    """A group that was refused for what it holds."""
+
+    why: Rejected
+    num_sequences: int  # that it seems to have
 
 
 @dataclass(eq=False)
 class Intake:
     """Validates groups and completes them from the ledger. `counters` are totals of this process.
 
-    Example: if `raw` is a ScoredData of two sequences, `accept([raw], policy_version=4)` returns one group of two
+    Example: if `raw` is a ScoredData of two sequences, `accept([read(raw)], policy_version=4)` returns one group of two
     rollouts with the versions and logprobs that the ledger knows; if a mask is wrong, it returns [] and counts
     `groups_dropped_mask_value`.
     """
@@ -36,20 +44,30 @@ class Intake:
     group_size: int
     stop_token_ids: Sequence[int]
     max_version_lag: int | None  # groups sampled more versions ago are dropped; None: no limit
+    max_response: int  # tokens after which the run cuts a completion
+    examples: dict[str, str] = field(default_factory=dict)  # the first group that was dropped, by reason
     dropped_rollouts: Counter[str] = field(default_factory=Counter)  # by reason; the source reads and clears it
     counters: Counter[str] = field(default_factory=Counter)
     _seen: OrderedDict[bytes, None] = field(default_factory=OrderedDict)
     _said: set[str] = field(default_factory=set)
 
-    def accept(self, raw_groups: Sequence[Any], *, policy_version: int) -> list[RolloutGroup]:
-        """The valid groups among `raw_groups`, in order. `policy_version` is that of the weights to be trained."""
+    def read(self, raw: Any) -> ScoredGroup | Unreadable:
+        """What is in a group as an environment sent it. Changes nothing here."""
+        try:
+            return read_group(raw, vocab_size=self.vocab_size, max_tokens=self.max_tokens)
+        except Rejected as rejected:
+            return Unreadable(rejected, _num_sequences(raw))
+
+    def accept(self, groups_read: Sequence[ScoredGroup | Unreadable], *, policy_version: int) -> list[RolloutGroup]:
+        """The valid groups among those that were `read`, in order. `policy_version` is that of the weights to be
+        trained next."""
         scored: list[ScoredGroup] = []
-        for raw in raw_groups:
-            self.counters["groups_received"] += 1
-            try:
-                scored.append(read_group(raw, vocab_size=self.vocab_size, max_tokens=self.max_tokens))
-            except Rejected as rejected:
-                self._drop(rejected, _num_sequences(raw))
+        self.counters["groups_received"] += len(groups_read)
+        for one in groups_read:
+            if isinstance(one, Unreadable):
+                self._drop(one.why, one.num_sequences)
+            else:
+                scored.append(one)
         rest = iter(self._look_up([sequence for group in scored for sequence in group.sequences]))
         groups = []
         for group in scored:
@@ -60,6 +78,22 @@ class Intake:
                 self._drop(rejected, len(group.sequences))
         self.counters["groups_accepted"] += len(groups)
         return groups
+
+    def not_stale(self, groups: Sequence[RolloutGroup], *, policy_version: int) -> list[RolloutGroup]:
+        """Those of `groups` that may still be trained on by the weights of `policy_version`; the others are dropped."""
+        if self.max_version_lag is None:
+            return list(groups)
+        kept = []
+        for group in groups:
+            known = [rollout.policy_version for rollout in group.rollouts if rollout.by_engine]
+            lag = policy_version - min(known, default=policy_version)
+            if lag > self.max_version_lag:
+                text = f"sampled {lag} versions ago (atropos.max_version_lag={self.max_version_lag})"
+                self._drop(Rejected("stale", text), len(group.rollouts))
+                self.counters["groups_accepted"] -= 1
+            else:
+                kept.append(group)
+        return kept
 
     def _look_up(self, sequences: Sequence[ScoredSequence]) -> Sequence[Provenance | None]:
         try:
@@ -77,23 +111,37 @@ class Intake:
         self, group: ScoredGroup, provenances: Sequence[Provenance | None], policy_version: int
     ) -> RolloutGroup:
         self._note_peculiarities(group)
-        digest = self._refuse_doubled(group, provenances)
+        if not all(sequence.supervised for sequence in group.sequences):  # a second epoch of examples is meant
+            self._refuse_doubled(provenances)
+        unknown = [
+            sequence
+            for sequence, provenance in zip(group.sequences, provenances, strict=True)
+            if provenance is None and not sequence.supervised  # an example to imitate is of no version
+        ]
+        if unknown and self.max_version_lag is not None:
+            raise Rejected(
+                "unknown_version",
+                f"the gateway has sampled {len(group.sequences) - len(unknown)} of its {len(group.sequences)} sequences"
+                f", so nobody knows how old the others are (atropos.max_version_lag={self.max_version_lag}). An "
+                "environment that tokenises its texts again, or samples elsewhere, sends such groups",
+            )
         rollouts = [
             self._rollout(sequence, provenance, policy_version)
             for sequence, provenance in zip(group.sequences, provenances, strict=True)
         ]
-        lag = policy_version - min(rollout.policy_version for rollout in rollouts)
-        if self.max_version_lag is not None and lag > self.max_version_lag:
-            raise Rejected("stale", f"sampled {lag} versions ago (atropos.max_version_lag={self.max_version_lag})")
-        first = next((provenance.key for provenance in provenances if provenance is not None), digest.hex())
+        first = next((provenance.key for provenance in provenances if provenance is not None), None)
+        if first is None:
+            first = self._note_repetition(group)
         return RolloutGroup(prompt_id=f"atropos/{group.env_id}/{first}", source="atropos", rollouts=tuple(rollouts))
 
     def _rollout(self, sequence: ScoredSequence, provenance: Provenance | None, policy_version: int) -> Rollout:
         logprobs, temperature = sequence.logprobs, sequence.temperature
         sampled_by = policy_version
         if provenance is None:
-            self.counters["rollouts_of_unknown_version"] += 1
+            if not sequence.supervised:
+                self.counters["rollouts_of_unknown_version"] += 1
         else:
+            self.counters["rollouts_returned_before"] += int(provenance.returned_before)
             sampled_by = min(provenance.policy_version, policy_version)
             if provenance.temperature is None:
                 raise Rejected("mixed_temperature", "completions of one sequence were sampled at several temperatures")
@@ -101,7 +149,10 @@ class Intake:
             if logprobs is None:
                 self.counters["logprobs_from_ledger"] += 1
                 logprobs = provenance.logprobs
-            elif float(np.abs(logprobs - provenance.logprobs).max()) > LOGPROB_TOLERANCE:
+            elif (
+                logprobs is not provenance.logprobs
+                and float(np.abs(logprobs - provenance.logprobs).max()) > LOGPROB_TOLERANCE
+            ):
                 self.counters["logprobs_corrected"] += 1
                 self._say(
                     "logprobs", "an environment sends other logprobs than its sampler gave; the sampler's are used"
@@ -109,13 +160,12 @@ class Intake:
                 logprobs = provenance.logprobs
         if logprobs is None:
             self.counters["rollouts_without_logprobs"] += 1
-        last = int(sequence.token_ids[np.flatnonzero(sequence.trained)[-1]])
         return Rollout(
             token_ids=sequence.token_ids,
             trained=sequence.trained,
             logprobs=logprobs,
             reward=sequence.score,
-            finish=Finish.STOP if last in self.stop_token_ids else Finish.LENGTH,
+            finish=Finish.LENGTH if self._is_cut(sequence) else Finish.STOP,
             policy_version=sampled_by,
             advantages=sequence.advantages,
             zero_advantage=sequence.zero_advantage,
@@ -125,20 +175,29 @@ class Intake:
             by_engine=provenance is not None,
         )
 
-    def _refuse_doubled(self, group: ScoredGroup, provenances: Sequence[Provenance | None]) -> bytes:
-        """A digest of the group; raises Rejected if the group came before. The ledger tells a repeated group from an
-        equal one that was sampled again; if it does not know the group, an equal one counts as repeated."""
+    def _is_cut(self, sequence: ScoredSequence) -> bool:
+        """Whether a limit of the run ended it. A stop string or a limit of the environment's own is its wish."""
+        end = len(sequence.trained) - int(np.argmax(sequence.trained[::-1]))  # of its last completion
+        if int(sequence.token_ids[end - 1]) in self.stop_token_ids:
+            return False
+        start = end - int(np.argmin(sequence.trained[:end][::-1]))  # the first token of a sequence is never trained
+        return end == self.max_tokens or end - start == self.max_response
+
+    def _refuse_doubled(self, provenances: Sequence[Provenance | None]) -> None:
+        """Raise Rejected if the group came before. Only the ledger can tell it from an equal one that was sampled
+        again."""
+        if all(provenance is not None and provenance.returned_before for provenance in provenances):
+            raise Rejected("doubled", "every completion in it came back before")
+
+    def _note_repetition(self, group: ScoredGroup) -> str:
+        """A name for a group that the ledger does not know; an equal one before it is counted."""
         digest = _digest(group)
-        known = [provenance for provenance in provenances if provenance is not None]
-        if len(known) == len(provenances):
-            if all(provenance.returned_before for provenance in known):
-                raise Rejected("doubled", "every completion in it came back before")
-        elif digest in self._seen:
-            raise Rejected("doubled", "an equal group came before")
+        if digest in self._seen:
+            self.counters["groups_repeated"] += 1
         self._seen[digest] = None
         if len(self._seen) > REMEMBERED_GROUPS:
             self._seen.popitem(last=False)
-        return digest
+        return digest.hex()
 
     def _note_peculiarities(self, group: ScoredGroup) -> None:
         if len(group.sequences) != self.group_size:
@@ -154,6 +213,7 @@ class Intake:
     def _drop(self, rejected: Rejected, num_rollouts: int) -> None:
         self.counters[f"groups_dropped_{rejected.reason}"] += 1
         self.dropped_rollouts[rejected.reason] += num_rollouts
+        self.examples.setdefault(rejected.reason, str(rejected))
         self._say(
             rejected.reason, f"a group from an environment is dropped, {rejected} (further ones are only counted)"
         )

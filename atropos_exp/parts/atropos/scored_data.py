@@ -4,6 +4,7 @@ Lengths: G sequences, the i-th of T_i tokens. `masks` are Hugging Face labels, u
 is trained, -100 where not. `inference_logprobs` hold 1.0 where nothing was sampled. See atroposlib's api/README.md.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,10 +14,15 @@ from numpy.typing import NDArray
 
 from atropos_exp.types import Floats, Mask, TokenIds
 
+Integers = NDArray[np.int64]
+
 IGNORED = -100  # a token that is not trained
 NO_LOGPROB = 1.0  # in place of a logprob, where nothing was sampled
 ROUNDING = 1e-3  # nats that rounding may put a logprob above 0
-LARGEST = 1e18  # the largest absolute value: its square still fits into float32
+LARGEST = 1e18  # the largest absolute value of a score: its square still fits into float32
+LARGEST_ADVANTAGE = 1e4  # one that is larger would take the whole of a clipped gradient
+LOWEST_LOGPROB = -1e4  # engines give -9999 in the place of minus infinity
+LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 0.01, 100.0  # logits over a lower one overflow
 DUMMY = np.arange(128)  # what atroposlib sends for tokens that it could not get (ATROPOS_ALLOW_DUMMY_MANAGED_SERVER)
 REFUSED_FIELDS = {
     "images": "multimodal",
@@ -28,7 +34,7 @@ KNOWN_FIELDS = {
     *("inference_logprobs", "overrides", "group_overrides", "env_id", *REFUSED_FIELDS),
 }
 KNOWN_OVERRIDES = {"set_advantage_to_zero", "sft", "temperature"}
-KNOWN_GROUP_OVERRIDES = {"group_size", "sft"}
+KNOWN_GROUP_OVERRIDES = {"group_size", "sft", "temperature"}
 
 
 class Rejected(ValueError):
@@ -91,26 +97,27 @@ def _read(raw: object, *, vocab_size: int, max_tokens: int) -> ScoredGroup:
     overrides = _overrides(raw.get("overrides"), size)
     group_overrides = raw.get("group_overrides") or {}
     generation = raw.get("generation_params") or {}
-    per_token = {
-        name: _per_token(raw.get(name), name, size) for name in ("inference_logprobs", "advantages", "ref_logprobs")
-    }
+    ids, ends = _integers(tokens, "tokens")
+    trained = _trained(ids, ends, masks, vocab_size=vocab_size, max_tokens=max_tokens)
+    spans = [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+    logprobs, advantages, references = (
+        _numbers(_per_token(raw.get(name), name, size), name, spans, trained)
+        for name in ("inference_logprobs", "advantages", "ref_logprobs")
+    )
+    compact = ids.astype(np.int32)
     everywhere_sft = bool(group_overrides.get("sft"))
     sequences = []
-    for at in range(size):
-        ids = _integers(tokens[at], f"tokens[{at}]")
-        mask = _integers(masks[at], f"masks[{at}]")
-        trained = _check_tokens(ids, mask, at, vocab_size=vocab_size, max_tokens=max_tokens)
-        rows = {name: _row(rows, name, at, ids, trained) for name, rows in per_token.items()}
+    for at, span in enumerate(spans):
         supervised = everywhere_sft or bool(overrides[at].get("sft"))
         sequences.append(
             ScoredSequence(
-                token_ids=ids.astype(np.int32),
-                trained=trained,
+                token_ids=compact[span],
+                trained=trained[span],
                 score=_score(scores[at], at),
-                logprobs=_behaviour(rows["inference_logprobs"], trained),
-                advantages=None if supervised else rows["advantages"],
-                reference_logprobs=rows["ref_logprobs"],
-                temperature=_temperature(overrides[at].get("temperature", generation.get("temperature")), at),
+                logprobs=_known(logprobs, span),
+                advantages=None if supervised or advantages is None else advantages[span],
+                reference_logprobs=_known(references, span),
+                temperature=_temperature((overrides[at], group_overrides, generation), at),
                 zero_advantage=bool(overrides[at].get("set_advantage_to_zero")),
                 supervised=supervised,
             )
@@ -123,45 +130,74 @@ def _read(raw: object, *, vocab_size: int, max_tokens: int) -> ScoredGroup:
     )
 
 
-def _check_tokens(ids: NDArray[Any], mask: NDArray[Any], at: int, *, vocab_size: int, max_tokens: int) -> Mask:
-    """Which tokens are trained, [T]. The first has no prediction, so it is never trained."""
-    if len(ids) != len(mask):
-        raise Rejected("lengths", f"sequence {at} has {len(ids)} tokens and {len(mask)} mask values")
-    if len(ids) > max_tokens:
-        raise Rejected("too_long", f"sequence {at} has {len(ids)} tokens; this run trains on at most {max_tokens}")
-    if len(ids) and not (ids.min() >= 0 and ids.max() < vocab_size):
+def _trained(ids: Integers, ends: Sequence[int], masks: list[Any], *, vocab_size: int, max_tokens: int) -> Mask:
+    """Which tokens are trained, of all sequences end to end. The first of each has no prediction, so it never is."""
+    starts = [0, *ends[:-1]]
+    mask, mask_ends = _integers(masks, "masks")
+    for at, (start, end, mask_end) in enumerate(zip(starts, ends, mask_ends, strict=True)):
+        length = end - start
+        if end != mask_end:
+            raise Rejected("lengths", f"sequence {at} has {length} tokens and {length + mask_end - end} mask values")
+        if length > max_tokens:
+            raise Rejected("too_long", f"sequence {at} has {length} tokens; this run trains on at most {max_tokens}")
+        if length == 0:
+            raise Rejected("no_trained_token", f"sequence {at} has no token")
+        if length == len(DUMMY) and np.array_equal(ids[start:end], DUMMY):
+            raise Rejected("dummy_tokens", f"sequence {at} is atroposlib's stand-in 0..127, not what a model sampled")
+
+    def sequence_of(bad: Mask) -> int:
+        return int(np.searchsorted(ends, np.flatnonzero(bad)[0], side="right"))
+
+    if ids.min() < 0 or ids.max() >= vocab_size:
+        at = sequence_of((ids < 0) | (ids >= vocab_size))
+        own = ids[starts[at] : ends[at]]
         raise Rejected(
-            "token_id", f"sequence {at} has token ids {ids.min()}..{ids.max()}; expected 0..{vocab_size - 1}"
+            "token_id", f"sequence {at} has token ids {own.min()}..{own.max()}; expected 0..{vocab_size - 1}"
         )
-    if len(ids) == len(DUMMY) and np.array_equal(ids, DUMMY):
-        raise Rejected("dummy_tokens", f"sequence {at} is atroposlib's stand-in 0..127, not what a model sampled")
     trained: Mask = mask != IGNORED
-    if not np.array_equal(mask[trained], ids[trained]):
-        raise Rejected("mask_value", f"sequence {at}: a mask value must be -100 or the token's own id")
-    trained[:1] = False
-    if not trained.any():
-        raise Rejected("no_trained_token", f"sequence {at} has no trained token")
+    wrong = trained & (mask != ids)
+    if wrong.any():
+        at = sequence_of(wrong)
+        text = f"sequence {at}: a mask value must be -100 (not trained) or the token's own id (trained)"
+        if set(np.unique(mask).tolist()) <= {0, 1}:
+            raise Rejected("mask_value", f"{text}; these are 0 and 1")
+        first = int(np.flatnonzero(wrong)[0])
+        raise Rejected(
+            "mask_value", f"{text}; token {first - starts[at]} is {ids[first]}, its mask value {mask[first]}"
+        )
+    trained[starts] = False
+    num_trained = np.add.reduceat(trained, starts, dtype=np.int64)
+    if not num_trained.all():
+        raise Rejected("no_trained_token", f"sequence {int(np.argmin(num_trained))} has no trained token")
     return trained
 
 
-def _row(rows: Sequence[Any] | None, name: str, at: int, ids: NDArray[Any], trained: Mask) -> Floats | None:
-    """Entry `at` as float32 [T], 0.0 where nothing is trained; None if there are no rows."""
+def _numbers(rows: list[Any] | None, name: str, spans: Sequence[slice], trained: Mask) -> Floats | None:
+    """All rows end to end as float32, 0.0 where nothing is trained; None if there are no rows."""
     if rows is None:
         return None
-    row = np.asarray(rows[at], dtype=np.float64)
-    if row.shape != ids.shape:
-        raise Rejected("lengths", f"sequence {at} has {len(ids)} tokens and {name} of shape {list(row.shape)}")
-    usable = np.abs(row[trained]) <= LARGEST
-    if not usable.all():
-        raise Rejected("non_finite", f"sequence {at}: {name} holds {row[trained][~usable][0]}")
-    return np.where(trained, row, 0.0).astype(np.float32)
+    arrays = [np.asarray(row, dtype=np.float64) for row in rows]
+    for at, (array, span) in enumerate(zip(arrays, spans, strict=True)):
+        if array.shape != (span.stop - span.start,):
+            raise Rejected(
+                "lengths",
+                f"sequence {at} has {span.stop - span.start} tokens and {name} of shape {list(array.shape)}",
+            )
+    kept = np.where(trained, np.concatenate(arrays), 0.0)
+    low, high = (-LARGEST_ADVANTAGE, LARGEST_ADVANTAGE) if name == "advantages" else (LOWEST_LOGPROB, LARGEST)
+    if not (kept.min() >= low and kept.max() <= high):
+        bad = kept[~((kept >= low) & (kept <= high))][0]
+        if not np.isfinite(bad):
+            raise Rejected("non_finite", f"{name} hold {bad}")
+        raise Rejected("range", f"{name} hold {bad:g}; expected {low:g} to {high:g}")
+    return kept.astype(np.float32)
 
 
-def _behaviour(logprobs: Floats | None, trained: Mask) -> Floats | None:
-    """The logprobs, or None (unknown) if a trained token has NO_LOGPROB or another positive number."""
-    if logprobs is None or bool((logprobs[trained] > ROUNDING).any()):
+def _known(logprobs: Floats | None, span: slice) -> Floats | None:
+    """Those of one sequence, or None (unknown) if a trained token has NO_LOGPROB or another positive number."""
+    if logprobs is None or logprobs[span].max() > ROUNDING:
         return None
-    return np.minimum(logprobs, np.float32(0.0))
+    return np.minimum(logprobs[span], np.float32(0.0))
 
 
 def _per_token(value: object, name: str, size: int) -> list[Any] | None:
@@ -187,24 +223,33 @@ def _overrides(value: object, size: int) -> list[Mapping[str, Any]]:
 def _score(value: object, at: int) -> float:
     score = float(value)  # type: ignore[arg-type]
     if not abs(score) <= LARGEST:
-        raise Rejected("non_finite", f"score {at} is {score}")
+        raise Rejected("range" if math.isfinite(score) else "non_finite", f"score {at} is {score:g}")
     return score
 
 
-def _temperature(value: object, at: int) -> float | None:
+def _temperature(sayings: Sequence[Mapping[str, Any]], at: int) -> float | None:
+    """That of the first of `sayings` that has one; None if none has."""
+    value = next((said["temperature"] for said in sayings if said.get("temperature") is not None), None)
     if value is None:
         return None
-    temperature = float(value)  # type: ignore[arg-type]
-    if not 0.0 <= temperature <= 100.0:
-        raise Rejected("temperature", f"sequence {at} says that it was sampled at temperature {temperature}")
+    temperature = float(value)
+    if temperature != 0.0 and not LOWEST_TEMPERATURE <= temperature <= HIGHEST_TEMPERATURE:
+        raise Rejected(
+            "temperature",
+            f"sequence {at} says that it was sampled at temperature {temperature:g}; expected 0 (greedy), or "
+            f"{LOWEST_TEMPERATURE:g} to {HIGHEST_TEMPERATURE:g}",
+        )
     return temperature or 1.0  # greedy: its logprobs are those of temperature 1
 
 
-def _integers(value: object, name: str) -> NDArray[np.int64]:
-    array = np.asarray(value)
-    if array.ndim != 1 or (len(array) and array.dtype.kind not in "iu"):
-        raise Rejected("malformed", f"{name} must be a list of whole numbers")
-    return array.astype(np.int64)
+def _integers(rows: list[Any], name: str) -> tuple[Integers, list[int]]:
+    """All rows end to end, and where each ends."""
+    arrays = [np.asarray(row) for row in rows]
+    for at, array in enumerate(arrays):
+        if array.ndim != 1 or (len(array) and array.dtype.kind not in "iu"):
+            raise Rejected("malformed", f"{name}[{at}] must be a list of whole numbers")
+    flat = np.concatenate([array.astype(np.int64, copy=False) for array in arrays])
+    return flat, np.cumsum([len(array) for array in arrays]).tolist()
 
 
 def _unknown(

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from atropos_exp.errors import UserError
 from atropos_exp.parts.atropos.client import ApiDown, AtroposClient
+from atropos_exp.parts.atropos.trouble import first_error
 from atropos_exp.processes.child import Child
 
 log = logging.getLogger(__name__)
@@ -116,6 +117,13 @@ class ProgramSupervisor:
                 if service.child is not None and not service.is_api
             }
 
+    def errors(self) -> dict[str, str]:
+        """The first error in each environment's log, by its name; those without one are left out."""
+        with self._lock:
+            logs = {service.name: service.child.log for service in self._services if service.child is not None}
+        found = {name: first_error(log) for name, log in logs.items() if name.startswith("environment")}
+        return {name: error for name, error in found.items() if error is not None}
+
     def _run(self) -> None:
         while not self._stopping.wait(POLL_SECONDS):
             with self._lock:
@@ -162,9 +170,12 @@ class ProgramSupervisor:
         if not blame:
             service.num_deaths = max(0, service.num_deaths - 1)
         if service.num_deaths > self._max_restarts:
+            error = first_error(service.child.log)
             service.problem = (
                 f"{service.name} {reason}, {service.num_deaths} times in a row (atropos.max_restarts="
-                f"{self._max_restarts}), so it is not started again; {service.child.state()}"
+                f"{self._max_restarts}), so it is not started again; "
+                + (f"its first error: {error}; " if error else "")
+                + service.child.state()
             )
             log.error("%s", service.problem)
             self.counters["services_given_up"] += 1

@@ -53,6 +53,7 @@ class App:
         add("POST", "/hold", self._guarded(self._binary(self._admin.hold), private=True))
         add("POST", "/release", self._guarded(self._binary(self._admin.release), private=True))
         add("GET", "/counters", self._guarded(self._read_counters, private=True))
+        add("GET", "/refusals", self._guarded(self._read_refusals, private=True))
         add("GET", "/metrics", self._guarded(self._metrics))
         add("*", "/{path:.*}", self._guarded(self._unknown))
         return app
@@ -88,6 +89,7 @@ class App:
     def _refused(self, refusal: Refusal) -> web.Response:
         if self._counters.totals[f"refused_{refusal.reason}"] == 0:
             logger.warning("refused (the first for this reason, %s): %s", refusal.reason, refusal)
+            self._counters.first_refusals[refusal.reason] = str(refusal)
         self._counters.add(f"refused_{refusal.reason}")
         response = _json(refusal.body(), refusal.status)
         if refusal.retry_seconds is not None:
@@ -113,8 +115,9 @@ class App:
 
     def _binary(self, work: Callable[[Message], Message]) -> Handler:
         async def handler(request: web.Request) -> web.Response:
+            unlimited = request.clone(client_max_size=0)  # the trainer asks about batches of any size
             try:
-                message = unpack(await request.read())
+                message = unpack(await unlimited.read())
             except WireError as error:
                 raise Refusal(400, "body", str(error)) from None
             self._admin.check(message)
@@ -155,6 +158,9 @@ class App:
 
     async def _read_counters(self, request: web.Request) -> web.Response:
         return _json(self._admin.values())
+
+    async def _read_refusals(self, request: web.Request) -> web.Response:
+        return _json(self._counters.first_refusals)
 
     async def _metrics(self, request: web.Request) -> web.Response:
         self._counters.add("requests_other")

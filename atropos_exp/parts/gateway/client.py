@@ -12,16 +12,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from atropos_exp.errors import EngineError, UserError, WireError
 from atropos_exp.parts.gateway.counters import GAUGES
 from atropos_exp.parts.gateway.options import CLIENT_TOKEN, ENGINE_TOKENS, PRIVATE_TOKEN, Options
 from atropos_exp.parts.gateway.ports import Doors
 from atropos_exp.processes.child import Child, child_environment
-from atropos_exp.processes.wire import pack, unpack
+from atropos_exp.processes.wire import flatten, pack, unpack
 from atropos_exp.types import Endpoint, Floats, Mask, Provenance, TokenIds
 
 SERVER = "atropos_exp.parts.gateway.server"
 ENGINE_KINDS = ("hf",)  # engines whose protocol `upstream.py` speaks
+PIECE_TOKENS = 1 << 20  # of the sequences that are looked up in one exchange, 9 bytes each
 POLL_SECONDS = 0.1  # how soon the end of the process is noticed while an answer is due
 
 
@@ -74,15 +77,36 @@ class GatewayClient:
         """What is known about each sequence (token ids [T], trained [T]); None for one that was not sampled here.
 
         `logprobs` [T] of each, where known, tell equal completions of different weights apart. `claim` marks the
-        completions as returned. All sequences travel in one exchange. Raises EngineError.
+        completions as returned. Raises EngineError.
         """
         if not sequences:
             return []
         hints = [None] * len(sequences) if logprobs is None else logprobs
-        asked = [[token_ids, trained, hint] for (token_ids, trained), hint in zip(sequences, hints, strict=True)]
-        for row in asked:
-            assert len({len(array) for array in row if array is not None}) == 1, "one entry per token"
-        answer = self._binary("/ledger/lookup", {"sequences": asked, "claim": claim}, what="what its ledger knows")
+        found: list[Provenance | None] = []
+        start = num_tokens = 0
+        for at, (token_ids, _) in enumerate(sequences):
+            num_tokens += len(token_ids)
+            if num_tokens >= PIECE_TOKENS or at == len(sequences) - 1:
+                found += self._look_up(sequences[start : at + 1], hints[start : at + 1], claim=claim)
+                start, num_tokens = at + 1, 0
+        return found
+
+    def _look_up(
+        self, sequences: Sequence[tuple[TokenIds, Mask]], hints: Sequence[Floats | None], *, claim: bool
+    ) -> list[Provenance | None]:
+        token_ids, lengths = flatten([ids for ids, _ in sequences], np.int32)
+        message = {
+            "token_ids": token_ids,
+            "lengths": lengths,
+            "trained": flatten([trained for _, trained in sequences], np.bool_)[0],
+            "has_logprobs": np.array([hint is not None for hint in hints]),
+            "logprobs": flatten([hint for hint in hints if hint is not None], np.float32)[0],
+            "claim": claim,
+        }
+        answer = self._binary("/ledger/lookup", message, what="what its ledger knows")
+        for known, hint in zip(answer["found"], hints, strict=True):
+            if known is not None and known["logprobs"] is None:  # they are those that were asked about
+                known["logprobs"] = hint
         return [None if known is None else Provenance(**known) for known in answer["found"]]
 
     def hold(self) -> None:
@@ -103,6 +127,11 @@ class GatewayClient:
             self._seen = json.loads(self._exchange("GET", "/counters", b"", what="its counters"))
             totals = {name: value + self._past.get(name, 0) for name, value in self._seen.items()}
             return {**totals, "restarts": self.restarts}
+
+    def refusals(self) -> Mapping[str, str]:
+        """What the first refused request of each reason was told, by the present process. Raises EngineError."""
+        told: dict[str, str] = json.loads(self._exchange("GET", "/refusals", b"", what="its refusals"))
+        return told
 
     def check(self) -> None:
         """Raise EngineError unless the process answers within `gateway.health_timeout_seconds`."""

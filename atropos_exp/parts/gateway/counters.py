@@ -33,6 +33,7 @@ class Counters:
 
     def __init__(self) -> None:
         self.totals: dict[str, float] = dict.fromkeys(TOTALS, 0)
+        self.first_refusals: dict[str, str] = {}  # what the first request of each reason was told
         self.in_flight = 0
         self.max_in_flight = 0
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 import xxhash
 
+from atropos_exp.parts.gateway.options import ENTRY_TOKENS
 from atropos_exp.types import Floats, Mask, Provenance, TokenIds
 
-ENTRY_TOKENS = 48  # memory of one entry's bookkeeping, in tokens of 8 bytes
 _ID_BYTES = _LOGPROB_BYTES = 4
 
 

@@ -7,6 +7,7 @@ from pydantic import BaseModel
 PRIVATE_TOKEN = "ATROPOS_EXP_GATEWAY_TOKEN"  # environment variable with the trainer's own token
 CLIENT_TOKEN = "ATROPOS_EXP_GATEWAY_CLIENT_TOKEN"  # with the token that environments must send, if any
 ENGINE_TOKENS = "ATROPOS_EXP_ENGINE_TOKENS"  # with the tokens of the engine's servers, as JSON; null: none
+ENTRY_TOKENS = 48  # what the bookkeeping of one completion in the ledger weighs, in tokens of 8 bytes
 
 
 class Options(BaseModel, frozen=True, extra="forbid"):

@@ -108,6 +108,26 @@ def test_group_overrides_and_generation_parameters() -> None:
     assert group.unknown == ()
 
 
+def test_the_narrowest_word_on_temperature_counts() -> None:
+    raw = good() | {"group_overrides": {"temperature": 0.5}, "generation_params": {"temperature": 0.8}}
+    raw["overrides"] = [{"temperature": 0.7}, None]
+    group = read(raw)
+    assert [sequence.temperature for sequence in group.sequences] == [0.7, 0.5]
+    assert group.unknown == ()
+
+
+@pytest.mark.parametrize(
+    ("masks", "words"),
+    [
+        ([[0, 0, 1, 0, 1, 1], [0, 0, 1, 1]], r"sequence 0: .* or the token's own id \(trained\); these are 0 and 1"),
+        ([[-100, -100, 3, -100, 4, 5], [-100, -100, 6, 4]], r"sequence 1: .*; token 3 is 5, its mask value 4"),
+    ],
+)
+def test_a_wrong_mask_is_named(masks: list[list[int]], words: str) -> None:
+    with pytest.raises(Rejected, match=words):
+        read(good() | {"masks": masks})
+
+
 def test_a_trained_token_with_the_sentinel_has_no_logprob() -> None:
     raw = good()
     raw["inference_logprobs"][1][2] = 1.0
@@ -143,7 +163,10 @@ BAD: list[tuple[str, dict[str, Any]]] = [
     ("mask_value", {"masks": [[-100, -100, 4, -100, 4, 5], [-100, -100, 6, 5]]}),
     ("non_finite", {"scores": [math.nan, 1.0]}),
     ("non_finite", {"scores": [math.inf, 1.0]}),
-    ("non_finite", {"scores": [1e300, 1.0]}),
+    ("range", {"scores": [1e300, 1.0]}),
+    ("range", {"advantages": [[0.0, 0.0, 1e18, 0.0, 0.0, 0.0], [0.0] * 4]}),
+    ("range", {"inference_logprobs": [[1.0, 1.0, -1e5, 1.0, -0.25, -2.0], [1.0, 1.0, -1.5, -0.125]]}),
+    ("range", {"ref_logprobs": [[0.0, 0.0, -1e18, 0.0, -0.25, -2.0], [0.0, 0.0, -1.5, -0.125]]}),
     ("non_finite", {"inference_logprobs": [[1.0, 1.0, -math.inf, 1.0, -0.25, -2.0], [1.0, 1.0, -1.5, -0.125]]}),
     ("non_finite", {"advantages": [[0.0, 0.0, math.nan, 0.0, 0.0, 0.0], [0.0] * 4]}),
     ("no_trained_token", {"masks": [[-100] * 6, [-100, -100, 6, 5]]}),
@@ -152,6 +175,10 @@ BAD: list[tuple[str, dict[str, Any]]] = [
     ("distillation", {"distill_token_ids": [[[1]], [[1]]]}),
     ("distillation", {"distill_logprobs": [[[0.0]], [[0.0]]]}),
     ("temperature", {"generation_params": {"temperature": -1.0}}),
+    ("temperature", {"overrides": [{"temperature": 1e-40}, {}]}),
+    ("temperature", {"group_overrides": {"temperature": 1e-38}}),
+    ("temperature", {"group_overrides": {"temperature": math.nan}}),
+    ("temperature", {"overrides": [{"temperature": 101}, {}]}),
 ]
 
 

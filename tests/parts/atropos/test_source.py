@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import logging
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -18,6 +21,7 @@ from atropos_exp.parts.atropos.registration import ForeignRun
 from atropos_exp.parts.atropos.settings import AtroposSettings
 from atropos_exp.parts.atropos.source import AtroposSource
 from atropos_exp.parts.atropos.supervisor import ProgramSupervisor
+from atropos_exp.runs.waiting import dropped_while_waiting
 from tests.helpers.ledger_book import Book
 
 OURS = Registration(
@@ -32,7 +36,7 @@ def book() -> Book:
 
 
 @pytest.fixture
-def source(api: Any, book: Book) -> Iterator[AtroposSource]:
+def source(api: Any, book: Book, tmp_path: Path) -> Iterator[AtroposSource]:
     client = AtroposClient(api.url, batch_seconds=120.0)
     settings = AtroposSettings(
         api_url=api.url, launch=False, timeout=1.0, start_timeout=1.0, data_timeout=1.0, batch_timeout=120.0,
@@ -43,10 +47,15 @@ def source(api: Any, book: Book) -> Iterator[AtroposSource]:
         Programs(client=client, supervisor=ProgramSupervisor(client, max_restarts=0), is_up=True),
         falls_back=True,
         registration=lambda step: dataclasses.replace(OURS, starting_step=step - 1),
-        intake=Intake(book, vocab_size=50, max_tokens=8, group_size=2, stop_token_ids=(), max_version_lag=None),
+        intake=Intake(
+            book, vocab_size=50, max_tokens=8, group_size=2, stop_token_ids=(), max_version_lag=None, max_response=4
+        ),
         watch=lambda: None,
-        more_counters=lambda: {"gateway/requests": 3.0},
+        gateway_counters=lambda: {"gateway/requests": 3.0},
+        evaluations=lambda: {"environment/e/accuracy": 0.5},
+        refusals=lambda: {"length": "the prompt has 90 tokens"},
         group_size=2,
+        run_folder=tmp_path,
     )
     client.close()
 
@@ -74,6 +83,7 @@ def test_batches_that_were_formed_together_are_trained_oldest_first(
     assert [tags(source.take(2, step=3)[0]) for _ in range(3)] == [[10, 11], [14, 15], [12, 13]]
     assert source.counters()["atropos/batches"] == 3.0
     assert source.counters()["gateway/requests"] == 3.0
+    assert source.counters()["environment/e/accuracy"] == 0.5
 
 
 def test_a_batch_that_is_lost_takes_none_with_it(source: AtroposSource, api: Any) -> None:
@@ -117,3 +127,44 @@ def test_another_run_s_api_is_refused(source: AtroposSource, api: Any) -> None:
     api.client.register(dataclasses.replace(OURS, wandb_group="other"))
     with pytest.raises(ForeignRun):
         source.connect(step=1)
+
+
+def test_what_came_to_nothing_is_told_while_it_is_waited_for(
+    source: AtroposSource, api: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Masks of 0 and 1, the likeliest mistake, and NaN: neither is silence. The last words come before the end."""
+    monkeypatch.setattr("atropos_exp.parts.atropos.waiting.FIRST_WORD", 0.2)
+    monkeypatch.setattr("atropos_exp.parts.atropos.source.WATCH_SECONDS", 0.1)
+    source.connect(step=1)
+    for _ in range(8):
+        send(api, 10, score="NaN")
+        send(api, 11)
+    masks = {"tokens": [[1, 7], [1, 7]], "masks": [[0, 1], [0, 1]], "scores": [0.0, 1.0]}
+    for _ in range(4):
+        api.post("/scored_data", masks)
+    with caplog.at_level(logging.WARNING), pytest.raises(SourceUnavailable) as ended:
+        source.take(2, step=1)
+    assert "8 batches were lost (GET /batch answered 500" in str(ended.value)
+    assert (
+        "4 of 4 groups were dropped (mask_value 4), for instance: mask_value: sequence 0: a mask value must be"
+        in str(ended.value)
+    )
+    assert "first of them: the prompt has 90 tokens" in str(ended.value)
+    lines = [record.message for record in caplog.records]
+    assert len([line for line in lines if "a batch from Atropos is lost" in line]) == 4, "numbers 1, 2, 4 and 8"
+    spoken = [line for line in lines if line.startswith("step 1 has waited")]
+    assert 1 <= len(spoken) <= 4 and "batches were lost" in spoken[0]
+    told = json.loads((tmp_path / "waiting.json").read_text())
+    assert told["counters"]["lost_batches"] == 8 and told["dropped"] == {"mask_value": 8}
+    assert dropped_while_waiting(tmp_path) == {"mask_value": 8}, "8 rollouts of 4 groups, in no row of the metrics"
+
+
+def test_a_wait_that_ends_well_leaves_nothing_behind(
+    source: AtroposSource, api: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("atropos_exp.parts.atropos.source.WATCH_SECONDS", 0.05)
+    source.connect(step=1)
+    (tmp_path / "waiting.json").write_text('{"dropped": {"stale": 3}}')  # of an attempt before this one
+    send(api, 10, 11)
+    source.take(2, step=1)
+    assert not (tmp_path / "waiting.json").exists() and dropped_while_waiting(tmp_path) == {}

@@ -103,7 +103,13 @@ def test_environments_are_started_one_after_the_other_so_that_their_numbers_are_
 
 def test_a_service_that_keeps_dying_is_given_up_with_its_log(registered: AtroposClient, tmp_path: Path) -> None:
     supervisor = ProgramSupervisor(registered, max_restarts=2, backoff_seconds=0.01)
-    broken = service("environment broken", tmp_path, sys.executable, "-c", "raise SystemExit('no such data set')")
+    broken = service(
+        "environment broken",
+        tmp_path,
+        sys.executable,
+        "-c",
+        "print('ERROR first of all', flush=True); raise SystemExit('no such data set')",
+    )
     supervisor.add(broken)
     supervisor.start()
     try:
@@ -111,7 +117,8 @@ def test_a_service_that_keeps_dying_is_given_up_with_its_log(registered: Atropos
         problem = supervisor.problem()
         assert problem is not None
         assert "environment broken ended with exit code 1, 3 times in a row (atropos.max_restarts=2)" in problem
-        assert "no such data set" in problem
+        assert "its first error: ERROR first of all; " in problem and "no such data set" in problem
+        assert supervisor.errors() == {}, "its process is gone"
         assert supervisor.counters["services_given_up"] == 1
         assert supervisor.counters["environment_restarts"] == 2
     finally:

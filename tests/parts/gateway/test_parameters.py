@@ -39,6 +39,17 @@ def test_wrong_settings_are_refused(changes: dict[str, Any], message: str, helpe
     helpers.settings(host="0.0.0.0", token="a long secret")
 
 
+def test_a_ledger_that_forgets_a_batch_before_it_comes_back_is_refused(helpers: Any) -> None:
+    """512 groups of 16 completions of 1,000 tokens weigh 512 x 16 x (1000 + 48) = 8,585,216."""
+    facts = {"uses_atropos": True, "batch_size": 512, "group_size": 16, "max_response_length": 1000}
+    [problem] = helpers.settings(ledger_tokens=8_585_215).preflight(**facts)
+    assert problem.startswith("ledger_tokens: got 8585215, but one batch has up to 512 x 16 completions of 1000 tokens")
+    assert "expected at least 8585216, or null" in problem
+    assert list(helpers.settings(ledger_tokens=8_585_216).preflight(**facts)) == []
+    assert list(helpers.settings(ledger_tokens=1000).preflight(**{**facts, "uses_atropos": False})) == []
+    assert list(helpers.settings(ledger_tokens=None).preflight(**facts)) == []
+
+
 @pytest.mark.parametrize(
     ("value", "message"),
     [

@@ -33,6 +33,7 @@ def error(response: httpx.Response) -> tuple[int, str, str | None, str]:
         ("/v1/completions", {**OPENAI, "echo": True}, "parameter", "echo"),
         ("/v1/completions", {**OPENAI, "guided_regex": "a+"}, "parameter", "guided_regex"),
         ("/v1/completions", {**OPENAI, "temperature": -1}, "value", "temperature"),
+        ("/v1/completions", {**OPENAI, "temperature": 1e-38}, "value", "temperature"),
         ("/v1/completions", {**OPENAI, "temperature": "hot"}, "value", "temperature"),
         ("/v1/completions", {**OPENAI, "top_p": 0}, "value", "top_p"),
         ("/v1/completions", {**OPENAI, "n": 0}, "value", "n"),
@@ -154,6 +155,9 @@ def test_a_token_and_a_size_limit(engine: Any, helpers: Any, tmp_path: Any) -> N
         large = {"prompt": "x" * (1 << 20)}
         response = httpx.post(gateway.address + "/generate", json=large, headers=right, trust_env=False)
         assert error(response)[:2] == (413, "body")
+        # What the trainer asks is as large as its batches: 9 bytes a token, here of 300 sequences in several exchanges.
+        sequences = [helpers.sequence([5], ([9] * 9_999, True))] * 300
+        assert gateway.lookup(sequences, claim=True) == [None] * 300
         assert gateway.counters()["refused_token"] == 8
         assert secret not in (tmp_path / "gateway.log").read_text()
     finally:

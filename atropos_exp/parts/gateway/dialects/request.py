@@ -7,7 +7,7 @@ from atropos_exp.parts.gateway.refusal import invalid
 from atropos_exp.parts.gateway.text import Text
 from atropos_exp.types import Floats, TokenIds
 
-MAX_TEMPERATURE = 100.0
+LOWEST_TEMPERATURE, MAX_TEMPERATURE = 0.01, 100.0  # logits over a lower one overflow
 MAX_SAMPLES = 4096  # completions of one prompt in one request
 
 
@@ -60,6 +60,9 @@ def take_sampling(
     top_p = fields.number("top_p", 1.0, 0.0, 1.0)
     if top_p == 0.0:
         raise invalid("top_p", top_p, "above 0 and at most 1 (1 turns it off)")
+    temperature = fields.number("temperature", 1.0, 0.0, MAX_TEMPERATURE)
+    if 0.0 < temperature < LOWEST_TEMPERATURE:
+        raise invalid("temperature", temperature, f"0 (greedy), or from {LOWEST_TEMPERATURE:g} to {MAX_TEMPERATURE:g}")
     ids = fields.take("stop_token_ids") or None
     stop_token_ids = set() if ids is None else set(token_ids(ids, "stop_token_ids").tolist())
     stops = []
@@ -72,7 +75,7 @@ def take_sampling(
     return SamplingRequest(
         prompts=prompts,
         num_samples=fields.count("n", 1, 1, MAX_SAMPLES),
-        temperature=fields.number("temperature", 1.0, 0.0, MAX_TEMPERATURE),
+        temperature=temperature,
         top_p=top_p,
         top_k=max(0, fields.count("top_k", 0, -1, 1 << 31)),
         max_tokens=max_tokens,
