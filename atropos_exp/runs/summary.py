@@ -17,7 +17,7 @@ def summarize_run(
     git: str | None,
     versions: Mapping[str, str],
     config_hash: str,
-    dropped_waiting: Mapping[str, int],
+    dropped_waiting: Mapping[str, int] | None = None,
     num_failed_syncs: int = 0,
     num_repeated_syncs: int = 0,
 ) -> dict[str, Any]:
@@ -46,7 +46,7 @@ def summarize_run(
         "rollouts": {
             "atropos": int(sum(_column(rows, "rollout/num_atropos"))),
             "local": int(sum(_column(rows, "rollout/num_local"))),
-            "dropped": _dropped(rows, dropped_waiting),
+            "dropped": _dropped(rows, dropped_waiting or {}),
         },
         "sync": {
             "count": len(syncs) + num_failed_syncs + num_repeated_syncs,

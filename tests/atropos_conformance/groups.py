@@ -29,7 +29,7 @@ REASONS = {
     "distillation": "distillation",
     "logprobs of another length": "lengths",
     "advantages of another length": "lengths",
-    "an absurd score": "non_finite",
+    "an absurd score": "range",
     "an impossible temperature": "temperature",
     "doubled": "doubled",
     "too old": "stale",

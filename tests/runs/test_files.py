@@ -121,7 +121,7 @@ def test_summary_by_hand(tmp_path: Path) -> None:
     summary = summarize_run(
         read_rows(tmp_path), status="failed", error="the engine died", policy_version=2, resumed_from=None, seed=7,
         git="abc", versions={"torch": "2"}, config_hash="f00", num_failed_syncs=1,
-        num_repeated_syncs=3,
+        num_repeated_syncs=3, dropped_waiting={"mask_value": 4, "stale": 1},
     )  # fmt: skip
     write_summary(tmp_path, summary)
     read = json.loads((tmp_path / "summary.json").read_text())
@@ -129,7 +129,7 @@ def test_summary_by_hand(tmp_path: Path) -> None:
         "status": "failed", "error": "the engine died", "steps": 2, "policy_version": 2,
         "reward_first": 0.1, "reward_last": 0.2, "eval_first": 0.5, "eval_last": 0.75,
         "wall_seconds": 4.0, "tokens_per_second": 100.0,
-        "rollouts": {"atropos": 3, "local": 5, "dropped": {"timeout": 3, "stale": 5}},
+        "rollouts": {"atropos": 3, "local": 5, "dropped": {"mask_value": 4, "stale": 6, "timeout": 3}},
         "sync": {"count": 6, "verified": 5, "seconds_mean": 0.2, "bytes": 20, "canary_gap_max": 0.3},
         "resumed_from": None, "seed": 7, "git": "abc", "versions": {"torch": "2"}, "config_hash": "f00",
     }  # fmt: skip

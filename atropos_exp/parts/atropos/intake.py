@@ -16,7 +16,7 @@ from atropos_exp.types import Finish, Provenance, Rollout, RolloutGroup
 
 log = logging.getLogger(__name__)
 
-REMEMBERED_GROUPS = 8192  # whose digests are kept, to count repeated groups that the ledger does not know
+REMEMBERED_GROUPS = 8192  # whose digests are kept, for repeated groups that the ledger does not know
 LOGPROB_TOLERANCE = 1e-3  # nats between an environment's logprob and the sampler's
 
 
@@ -111,8 +111,7 @@ class Intake:
         self, group: ScoredGroup, provenances: Sequence[Provenance | None], policy_version: int
     ) -> RolloutGroup:
         self._note_peculiarities(group)
-        if not all(sequence.supervised for sequence in group.sequences):  # a second epoch of examples is meant
-            self._refuse_doubled(provenances)
+        self._refuse_doubled(group, provenances)
         unknown = [
             sequence
             for sequence, provenance in zip(group.sequences, provenances, strict=True)
@@ -129,9 +128,9 @@ class Intake:
             self._rollout(sequence, provenance, policy_version)
             for sequence, provenance in zip(group.sequences, provenances, strict=True)
         ]
-        first = next((provenance.key for provenance in provenances if provenance is not None), None)
-        if first is None:
-            first = self._note_repetition(group)
+        first = (
+            next((provenance.key for provenance in provenances if provenance is not None), None) or _digest(group).hex()
+        )
         return RolloutGroup(prompt_id=f"atropos/{group.env_id}/{first}", source="atropos", rollouts=tuple(rollouts))
 
     def _rollout(self, sequence: ScoredSequence, provenance: Provenance | None, policy_version: int) -> Rollout:
@@ -183,21 +182,24 @@ class Intake:
         start = end - int(np.argmin(sequence.trained[:end][::-1]))  # the first token of a sequence is never trained
         return end == self.max_tokens or end - start == self.max_response
 
-    def _refuse_doubled(self, provenances: Sequence[Provenance | None]) -> None:
-        """Raise Rejected if the group came before. Only the ledger can tell it from an equal one that was sampled
-        again."""
-        if all(provenance is not None and provenance.returned_before for provenance in provenances):
-            raise Rejected("doubled", "every completion in it came back before")
-
-    def _note_repetition(self, group: ScoredGroup) -> str:
-        """A name for a group that the ledger does not know; an equal one before it is counted."""
+    def _refuse_doubled(self, group: ScoredGroup, provenances: Sequence[Provenance | None]) -> None:
+        """Raise Rejected if the group came before. The ledger tells a repeated group from an equal one that was sampled
+        again. One that it does not know is repeated if an equal one had the same logprobs; without logprobs, short
+        answers may well be equal. Examples to imitate come again in every epoch."""
+        if all(sequence.supervised for sequence in group.sequences):
+            return
+        if all(provenance is not None for provenance in provenances):
+            if all(provenance is not None and provenance.returned_before for provenance in provenances):
+                raise Rejected("doubled", "every completion in it came back before")
+            return
         digest = _digest(group)
         if digest in self._seen:
+            if all(sequence.logprobs is not None for sequence in group.sequences):
+                raise Rejected("doubled", "an equal group with the same logprobs came before")
             self.counters["groups_repeated"] += 1
         self._seen[digest] = None
         if len(self._seen) > REMEMBERED_GROUPS:
             self._seen.popitem(last=False)
-        return digest.hex()
 
     def _note_peculiarities(self, group: ScoredGroup) -> None:
         if len(group.sequences) != self.group_size:
@@ -227,7 +229,8 @@ class Intake:
 def _digest(group: ScoredGroup) -> bytes:
     digest = hashlib.blake2b(digest_size=16)
     for sequence in group.sequences:
-        for part in (sequence.token_ids, sequence.trained, np.float64(sequence.score)):
+        logprobs = np.zeros(0) if sequence.logprobs is None else sequence.logprobs
+        for part in (sequence.token_ids, sequence.trained, logprobs, np.float64(sequence.score)):
             raw = part.tobytes()
             digest.update(len(raw).to_bytes(8, "little") + raw)
     return digest.digest()

@@ -10,8 +10,7 @@ _LONGEST = 300
 
 
 def first_error(log: Path) -> str | None:
-    """The exception of the first traceback, or else the first line of level ERROR, if possible not that of a retry; None
-    if there is neither."""
+    """The exception of the first traceback, or else the first line of level ERROR, if possible not of a retry."""
     try:
         with log.open("rb") as file:
             lines = file.read(READ_BYTES).decode(errors="replace").splitlines()

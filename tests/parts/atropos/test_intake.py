@@ -139,14 +139,22 @@ def test_a_doubled_group_is_dropped_and_an_equal_one_sampled_again_is_not(book: 
     assert border.counters["groups_dropped_doubled"] == 1
 
 
-def test_what_the_ledger_does_not_know_may_come_again(book: Book) -> None:
-    """Examples of a second epoch are equal, and so are short answers that were tokenised again."""
+def test_without_a_ledger_entry_an_equal_group_with_equal_logprobs_counts_as_doubled(book: Book) -> None:
+    border = intake(book)
+    raw = group([3, STOP], [9, 9])
+    assert len(accept(border, [raw], 0)) == 1
+    assert len(accept(border, [raw], 1)) == 0
+    assert border.dropped_rollouts == {"doubled": 2}
+    assert len(accept(border, [{**raw, "scores": [5.0, 1.0]}], 1)) == 1, "another reward: another group"
+    assert len(accept(border, [group([3, STOP], [9, 9], logprob=-0.25)], 1)) == 1, "sampled again, by other weights"
+
+
+def test_without_logprobs_equal_groups_may_have_been_sampled_twice(book: Book) -> None:
+    """Short answers that were tokenised again are often equal."""
     border = intake(book)
     raw = group([3, STOP], [9, 9], logprob=None)
     assert len(accept(border, [raw, raw], 1)) == 2
     assert border.counters["groups_repeated"] == 1
-    assert len(accept(border, [{**raw, "scores": [5.0, 1.0]}], 1)) == 1
-    assert border.counters["groups_repeated"] == 1, "another reward: another group"
 
 
 def test_examples_to_imitate_come_in_every_epoch(book: Book) -> None:
