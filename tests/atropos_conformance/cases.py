@@ -12,7 +12,15 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 DOCS = HERE.parents[1] / "docs" / "atropos.md"
 START, END = "<!-- conformance:start -->", "<!-- conformance:end -->"
-FILES = ("connection", "groups", "versions", "multi_turn", "outage", "environments")  # in the order of the table
+FILES = (
+    "connection",
+    "groups",
+    "versions",
+    "multi_turn",
+    "outage",
+    "environments",
+    "published",
+)  # in the order of the table
 # How this project does what the table expects, where the word is not simply yes.
 HOW = {
     "test_foreign_run_is_refused": "exit code 2; `atropos.take_over` named as the way",

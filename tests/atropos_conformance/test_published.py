@@ -4,12 +4,15 @@ docs/atropos.md alone."""
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from pathlib import Path
 
 import pytest
 
 from tests.helpers.experiments import metrics, run
 from tests.helpers.older_transformers import environment
+from tests.helpers.paths import ROOT
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 ENVIRONMENTS = Path(__file__).parent / "environments"
@@ -58,3 +61,21 @@ def test_one_with_two_servers_that_tokenises_again(python: Path, tmp_path: Path)
         f"env.command=[{ENVIRONMENTS / 'server_pair.py'}]", timeout=420,
     )  # fmt: skip
     assert summary["rollouts"] == {"atropos": 4 * 2 * STEPS, "local": 0, "dropped": {}}
+
+
+def documented(name: str) -> list[str]:
+    """The overrides of the command of docs/atropos.md that starts this environment."""
+    lines = (ROOT / "docs/atropos.md").read_text().splitlines()
+    [line] = [line for line in lines if line.startswith("python -m ") and f"env.name={name} " in line]
+    return shlex.split(line)[3:]
+
+
+def test_the_environment_that_the_docs_show(tmp_path: Path) -> None:
+    """environment of one's own, as docs/atropos.md shows it: trains, every rollout known to the ledger."""
+    text = (ROOT / "docs/atropos.md").read_text()
+    [block] = re.findall(r"```python\n(from atroposlib.*?)```", text, re.S)
+    (tmp_path / "sums.py").write_text(block)
+    folder = tmp_path / "run"
+    summary = run(folder, *documented("sums"), *SMALL, f"env.cwd={tmp_path}", "logger=none", timeout=420)
+    assert summary["rollouts"] == {"atropos": 4 * 2 * STEPS, "local": 0, "dropped": {}}
+    assert sum(step["rollout/of_unknown_version"] for step in metrics(folder)[1:]) == 0
