@@ -179,7 +179,7 @@ def _open_folder(checked: Checked, ranks: Ranks) -> RunFolder:
     run = checked.run
 
     def open_it() -> RunFolder:
-        if ranks.world_size > 1:
+        if "WORLD_SIZE" in os.environ:
             refuse_start(checked)
         return open_run_folder(
             output_dir=Path(run.output_dir),

@@ -26,8 +26,6 @@ class DataPart(Protocol):
     @property
     def has_eval(self) -> bool: ...  # whether `eval_prompts` has something to return
 
-    def file_problems(self) -> list[str]: ...  # of files of its own, as far as it shows without reading a row
-
     def loader(
         self,
         tokenizer: Any,

@@ -13,6 +13,7 @@ from atropos_exp.assembly.check import Checked
 from atropos_exp.assembly.head import preparation_problems
 from atropos_exp.config.freeze import config_hash, resolved
 from atropos_exp.errors import UserError
+from atropos_exp.parts.data.settings import DataSettings
 from atropos_exp.runs.checkpoints import newest_step
 from atropos_exp.runs.files import run_status
 from atropos_exp.runs.folder import find_run_folder
@@ -30,7 +31,8 @@ def refuse_start(checked: Checked) -> None:
     parts = checked.parts
     problems = list(_told(lambda: _folder_problems(checked)))
     problems += preparation_problems(parts.data.prepare)
-    problems += parts.data.file_problems()
+    if isinstance(parts.data, DataSettings):  # a source of the user's own may know no files
+        problems += parts.data.file_problems()
     problems += _told(lambda: _model_problems(checked), "model.")
     if parts.rollout.uses_atropos:
         problems += _told(lambda: _port_problems(checked))

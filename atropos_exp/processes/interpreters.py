@@ -27,7 +27,8 @@ def missing_modules(python: str, modules: Sequence[str]) -> str | None:
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"it does not run ({error})"
     if found.returncode != 0:
-        return f"it does not run (exit code {found.returncode}: {' '.join(found.stderr.split())[-200:]})"
+        said = (found.stderr.strip().splitlines() or [""])[-1][-200:]
+        return f"it does not run (exit code {found.returncode}: {said})"
     first, *missing = found.stdout.split() or [""]
     if first != _SIGN:
         return "it is no Python interpreter"

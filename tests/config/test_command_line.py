@@ -120,6 +120,7 @@ MISTAKES = [
         ],
     ),
     (["trainer.sequence_parallel_size=2"], ["got 2, which does not divide the 1 trainer processes"]),
+    (["model.path=-1"], ["-1, which does not exist; expected a folder, or a hub id such as org/name"]),
     (["max_prompt_length=100000", "trainer.max_tokens_per_micro_batch=200000"], ["context"]),
     # what the machine lacks
     (["data.parquet_paths=[nowhere/*.parquet]"], ["data.parquet_paths: ", "nowhere"]),

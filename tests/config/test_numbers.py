@@ -126,7 +126,7 @@ def test_the_ends_of_every_range_are_checked_at_once() -> None:
                 assert_checked_at_once(changed(plain, (*prefix, *key), value), value)
                 num_checked += 1
         for key, is_list in keys_of(cls, (str,)):
-            for text in ("", " "):
+            for text in ("", " ", "-1"):
                 assert_checked_at_once(changed(plain, (*prefix, *key), [text] if is_list else text), text)
     assert num_checked > 100
 

@@ -108,4 +108,11 @@ def _as_folder(path: str) -> Path:
 
 
 def _is_hub_id(path: str) -> bool:
-    return _HUB_ID.fullmatch(path) is not None and not path.startswith(".")
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils._validators import validate_repo_id
+
+    try:
+        validate_repo_id(path)
+    except HFValidationError:
+        return False
+    return _HUB_ID.fullmatch(path) is not None
