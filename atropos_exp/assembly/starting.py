@@ -3,7 +3,7 @@ start leaves nothing behind, and one that is continued stays as it was."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,18 +28,27 @@ KEPT = (
 
 def refuse_start(checked: Checked) -> None:
     """Raise UserError with all that stands in the way, a line each. Fetches the model; starts nothing."""
+    refuse([*_told(lambda: _folder_problems(checked)), *machine_problems(checked)])
+
+
+def refuse(problems: Sequence[str]) -> None:
+    """Raise UserError if there are any."""
+    if problems:
+        lead = "This run cannot start:"
+        raise UserError("\n  ".join([lead, *problems]) if len(problems) > 1 else f"{lead} {problems[0]}")
+
+
+def machine_problems(checked: Checked) -> list[str]:
+    """What stands in the way whatever folder the run gets, a line each."""
     parts = checked.parts
-    problems = list(_told(lambda: _folder_problems(checked)))
-    problems += preparation_problems(parts.data.prepare)
+    problems = list(preparation_problems(parts.data.prepare))
     if isinstance(parts.data, DataSettings):  # a source of the user's own may know no files
         problems += parts.data.file_problems()
     problems += _told(lambda: _model_problems(checked), "model.")
     if parts.rollout.uses_atropos:
         problems += _told(lambda: _port_problems(checked))
         problems += parts.env.interpreter_problems(launches_atropos=parts.atropos.launch)
-    if problems:
-        raise UserError("\n  ".join(["This run cannot start:", *problems]) if problems[1:]
-                        else f"This run cannot start: {problems[0]}")  # fmt: skip
+    return problems
 
 
 def remarks(checked: Checked) -> Iterator[str]:

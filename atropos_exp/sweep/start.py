@@ -4,9 +4,12 @@ import sys
 from collections.abc import Sequence
 from contextlib import closing
 
+from atropos_exp.assembly.check import Checked
+from atropos_exp.assembly.starting import machine_problems, refuse
+from atropos_exp.config.freeze import resolved
 from atropos_exp.config.sources import Sources
 from atropos_exp.sweep.driver import Sweep, open_or_create, unfinished
-from atropos_exp.sweep.plan import plan_sweep
+from atropos_exp.sweep.plan import Plan, plan_sweep
 from atropos_exp.sweep.table import LiveTable, counts
 
 
@@ -17,6 +20,8 @@ def start_sweep(overrides: Sequence[str], sources: Sources) -> int:
     started.
     """
     plan = plan_sweep(overrides, sources)
+    if plan.checked.parts.cluster.queue is None:  # else the runs look where they run
+        refuse(list(dict.fromkeys(problem for one in _different(plan) for problem in machine_problems(one))))
     sweep = Sweep(open_or_create(plan, ["python", "-m", "atropos_exp.run", *sys.argv[1:]]))
     num_jobs = sweep.submit(attached=plan.settings.wait)
     print(f"Sweep: {sweep.folder.path}", flush=True)
@@ -27,6 +32,18 @@ def start_sweep(overrides: Sequence[str], sources: Sources) -> int:
               f"python -m atropos_exp.sweep status|wait|cancel {sweep.folder.path}", flush=True)  # fmt: skip
         return 0
     return attend(sweep)
+
+
+def _different(plan: Plan) -> list[Checked]:
+    """The configurations that want something else of the machine than the others."""
+    needed = ("model", "data", "env", "gateway", "rollout", "atropos")
+    found: dict[str, Checked] = {}
+    for checked in {
+        id(one): one for one in (plan.checked, *(run.checked for run in plan.runs))
+    }.values():  # of all seeds
+        values = resolved(checked.config)
+        found.setdefault(repr([values[name] for name in needed]), checked)
+    return list(found.values())
 
 
 def attend(sweep: Sweep) -> int:

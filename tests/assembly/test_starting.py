@@ -36,6 +36,10 @@ REFUSALS: list[tuple[list[str], list[str]]] = [
             "gateway.port: cannot listen on 127.0.0.1:PORT: another program listens there",
         ],
     ),
+    (
+        ["-m", "data.parquet_paths=../../files/cut.parquet,../../files/other.parquet", "seed=0,1"],
+        ["../../files/cut.parquet: cannot be read as Parquet", "../../files/other.parquet: wrong schema"],
+    ),
     (["model.path=../../files/other.parquet"], ["other.parquet, which is a file; expected the folder of a Hugging"]),
     (["model.path=../../files/model"], ["is damaged or only half there", "Delete it and fetch the model again"]),
 ]
