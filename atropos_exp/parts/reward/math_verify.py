@@ -71,10 +71,8 @@ class MathVerify(PooledReward):
 
 
 def _hundredth(found: list[Any]) -> list[Any]:
-    """A percentage as the number that it is."""
-    from sympy import Expr
-
-    return [one / 100 for one in found if isinstance(one, Expr)]
+    """A percentage as the number that it is; math-verify gives it in sympy and as text."""
+    return [one / 100 for one in found if not isinstance(one, str)]
 
 
 def _letters(text: str) -> str:

@@ -29,8 +29,8 @@ def test_fields_are_the_keys_of_the_yaml() -> None:
         ({"max_hold_seconds": 600.0, "request_timeout_seconds": 599.0}, "below 600"),
         ({"request_timeout_seconds": 600.0}, "below 600"),
         ({"max_hold_seconds": 300.0, "request_timeout_seconds": 200.0}, "at least max_hold_seconds"),
-        ({"port": 0}, "1 to 65535"),
-        ({"ledger_tokens": 10}, "at least 1000"),
+        ({"port": 70000}, "1 to 65,535"),
+        ({"ledger_tokens": 10}, "at least 1,000"),
     ],
 )
 def test_wrong_settings_are_refused(changes: dict[str, Any], message: str, helpers: Any) -> None:

@@ -19,9 +19,7 @@ from atropos_exp.parts.reward.numeric import Numeric
 from atropos_exp.parts.reward.reasoning_gym import ReasoningGym
 from atropos_exp.parts.reward.reward_score import SAFE, RewardScore
 from atropos_exp.types import Prompt
-from tests.helpers import answer_forms
-from tests.helpers.answer_forms import EXPRESSIONS, NUMBERS
-from tests.helpers.paths import CONF, ROOT
+from tests.helpers.paths import CONF
 
 RUN: dict[str, Any] = {"num_workers": 1, "timeout_seconds": 5.0}
 EXACT: dict[str, Any] = {"extract": None, "last_line": False, "ignore_case": False, **RUN}
@@ -164,38 +162,6 @@ def test_exact(settings: dict[str, Any], answer: str, expected: str, score: floa
 )
 def test_numeric(answer: str, expected: str, score: float) -> None:
     assert NUMERIC(answer, prompt(expected)) == score
-
-
-@pytest.mark.parametrize(("answer", "expected", "score"), NUMBERS)
-def test_a_hundred_forms_of_a_number(answer: str, expected: str, score: float) -> None:
-    assert NUMERIC(answer, prompt(expected)) == score
-    if "\\boxed{" in answer and "####" not in answer and "1\\,042" not in answer:
-        assert MATH(answer, prompt(expected)) == score
-
-
-@pytest.mark.parametrize(("answer", "expected", "score"), EXPRESSIONS)
-def test_forms_of_an_expression(answer: str, expected: str, score: float) -> None:
-    assert MATH(answer, prompt(expected)) == score
-
-
-def test_the_page_on_rewards_is_what_they_give() -> None:
-    page = (ROOT / "docs" / "rewards.md").read_text()
-    assert page == answer_forms.PAGE + answer_forms.table() + "\n", (
-        "python -m tests.helpers.answer_forms > docs/rewards.md"
-    )
-
-
-@pytest.mark.parametrize("truth", ["3\\sqrt{13}", "2x+1", "10:30", "4, 5", "2^{10}", "1,2,3", "3\\pi"])
-def test_a_ground_truth_that_is_no_number_is_refused(truth: str) -> None:
-    with pytest.raises(ValueError, match="is not a number; reward=math_verify reads expressions"):
-        NUMERIC(truth, prompt(truth))
-
-
-@pytest.mark.parametrize("reward", [Exact(**EXACT), NUMERIC, MATH])
-def test_a_thought_is_no_answer(reward: Any) -> None:
-    assert reward("<think>41</think>42", prompt("42")) == 1
-    for answer in ("<think>42", "<think>\\boxed{42}</think>", "<think>42</think>41"):
-        assert reward(answer, prompt("42")) == 0
 
 
 @pytest.mark.parametrize(("answer", "score"), [("42", 0), ("#### 42", 1), ("\\boxed{42}", 1), ("42 ####", 0)])
