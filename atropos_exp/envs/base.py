@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar
@@ -180,15 +181,22 @@ class RunEnv(BaseEnv):  # type: ignore[misc]
         )
 
     def group(
-        self, episodes: list[Episode], scores: list[float], advantages: list[list[float]] | None = None
+        self,
+        episodes: list[Episode],
+        scores: list[float],
+        advantages: list[list[float]] | None = None,
+        dropped: Sequence[str | None] | None = None,
     ) -> dict[str, Any]:
-        """The episodes as the ScoredDataGroup that goes to the API."""
+        """The episodes as the ScoredDataGroup that goes to the API. `dropped`: why an episode could not be scored; the
+        trainer counts it and leaves it out, and its score means nothing. A smaller group might wait in the API for
+        ever."""
         return scored_group(
             episodes,
             scores,
             temperature=self.config.temperature,
             mask_truncated=self.config.mask_truncated,
             advantages=advantages,
+            dropped=dropped,
         )
 
     def decode(self, completions: list[SampledTurn]) -> list[str]:

@@ -52,14 +52,18 @@ def scored_group(
     temperature: float,
     mask_truncated: bool,
     advantages: list[list[float]] | None = None,
+    dropped: Sequence[str | None] | None = None,
 ) -> dict[str, Any]:
     """A ScoredDataGroup for the API. `group_overrides` is left out, because atroposlib fails if it is null.
 
-    With `mask_truncated`, episodes that the token limit cut get no gradient.
+    With `mask_truncated`, episodes that the token limit cut get no gradient. `dropped`: why an episode is left out.
     """
-    overrides = [
+    overrides: list[dict[str, Any]] = [
         {"set_advantage_to_zero": True} if mask_truncated and episode.is_truncated else {} for episode in episodes
     ]
+    for override, reason in zip(overrides, dropped or [None] * len(overrides), strict=True):
+        if reason is not None:
+            override["dropped"] = reason
     return {
         "tokens": [episode.tokens for episode in episodes],
         "masks": [episode.masks for episode in episodes],

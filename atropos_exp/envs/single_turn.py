@@ -83,19 +83,18 @@ class SingleTurnEnv(RunEnv):
             item.prompt.token_ids.tolist(), self.training_params(item.place), num_samples=self.config.group_size
         )
         texts, scores = await asyncio.to_thread(self._score, item.prompt, completions)
-        failures = [score.reason for score in scores if isinstance(score, RewardFailure)]
-        failures += ["empty_completion" for completion in completions if not completion.token_ids]
-        if failures:
-            for reason in failures:
-                self.drop(reason)
-            return None
         episodes = []
         for completion in completions:
             episode = Episode()
             episode.add_context(completion.prompt_ids)
             episode.add_completion(completion)
             episodes.append(episode)
-        group = self.group(episodes, [score for score in scores if not isinstance(score, RewardFailure)])
+        failures = [
+            score.reason if isinstance(score, RewardFailure) else None if completion.token_ids else "empty_completion"
+            for score, completion in zip(scores, completions, strict=True)
+        ]
+        rewards = [0.0 if isinstance(score, RewardFailure) else score for score in scores]
+        group = self.group(episodes, rewards, dropped=failures)
         if self.config.include_messages:
             question = {"role": "user", "content": item.prompt.text}
             group["messages"] = [[question, {"role": "assistant", "content": text}] for text in texts]

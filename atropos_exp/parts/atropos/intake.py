@@ -73,9 +73,9 @@ class Intake:
         for group in scored:
             provenances = [next(rest) for _ in group.sequences]
             try:
-                groups.append(self._complete(group, provenances, policy_version))
+                groups += self._complete(group, provenances, policy_version)
             except Rejected as rejected:
-                self._drop(rejected, len(group.sequences))
+                self._drop(rejected, sum(sequence.dropped is None for sequence in group.sequences))
         self.counters["groups_accepted"] += len(groups)
         return groups
 
@@ -109,29 +109,33 @@ class Intake:
 
     def _complete(
         self, group: ScoredGroup, provenances: Sequence[Provenance | None], policy_version: int
-    ) -> RolloutGroup:
+    ) -> list[RolloutGroup]:
+        """The group without what its environment could not score, if anything is left."""
         self._note_peculiarities(group)
         self._refuse_doubled(group, provenances)
+        pairs = list(zip(group.sequences, provenances, strict=True))
+        reasons = Counter(sequence.dropped for sequence, _ in pairs if sequence.dropped is not None)
+        self.dropped_rollouts.update(reasons)
+        pairs = [pair for pair in pairs if pair[0].dropped is None]
+        if not pairs:
+            raise Rejected("unscored", f"its environment could score none of its rollouts ({', '.join(reasons)})")
         unknown = [
             sequence
-            for sequence, provenance in zip(group.sequences, provenances, strict=True)
+            for sequence, provenance in pairs
             if provenance is None and not sequence.supervised  # an example to imitate is of no version
         ]
         if unknown and self.max_version_lag is not None:
             raise Rejected(
                 "unknown_version",
-                f"the gateway has sampled {len(group.sequences) - len(unknown)} of its {len(group.sequences)} sequences"
+                f"the gateway has sampled {len(pairs) - len(unknown)} of its {len(pairs)} sequences"
                 f", so nobody knows how old the others are (atropos.max_version_lag={self.max_version_lag}). An "
                 "environment that tokenises its texts again, or samples elsewhere, sends such groups",
             )
-        rollouts = [
-            self._rollout(sequence, provenance, policy_version)
-            for sequence, provenance in zip(group.sequences, provenances, strict=True)
-        ]
+        rollouts = [self._rollout(sequence, provenance, policy_version) for sequence, provenance in pairs]
         first = (
             next((provenance.key for provenance in provenances if provenance is not None), None) or _digest(group).hex()
         )
-        return RolloutGroup(prompt_id=f"atropos/{group.env_id}/{first}", source="atropos", rollouts=tuple(rollouts))
+        return [RolloutGroup(prompt_id=f"atropos/{group.env_id}/{first}", source="atropos", rollouts=tuple(rollouts))]
 
     def _rollout(self, sequence: ScoredSequence, provenance: Provenance | None, policy_version: int) -> Rollout:
         logprobs, temperature = sequence.logprobs, sequence.temperature

@@ -33,7 +33,7 @@ KNOWN_FIELDS = {
     *("tokens", "masks", "scores", "advantages", "ref_logprobs", "messages", "generation_params"),
     *("inference_logprobs", "overrides", "group_overrides", "env_id", *REFUSED_FIELDS),
 }
-KNOWN_OVERRIDES = {"set_advantage_to_zero", "sft", "temperature"}
+KNOWN_OVERRIDES = {"set_advantage_to_zero", "sft", "temperature", "dropped"}
 KNOWN_GROUP_OVERRIDES = {"group_size", "sft", "temperature"}
 
 
@@ -58,6 +58,7 @@ class ScoredSequence:
     temperature: float | None
     zero_advantage: bool
     supervised: bool
+    dropped: str | None  # why the environment could not score it: it is counted, and not in its group
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -98,7 +99,8 @@ def _read(raw: object, *, vocab_size: int, max_tokens: int) -> ScoredGroup:
     group_overrides = raw.get("group_overrides") or {}
     generation = raw.get("generation_params") or {}
     ids, ends = _integers(tokens, "tokens")
-    trained = _trained(ids, ends, masks, vocab_size=vocab_size, max_tokens=max_tokens)
+    dropped = [None if item.get("dropped") is None else str(item["dropped"])[:100] for item in overrides]
+    trained = _trained(ids, ends, masks, dropped, vocab_size=vocab_size, max_tokens=max_tokens)
     spans = [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
     logprobs, advantages, references = (
         _numbers(_per_token(raw.get(name), name, size), name, spans, trained)
@@ -120,6 +122,7 @@ def _read(raw: object, *, vocab_size: int, max_tokens: int) -> ScoredGroup:
                 temperature=_temperature((overrides[at], group_overrides, generation), at),
                 zero_advantage=bool(overrides[at].get("set_advantage_to_zero")),
                 supervised=supervised,
+                dropped=dropped[at],
             )
         )
     env_id = raw.get("env_id")
@@ -130,8 +133,17 @@ def _read(raw: object, *, vocab_size: int, max_tokens: int) -> ScoredGroup:
     )
 
 
-def _trained(ids: Integers, ends: Sequence[int], masks: list[Any], *, vocab_size: int, max_tokens: int) -> Mask:
-    """Which tokens are trained, of all sequences end to end. The first of each has no prediction, so it never is."""
+def _trained(
+    ids: Integers,
+    ends: Sequence[int],
+    masks: list[Any],
+    dropped: Sequence[str | None],
+    *,
+    vocab_size: int,
+    max_tokens: int,
+) -> Mask:
+    """Which tokens are trained, of all sequences end to end. The first of each has no prediction, so it never is. Only
+    a sequence that is dropped may have none."""
     starts = [0, *ends[:-1]]
     mask, mask_ends = _integers(masks, "masks")
     for at, (start, end, mask_end) in enumerate(zip(starts, ends, mask_ends, strict=True)):
@@ -167,8 +179,9 @@ def _trained(ids: Integers, ends: Sequence[int], masks: list[Any], *, vocab_size
         )
     trained[starts] = False
     num_trained = np.add.reduceat(trained, starts, dtype=np.int64)
-    if not num_trained.all():
-        raise Rejected("no_trained_token", f"sequence {int(np.argmin(num_trained))} has no trained token")
+    for at in np.flatnonzero(num_trained == 0).tolist():
+        if dropped[at] is None:
+            raise Rejected("no_trained_token", f"sequence {at} has no trained token")
     return trained
 
 

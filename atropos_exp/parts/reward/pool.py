@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import pickle
 import selectors
 import signal
@@ -21,6 +20,7 @@ from typing import Any
 from atropos_exp.errors import UserError
 from atropos_exp.interfaces import Reward
 from atropos_exp.parts.reward import worker as wire
+from atropos_exp.parts.reward.failures import Failures
 from atropos_exp.types import Prompt, RewardFailure
 
 log = logging.getLogger(__name__)
@@ -30,12 +30,6 @@ REPLY_SECONDS = 30.0  # to fork, or to accept a chunk
 LONGEST_CHUNK = 64
 LONGEST_STREAK = 4  # times in a row that a killed template is replaced
 MEMORY_BYTES = 2 << 30  # that a worker may allocate beyond the loaded reward
-# The environment variables that a child sees. Others may hold keys and tokens.
-ENVIRONMENT = (
-    "PATH", "HOME", "LANG", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "CONDA_PREFIX", "PYTHONHOME",
-    "PYTHONHASHSEED", "PYTHONDONTWRITEBYTECODE", "PYTHONPYCACHEPREFIX", "HF_HOME", "HF_HUB_OFFLINE",
-)  # fmt: skip
-ENVIRONMENT_PREFIXES = ("LC_", "XDG_")
 Results = dict[int, float | RewardFailure]  # by the number of the item
 
 
@@ -70,11 +64,12 @@ class RewardPool:
         Raises UserError if `reward` cannot be pickled."""
         assert num_workers >= 1 and timeout_seconds > 0
         self._name = type(reward).__name__
+        self._failures = Failures(self._name)
         try:
             self._hello = pickle.dumps((pickle.dumps(reward), memory_bytes))
         except (pickle.PicklingError, AttributeError, TypeError) as error:
             raise UserError(f"reward {self._name} cannot be sent to the process that runs it: {error}") from error
-        self._environment = _environment()  # as it is now: a template started later must find the same modules
+        self._environment = wire.environment()  # as it is now: a template started later must find the same modules
         self._num_workers = num_workers
         self._timeout_seconds = timeout_seconds
         self._lock = threading.Lock()
@@ -86,13 +81,16 @@ class RewardPool:
     def score(self, items: Sequence[tuple[str, Prompt]]) -> list[float | RewardFailure]:
         """The score of each (answer, prompt), in order, or a RewardFailure. May be called from several threads.
 
-        Raises UserError if the reward cannot be loaded, or raised one itself because it does not fit the data.
+        Raises UserError if the reward cannot be loaded, raised one itself because it does not fit the data, or could
+        score nothing for long.
         """
         with self._lock:
             if not self._ready:
                 self._wait_until_ready()
             try:
-                return self._score(items)
+                results = self._score(items)
+                self._failures.judge(items, results)
+                return results
             except BaseException:
                 for worker in list(self._workers):  # they may hold answers of this call
                     self._drop(worker)
@@ -172,7 +170,10 @@ class RewardPool:
             del worker.buffer[:end]
             if kind == wire.USER_ERROR:
                 raise UserError(text)
-            reason = "non_finite" if kind == wire.NON_FINITE else f"error:{text}"
+            name, _, traceback = text.partition("\n")
+            reason = "non_finite" if kind == wire.NON_FINITE else f"error:{name}"
+            if kind == wire.ERROR:
+                self._failures.tell(reason, traceback)
             results[worker.chunk.popleft()] = score if kind == wire.SCORE else RewardFailure(reason=reason)
             worker.deadline = time.monotonic() + self._timeout_seconds
         return bool(data)
@@ -278,19 +279,3 @@ class RewardPool:
         except subprocess.TimeoutExpired:  # still importing: it has no workers yet
             self._template.kill()
             self._template.wait()
-
-
-def _environment() -> dict[str, str]:
-    kept = {
-        name: value
-        for name, value in os.environ.items()
-        if name in ENVIRONMENT or name.startswith(ENVIRONMENT_PREFIXES)
-    }
-    return kept | {
-        "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
-        "OMP_NUM_THREADS": "1",  # also keeps the template free of threads, which do not survive a fork
-        "OPENBLAS_NUM_THREADS": "1",
-        "MKL_NUM_THREADS": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "CUDA_VISIBLE_DEVICES": "",
-    }

@@ -20,6 +20,7 @@ import socket
 import struct
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
@@ -31,6 +32,30 @@ SCORE, NON_FINITE, ERROR, USER_ERROR = range(4)  # kinds of a result
 RESULT = struct.Struct("<BdH")  # kind, score, length of the text that follows
 SIZE = struct.Struct("<Q")  # before a pickled chunk
 LONGEST_PACKET = 1 << 20
+TRACEBACK_CHARACTERS = 3000
+# The environment variables that a child sees. Others may hold keys and tokens.
+ENVIRONMENT = (
+    "PATH", "HOME", "LANG", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "CONDA_PREFIX", "PYTHONHOME",
+    "PYTHONHASHSEED", "PYTHONDONTWRITEBYTECODE", "PYTHONPYCACHEPREFIX", "HF_HOME", "HF_HUB_OFFLINE",
+)  # fmt: skip
+ENVIRONMENT_PREFIXES = ("LC_", "XDG_")
+
+
+def environment() -> dict[str, str]:
+    """The environment variables of a template that is started from this process."""
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name in ENVIRONMENT or name.startswith(ENVIRONMENT_PREFIXES)
+    }
+    return kept | {
+        "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
+        "OMP_NUM_THREADS": "1",  # also keeps the template free of threads, which do not survive a fork
+        "OPENBLAS_NUM_THREADS": "1",
+        "MKL_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
 
 
 def main(control: socket.socket) -> None:
@@ -120,10 +145,19 @@ def _score(reward: Reward, answer: str, prompt: Any) -> bytes:
     except UserError as error:
         return _result(USER_ERROR, text=str(error))
     except BaseException as error:  # SystemExit and the like too: each becomes a counted reason
-        return _result(ERROR, text=type(error).__name__)
+        return _result(ERROR, text=f"{type(error).__name__}\n{_end_of_traceback(error)}")
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)  # an alarm of this answer must not hit the next
     return _result(SCORE, score) if math.isfinite(score) else _result(NON_FINITE)
+
+
+def _end_of_traceback(error: BaseException) -> str:
+    """Without the frame of this file."""
+    try:
+        where = error.__traceback__ and error.__traceback__.tb_next
+        return "".join(traceback.format_exception(type(error), error, where))[-TRACEBACK_CHARACTERS:]
+    except Exception:  # whatever its own __str__ does
+        return ""
 
 
 def _result(kind: int, score: float = 0.0, text: str = "") -> bytes:

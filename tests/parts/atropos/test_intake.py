@@ -259,6 +259,18 @@ def test_a_group_of_another_size_is_compared_as_it_is(book: Book) -> None:
     assert border.counters["groups_of_other_size"] == 2
 
 
+def test_what_an_environment_could_not_score_is_counted_and_the_rest_of_its_group_stays(book: Book) -> None:
+    book.sampled(PROMPT, [3, STOP], version=2)
+    book.sampled(PROMPT, [4, STOP], version=2)
+    border = intake(book, max_version_lag=0)
+    some = group([3, STOP], [4, STOP], [], overrides=[None, {"dropped": "error:KeyError"}, {"dropped": "timeout"}])
+    none = group([5, STOP], overrides=[{"dropped": "timeout"}])
+    [found] = accept(border, [some, none], 2)
+    assert [rollout.token_ids.tolist() for rollout in found.rollouts] == [[*PROMPT, 3, STOP]]
+    assert border.dropped_rollouts == {"error:KeyError": 1, "timeout": 2, "unscored": 0}
+    assert border.counters["groups_dropped_unscored"] == border.counters["groups_accepted"] == 1
+
+
 def test_special_treatment_reaches_the_rollouts(book: Book) -> None:
     overrides = [{"set_advantage_to_zero": True}, {"sft": True}]
     raw = group([3, STOP], [9, 9], overrides=overrides, ref_logprobs=[[0, 0, -1, -2], [0, 0, -3, -4]], novelty=1)
