@@ -13,6 +13,10 @@ class UserError(ValueError):
     """Something the user can mend: what, where, got, expected, what to do. Ends a run with exit code 2."""
 
 
+class StopRequested(BaseException):
+    """The user wants the run to stop, and it waits for something that may never come, or has not begun yet."""
+
+
 class SourceUnavailable(RuntimeError):
     """A rollout source gave nothing within its deadlines. The text says why; another source may take over."""
 

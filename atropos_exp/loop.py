@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from atropos_exp.batching import pack
+from atropos_exp.errors import StopRequested
 from atropos_exp.interfaces import AdvantageEstimator, Checkpointer, Evaluator, Publisher, Recorder, RolloutSource
 from atropos_exp.metrics import Clock
 from atropos_exp.types import StepFacts, TrainBatch, UpdateStats
@@ -41,7 +42,7 @@ def train(
     Step k is the k-th update. After it the policy version is k, and its line in metrics.jsonl says k. Step 0 is
     the untrained policy: only synced and evaluated.
     """
-    done = checkpoints.restore()
+    done = saved = checkpoints.restore()
     recorder.resume(done)
     clock = Clock()
     with clock("sync"):
@@ -55,8 +56,13 @@ def train(
 
     clock = Clock()
     for step in range(done + 1, schedule.max_steps + 1):
-        with clock("rollout"):
-            groups, dropped = source.take(schedule.groups_per_step, step=step)
+        try:
+            with clock("rollout"):
+                groups, dropped = source.take(schedule.groups_per_step, step=step)
+        except StopRequested:  # while it waited: the steps before are done
+            if done > saved:
+                checkpoints.save(done)
+            break
         with clock("advantage"):
             advantages = estimate(groups)
         with clock("pack"):
@@ -79,6 +85,7 @@ def train(
         with clock("save"):
             if stopping or schedule.is_due(schedule.save_every, step):
                 checkpoints.save(step)
+                saved = step
         if stopping:
             break
     return done

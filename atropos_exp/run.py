@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import traceback
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import FrameType
 
@@ -22,7 +22,8 @@ from atropos_exp.assembly.starting import refuse_start, remarks
 from atropos_exp.assembly.submission import launch
 from atropos_exp.config.command_line import hydra_main
 from atropos_exp.config.freeze import FROZEN, config_hash, save_config
-from atropos_exp.errors import UserError
+from atropos_exp.errors import StopRequested, UserError
+from atropos_exp.processes import stopping
 from atropos_exp.processes.ranks import Ranks
 from atropos_exp.processes.startup import no_collections
 from atropos_exp.runs.files import last_step, note_command, read_rows, write_summary
@@ -31,6 +32,8 @@ from atropos_exp.runs.provenance import git_commit, versions
 from atropos_exp.runs.summary import summarize_run
 from atropos_exp.runs.waiting import dropped_while_waiting
 from atropos_exp.sweep.start import start_sweep
+
+STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 def run(config: DictConfig) -> int:
@@ -72,7 +75,11 @@ class Experiment:
 
     def execute(self) -> int:
         """0: finished or stopped on request, 1: failed, 130: stopped at once by a second Ctrl-C."""
-        handlers = {number: signal.signal(number, self._request_stop) for number in (signal.SIGTERM, signal.SIGINT)}
+        handlers = {
+            number: signal.signal(number, self._request_stop)
+            for number in STOPS
+            if signal.getsignal(number) is not signal.SIG_IGN  # nohup
+        }
         status, error, code = "failed", None, 1
         refused = False
         try:
@@ -85,6 +92,8 @@ class Experiment:
             raise
         except KeyboardInterrupt:
             status, code = "stopped", 130
+        except StopRequested:
+            status, code = "stopped", 0
         except Exception as failure:
             error = f"{type(failure).__name__}: {failure}"
             self._keep_traceback(error)
@@ -95,6 +104,7 @@ class Experiment:
                 self._conclude(status, error)
             for number, handler in handlers.items():
                 signal.signal(number, handler)
+            stopping.request(False)
             if self._folder.lock is not None:
                 self._folder.lock.close()
         return code
@@ -134,9 +144,27 @@ class Experiment:
         if self._stop_requested and number == signal.SIGINT:
             raise KeyboardInterrupt  # the second Ctrl-C: now
         is_first, self._stop_requested = not self._stop_requested, True
+        stopping.request()
+        if number == signal.SIGHUP:
+            self._leave_terminal()
         if is_first and self._ranks.is_zero:
-            name = signal.Signals(number).name
-            os.write(2, f"\n{name}: finishing this step, then saving (Ctrl-C again: stop now)\n".encode())
+            what = "finishing this step, then saving" if self._parts is not None else "nothing has been trained yet"
+            with suppress(OSError):
+                name = signal.Signals(number).name
+                os.write(2, f"\n{name}: {what}; stopping (Ctrl-C again: stop now)\n".encode())
+        # Several ranks stop together, once all have started.
+        if is_first and self._parts is None and self._ranks.world_size == 1:
+            raise StopRequested
+
+    def _leave_terminal(self) -> None:
+        """What is printed goes to a file from now on: the terminal is gone, and writing to it would fail."""
+        path = self._folder.path / "log" / f"after_hangup_rank_{self._ranks.rank}.log"
+        with suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+            os.dup2(file, 1)
+            os.dup2(file, 2)
+            os.close(file)
 
     def _conclude(self, status: str, error: str | None) -> None:
         rows = read_rows(self._folder.path)

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from atropos_exp import metrics
+from atropos_exp.errors import StopRequested
 from atropos_exp.loop import Schedule, train
 from tests.helpers.fakes import (
     Book,
@@ -175,6 +176,28 @@ def test_asked_to_stop_it_finishes_the_step_and_saves_it_once(save_every: int, t
     assert loop.train(5, save_every=save_every) == 2
     assert loop.calls[-2:] == ["record 2", "save 2"]
     assert loop.calls_of("save") == [2] and loop.calls_of("evaluate") == [0]
+
+
+@pytest.mark.parametrize(("save_every", "saved"), [(0, [2]), (1, [1, 2])])
+def test_a_stop_while_it_waits_for_rollouts_saves_the_steps_before(
+    save_every: int, saved: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop = Loop(tmp_path)
+    take = loop.source.take
+
+    def wait(num_groups: int, *, step: int) -> Any:
+        if step == 3:
+            raise StopRequested
+        return take(num_groups, step=step)
+
+    monkeypatch.setattr(loop.source, "take", wait)
+    assert loop.train(5, save_every=save_every) == 2
+    assert loop.calls_of("save") == saved
+    monkeypatch.undo()
+    assert Loop(tmp_path).train(5) == 5
+    again = Loop(tmp_path)
+    monkeypatch.setattr(again.source, "take", lambda *given, **more: wait(2, step=3))
+    assert again.train(6) == 5 and again.calls_of("save") == [], "nothing has happened since it was restored"
 
 
 def test_seconds_of_logging_and_saving_are_in_the_next_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,7 +43,12 @@ def hydra_main(task: Task, sweep: Sweep, check: Check) -> Callable[[], None]:
         version.setbase("1.3")
         parser = get_args_parser()
         arguments = parser.parse_intermixed_args()
-        sys.exit(_told(lambda: compose_and_run(parser, arguments)))
+        try:
+            code = _told(lambda: compose_and_run(parser, arguments))
+        except KeyboardInterrupt:  # before anything was started that would see to it
+            print("\nStopped: nothing was started yet", file=sys.stderr)
+            code = 130
+        sys.exit(code)
 
     def compose_and_run(parser: ArgumentParser, arguments: Namespace) -> int:
         sources = Sources.of(arguments)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from atropos_exp.errors import SyncError, UserError
+from atropos_exp.errors import StopRequested, SyncError, UserError
 
 Value = TypeVar("Value")
 
@@ -59,10 +59,12 @@ class Ranks:
         if self.world_size == 1:
             return work()
         result: tuple[bool, object] = (False, None)
-        failure: Exception | None = None
+        failure: Exception | StopRequested | None = None
         if self.is_zero:
             try:
                 result = (True, work())
+            except StopRequested as stop:
+                failure = stop
             except Exception as error:
                 failure = error
                 result = (False, f"{type(error).__name__}: {error}")
@@ -70,7 +72,7 @@ class Ranks:
         if failure is not None:
             raise failure
         if not succeeded:
-            raise UserError(f"rank 0 failed: {value}")
+            raise StopRequested if value is None else UserError(f"rank 0 failed: {value}")
         return value  # type: ignore[return-value]
 
     def keep_on_zero(self, make: Callable[[], Value]) -> Value | None:

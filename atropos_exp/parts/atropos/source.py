@@ -21,6 +21,7 @@ from atropos_exp.parts.atropos.registration import ForeignRun, register
 from atropos_exp.parts.atropos.settings import AtroposSettings
 from atropos_exp.parts.atropos.stall import Stall
 from atropos_exp.parts.atropos.waiting import Wait, dropped_groups
+from atropos_exp.processes import stopping
 from atropos_exp.types import Dropped, RolloutGroup
 
 log = logging.getLogger(__name__)
@@ -105,7 +106,7 @@ class AtroposSource:
                 wait.tell(log.warning, str, self._totals(), self._intake.dropped_rollouts)
                 raise
             pause = min(LONGEST_PAUSE, max(FIRST_PAUSE, wait.seconds / PATIENCE))
-            time.sleep(pause * random.uniform(0.75, 1.25))
+            stopping.sleep(pause * random.uniform(0.75, 1.25))
         wait.end()
         self._phase = "data"
         dropped = Dropped(reasons=dict(self._intake.dropped_rollouts))

@@ -38,9 +38,9 @@ class Local(Settings):
     def launch(self, command: Sequence[str], environ: Mapping[str, str] = os.environ) -> int | None:
         """Run all ranks to their end and return the exit code; None if this process is itself a rank.
 
-        `command` starts one rank, such as `[sys.executable, "-m", "atropos_exp.run", *sys.argv[1:]]`. SIGINT and
-        SIGTERM are handed on, so that every rank finishes its step; there is no deadline, as a run may take days.
-        After a failure the others get `GRACE_SECONDS`. The first failure is the exit code.
+        `command` starts one rank, such as `[sys.executable, "-m", "atropos_exp.run", *sys.argv[1:]]`. SIGINT,
+        SIGTERM and SIGHUP are handed on, so that every rank finishes its step; there is no deadline, as a run may take
+        days. After a failure the others get `GRACE_SECONDS`. The first failure is the exit code.
         """
         if self.num_processes == 1 or "WORLD_SIZE" in environ:
             return None
@@ -55,7 +55,12 @@ class Local(Settings):
             for rank in ranks:
                 rank.send_signal(number)
 
-        before = {number: signal.signal(number, hand_on) for number in (signal.SIGINT, signal.SIGTERM)}
+        stops = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        before = {
+            number: signal.signal(number, hand_on)
+            for number in stops
+            if signal.getsignal(number) is not signal.SIG_IGN  # nohup
+        }
         try:
             for rank in range(self.num_processes):
                 own = {**shared, "RANK": rank, "LOCAL_RANK": rank}
