@@ -54,7 +54,11 @@ class RemoteLogger:
             tell=self._console.say,
         )
         group = run.group if settings.group is None else settings.group
-        self._feeder.put({"project": settings.project, "group": group, "config": redact(run.config), **facts})
+        seen = run.folder / "log" / f"{library}_steps.json"
+        if not run.resumed:
+            seen.unlink(missing_ok=True)
+        start = {"project": settings.project, "group": group, "config": redact(run.config), "seen": str(seen)}
+        self._feeder.put({**start, **facts})
 
     @property
     def num_dropped(self) -> int:

@@ -34,13 +34,36 @@ def connect() -> tuple[dict[str, Any], Report] | None:
     return (json.loads(first), report) if first.endswith(b"\n") else None
 
 
+class Seen:
+    """The last step that the library was given, of each kind of message, in a file of the run: a run that was killed
+    trains steps again, and the library keeps what it is given twice."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        try:
+            with open(path) as file:
+                self._last: dict[str, int] = json.load(file)
+        except (OSError, ValueError):
+            self._last = {}
+
+    def has(self, kind: str, step: int) -> bool:
+        return step <= self._last.get(kind, -1)
+
+    def note(self, kind: str, step: int) -> None:
+        self._last[kind] = step
+        with open(f"{self._path}.tmp", "w") as file:
+            json.dump(self._last, file)
+        os.replace(f"{self._path}.tmp", self._path)
+
+
 def record(
-    log: Callable[[int, dict[str, Any]], object], table: Callable[..., Any], report: Report
+    log: Callable[[int, dict[str, Any]], object], table: Callable[..., Any], report: Report, seen: Seen
 ) -> Mapping[str, Any] | None:
     """Give every message to the library until the run closes its logger: the run's summary; None if the run died.
 
     `log(step, values)` records the values of a step; `table(columns=..., data=...)` makes the library's own table of
-    sample rollouts. An error of either is reported the first time; metrics.jsonl has everything in any case.
+    sample rollouts. An error of either is reported the first time; metrics.jsonl has everything in any case. What was
+    `seen` before is left out.
     """
     told = False
     for line in sys.stdin.buffer:
@@ -49,17 +72,21 @@ def record(
         except ValueError:  # cut off by the death of the run
             return None
         try:
-            if message["kind"] == "metrics":
-                values = dict(message["values"])
-                log(values.pop("step"), values)
-            elif message["kind"] == "samples":
+            kind = message["kind"]
+            if kind == "finish":
+                summary: Mapping[str, Any] = message["summary"]
+                return summary
+            values = dict(message["values"]) if kind == "metrics" else {}
+            step = values.pop("step") if kind == "metrics" else message["step"]
+            if seen.has(kind, step):
+                continue
+            if kind == "samples":
                 rows = message["rows"]
                 columns = list(rows[0]) if rows else ["prompt_id"]
                 data = [[row[column] for column in columns] for row in rows]
-                log(message["step"], {"samples": table(columns=columns, data=data)})
-            elif message["kind"] == "finish":
-                summary: Mapping[str, Any] = message["summary"]
-                return summary
+                values = {"samples": table(columns=columns, data=data)}
+            log(step, values)
+            seen.note(kind, step)
         except Exception as error:
             if not told:
                 report(f"could not take a message (told once): {brief(error)}", "warning")

@@ -2,7 +2,7 @@
 
 import os
 
-from atropos_exp.parts.logger.remote_process import brief, connect, end_within, record
+from atropos_exp.parts.logger.remote_process import Seen, brief, connect, end_within, record
 
 
 def main() -> None:
@@ -26,7 +26,7 @@ def main() -> None:
         report(f"does not start, the run goes on without it: {brief(error)}", "warning")
         return
     report(f"to see the curves: {settings['show']}", "info")
-    record(lambda step, values: trackio.log(values, step=step), trackio.Table, report)
+    record(lambda step, values: trackio.log(values, step=step), trackio.Table, report, Seen(settings["seen"]))
     end_within(settings["finish_timeout"])
     trackio.finish()
 

@@ -19,7 +19,7 @@ import urllib.request
 from typing import Any
 from urllib.parse import urlparse
 
-from atropos_exp.parts.logger.remote_process import Report, brief, connect, end_within, record
+from atropos_exp.parts.logger.remote_process import Report, Seen, brief, connect, end_within, record
 
 DEFAULT_HOST = "https://api.wandb.ai"
 _HOSTS = ("api.wandb.ai", "api.forge.coreweave.com")  # where a key of `wandb login` may be filed under
@@ -76,12 +76,13 @@ def _session(settings: Settings, mode: str, report: Report) -> int:
         then = "the run goes on without it" if mode == "offline" else "recording offline"
         report(f"no connection, {then}: {brief(error)}", "warning")
         return _NOT_STARTED
-    # a resumed run may log a step again; with an axis of its own the later point wins, whatever W&B's counter says
+    # steps have an axis of their own, whatever W&B's counter says: a resumed run begins it anew
     run.define_metric("step")
     run.define_metric("*", step_metric="step")
     where = f"at {run.url}" if mode == "online" else f"offline; to upload: wandb sync {run.settings.sync_dir}"
     report(f"recording {where}", "info")
-    told = record(lambda step, values: run.log({"step": step} | values), wandb.Table, report)
+    seen = Seen(settings["seen"])
+    told = record(lambda step, values: run.log({"step": step} | values), wandb.Table, report, seen)
     summary = {"status": "killed"} if told is None else told
     sync_dir = run.settings.sync_dir
     again = f"wandb sync {'--include-online ' if mode == 'online' else ''}{shlex.quote(sync_dir)}"
