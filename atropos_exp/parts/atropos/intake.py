@@ -11,6 +11,7 @@ import numpy as np
 
 from atropos_exp.errors import EngineError
 from atropos_exp.interfaces import Ledger
+from atropos_exp.parts.atropos.lookahead import Arrived, LookAhead
 from atropos_exp.parts.atropos.scored_data import Rejected, ScoredGroup, ScoredSequence, read_group
 from atropos_exp.types import Finish, Provenance, Rollout, RolloutGroup
 
@@ -51,31 +52,29 @@ class Intake:
     _seen: OrderedDict[bytes, None] = field(default_factory=OrderedDict)
     _said: set[str] = field(default_factory=set)
 
-    def read(self, raw: Any) -> ScoredGroup | Unreadable:
-        """What is in a group as an environment sent it. Changes nothing here."""
+    def __post_init__(self) -> None:
+        self._ahead = LookAhead(self._look_up)
+
+    def read(self, raw: Any) -> Arrived | Unreadable:
+        """What is in a group as an environment sent it; the ledger is asked about it meanwhile."""
         try:
-            return read_group(raw, vocab_size=self.vocab_size, max_tokens=self.max_tokens)
+            return self._ahead.add(read_group(raw, vocab_size=self.vocab_size, max_tokens=self.max_tokens))
         except Rejected as rejected:
             return Unreadable(rejected, _num_sequences(raw))
 
-    def accept(self, groups_read: Sequence[ScoredGroup | Unreadable], *, policy_version: int) -> list[RolloutGroup]:
+    def accept(self, groups_read: Sequence[Arrived | Unreadable], *, policy_version: int) -> list[RolloutGroup]:
         """The valid groups among those that were `read`, in order. `policy_version` is that of the weights to be
         trained next."""
-        scored: list[ScoredGroup] = []
         self.counters["groups_received"] += len(groups_read)
+        groups = []
         for one in groups_read:
             if isinstance(one, Unreadable):
                 self._drop(one.why, one.num_sequences)
-            else:
-                scored.append(one)
-        rest = iter(self._look_up([sequence for group in scored for sequence in group.sequences]))
-        groups = []
-        for group in scored:
-            provenances = [next(rest) for _ in group.sequences]
+                continue
             try:
-                groups += self._complete(group, provenances, policy_version)
+                groups += self._complete(one.group, self._ahead.provenances(one), policy_version)
             except Rejected as rejected:
-                self._drop(rejected, sum(sequence.dropped is None for sequence in group.sequences))
+                self._drop(rejected, sum(sequence.dropped is None for sequence in one.group.sequences))
         self.counters["groups_accepted"] += len(groups)
         return groups
 
