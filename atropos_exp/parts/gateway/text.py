@@ -2,7 +2,7 @@
 
 import json
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,5 +95,24 @@ def checked(messages: Any) -> list[dict[str, Any]]:
             content = "\n".join(part for part in parts if part is not None)
         elif content is not None and not isinstance(content, str):
             raise invalid(f"messages[{index}].content", content, "text")
-        rendered.append({**message, "content": "" if content is None else content})
+        rendered.append({**message, "content": "" if content is None else content, **_calls(message)})
     return rendered
+
+
+def _calls(message: Mapping[str, Any]) -> dict[str, Any]:
+    """The message's tool calls with arguments as objects: clients send JSON as text, and templates would encode that
+    again. What is no JSON object stays text."""
+    calls = message.get("tool_calls")
+    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+        return {}
+    return {"tool_calls": [{**call, "function": _decoded(call.get("function"))} for call in calls]}
+
+
+def _decoded(function: Any) -> Any:
+    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
+        return function
+    try:
+        arguments = json.loads(function["arguments"] or "{}")
+    except ValueError:
+        return function
+    return {**function, "arguments": arguments} if isinstance(arguments, dict) else function

@@ -53,7 +53,8 @@ def context_length(folder: Path) -> int | None:
 
 def stop_token_ids(folder: Path) -> tuple[int, ...]:
     """Every token that ends a turn: those of generation_config.json (else config.json), the tokenizer's
-    end-of-sequence token, and the end-of-turn marker that the chat template writes."""
+    end-of-sequence token, and the end-of-turn marker that the chat template writes. Where the template writes one of
+    generation_config.json's, it has no other: `<|end|>` may end a channel, after which the turn goes on."""
     config = read_json(folder / "config.json")
     generation = read_json(folder / "generation_config.json", optional=True)
     settings = read_json(folder / "tokenizer_config.json", optional=True)
@@ -68,7 +69,8 @@ def stop_token_ids(folder: Path) -> tuple[int, ...]:
     named = settings.get("eos_token")
     names = [named["content"] if isinstance(named, dict) else named]
     template = chat_template(folder)
-    names += [marker for marker in TURN_ENDS if marker in template]
+    if not any(name in template for name, token in vocabulary.items() if token in ids):
+        names += [marker for marker in TURN_ENDS if marker in template]
     ids += [vocabulary[name] for name in names if name in vocabulary]
     if not ids:
         raise UserError(f"{folder} names no token that ends a turn (eos_token_id in generation_config.json)")

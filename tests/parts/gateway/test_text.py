@@ -133,6 +133,27 @@ def test_messages_that_cannot_be_shown(messages: Any, message: str) -> None:
         checked(messages)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "shown"),
+    [
+        ('{"a": 12, "b": [1]}', {"a": 12, "b": [1]}),
+        ("", {}),
+        ({"a": 12}, {"a": 12}),
+        ("12", "12"),
+        ("not JSON", "not JSON"),
+    ],
+)
+def test_arguments_of_tool_calls_reach_the_template_as_objects(arguments: Any, shown: Any) -> None:
+    """As the templates of Qwen, Llama and others expect: `arguments | tojson` of text would encode it again."""
+    call = {"id": "c1", "type": "function", "function": {"name": "calc", "arguments": arguments}}
+    [message] = checked([{"role": "assistant", "content": None, "tool_calls": [call]}])
+    assert message["tool_calls"] == [{**call, "function": {"name": "calc", "arguments": shown}}]
+    assert message["content"] == "" and call["function"] == {"name": "calc", "arguments": arguments}
+    for other in (None, "x", ["x"]):
+        [message] = checked([{"role": "assistant", "content": "", "tool_calls": other}])
+        assert message["tool_calls"] == other
+
+
 def test_a_template_that_fails_is_a_refusal(text: Text) -> None:
     def chat(messages: Any, **changes: Any) -> Any:
         values = {"tools": None, "add_generation_prompt": True, "continue_final_message": False, "extra": {}}

@@ -158,6 +158,7 @@ CHATML = "{{ '<|im_start|>' }}...{{ '<|im_end|>' }}"
         ({"generation_config": None}, (9, 3)),
         ({"template": CHATML}, (7, 3, 2)),  # what the template writes at the end of a turn
         ({"template": CHATML, "eos": [2, 0]}, (2, 0, 3)),
+        ({"template": CHATML + "{{ '</s>' }}", "eos": [3]}, (3,)),  # here <|im_end|> ends a part of the turn
         ({"tokenizer_config": {"eos_token": {"content": "<|endoftext|>"}}}, (7, 0)),
         ({"tokenizer_config": {"chat_template": [{"name": "default", "template": CHATML}]}}, (7, 2)),
     ],
