@@ -170,7 +170,7 @@ def test_the_loop_knows_no_part_and_no_framework() -> None:
     modules = sources()
     found = {target for _, target in imports(modules["atropos_exp.loop"], modules)}
     outside = {name for name in found if name.split(".")[0] not in sys.stdlib_module_names}
-    assert outside <= {f"atropos_exp.{name}" for name in ("batching", "interfaces", "metrics", "types")}
+    assert outside <= {f"atropos_exp.{name}" for name in ("batching", "errors", "interfaces", "metrics", "types")}
 
 
 def test_composing_imports_no_framework() -> None:
