@@ -3,8 +3,7 @@
     Prompt -> Rollout -> RolloutGroup -> TrainBatch -> UpdateStats -> StepMetrics
 
 Shape suffixes: ``x_NT`` has shape [N, T].
-    T = token positions of one sequence (prompt, completion, tool output), in order
-    P = token positions of one prompt
+    T = token positions of one sequence (prompt, completion, tool output), in order; P = of one prompt
     G = rollouts of one group
     N = sequences of a batch, all groups flattened
     S = token positions of a whole batch, its sequences laid end to end (packed, no padding)
@@ -48,6 +47,7 @@ class Prompt:
     text: str  # the last user message, for people
     token_ids: TokenIds  # [P], formatted by the chat template or plain
     ground_truth: str
+    is_structured: bool = False  # `ground_truth` is the JSON text of a list or an object
     ability: str = ""
     extra_info: Mapping[str, Any] = field(default_factory=dict)
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from atropos_exp.errors import UserError
 from atropos_exp.parts.data.raw import VerlRow
-from atropos_exp.parts.data.schema import check_rows
+from atropos_exp.parts.data.rows import check_rows
 from data_prep.builder import Builder
 from data_prep.selftest import self_test
 

@@ -27,19 +27,32 @@ class DataCounts:
     total: SourceCounts
     sources: tuple[tuple[str, SourceCounts], ...]  # in the order of data.weights
     shares: tuple[int, ...]  # prompts per epoch from each source
+    num_copies: int  # prompts with the same text as an earlier one, up to case and spacing
     num_eval_rows: int  # good held-out rows that no training prompt equals
+    num_eval_copies: int  # of them, with the same text as an earlier one
     num_eval_quarantined: int
     num_renamed_ids: int  # prompt ids that occurred twice and got a suffix
+    notes: tuple[str, ...]  # what was guessed, and what is not used
 
     def __str__(self) -> str:
         return "\n".join(self.lines())
 
     def lines(self) -> list[str]:
-        """One line of text per source."""
-        return [
+        """One line of text per source, then what else there is to know."""
+        lines = [
             f"{name}: {one.num_prompts} prompts of {one.num_rows} rows, {share} an epoch{_left_out(one)}"
             for (name, one), share in zip(self.sources, self.shares, strict=True)
         ]
+        if self.num_copies:
+            distinct = self.total.num_prompts - self.num_copies
+            lines.append(f"{self.num_copies} prompts are copies of others: {distinct} distinct ones are trained on")
+        if self.num_eval_copies:
+            distinct = self.num_eval_rows - self.num_eval_copies
+            lines.append(
+                f"{self.num_eval_copies} of {self.num_eval_rows} held-out rows are copies of others: "
+                f"intervals count the {distinct} distinct ones"
+            )
+        return [*lines, *self.notes]
 
 
 def add(counts: Iterable[SourceCounts]) -> SourceCounts:

@@ -32,4 +32,4 @@ def _check(path: Path) -> None:
         raise UserError(f"{path}: cannot be read as Parquet: {reason}") from error
     if not num_rows:
         raise UserError(f"{path}: holds no rows; expected at least one")
-    check_columns(schema.empty_table(), str(path))
+    check_columns(schema, str(path))

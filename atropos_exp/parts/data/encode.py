@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,8 +16,7 @@ from atropos_exp.types import TokenIds
 
 if TYPE_CHECKING:
     import pyarrow as pa
-
-_CHUNK = 2048  # prompts tokenised at a time: keeps the tokenizer's threads busy and memory flat
+    from numpy.typing import NDArray
 
 
 class Encoder:
@@ -46,16 +48,39 @@ class Encoder:
             ) from error
         return texts
 
-    def encode(self, prompts: pa.Array) -> list[TokenIds]:
-        """Token ids [P] of each row. Plain text gets the tokenizer's special tokens; a chat template has its own."""
-        ids: list[TokenIds] = []
-        for start in range(0, len(prompts), _CHUNK):
-            ids.extend(self._tokenise(self.texts(prompts.slice(start, _CHUNK))))
-        return ids
+    def identity(self, rows: str) -> str:
+        """A hash of everything that the token ids of the prompts `rows` depend on."""
+        import xxhash
 
-    def _tokenise(self, texts: Sequence[str]) -> list[TokenIds]:
+        backend = getattr(self._tokenizer, "backend_tokenizer", None)
+        versions = [version(name) for name in ("tokenizers", "transformers")]
+        form = [self._format, self._system_prompt, self._template_arguments, self._tokenizer.chat_template]
+        hasher = xxhash.xxh3_64(json.dumps([rows, versions, form], sort_keys=True, default=str).encode())
+        if backend is not None:
+            core = json.loads(backend.to_str())
+            rest = {name: core[name] for name in core if name not in ("truncation", "padding")}  # as last called
+            hasher.update(json.dumps([rest, repr(self._tokenizer.special_tokens_map)]).encode())
+        else:
+            with tempfile.TemporaryDirectory() as folder:
+                self._tokenizer.save_pretrained(folder)
+                for path in sorted(Path(folder).rglob("*.*")):
+                    hasher.update(path.read_bytes())
+        return hasher.hexdigest()
+
+    def encode(self, prompts: pa.Array) -> tuple[NDArray[np.int32], TokenIds]:
+        """The number of tokens of each row, and the ids of all rows one after the other. Plain text gets the
+        tokenizer's special tokens; a chat template has its own. Raises UserError for a prompt without a token."""
+        texts = self.texts(prompts)
+        rows = self._tokenise(texts)
+        for text, ids in zip(texts, rows, strict=True):
+            if not len(ids):
+                raise UserError(f"data: the tokenizer gives no token for a prompt: {text!r}")
+        lengths = np.fromiter((len(ids) for ids in rows), np.int32, count=len(rows))
+        return lengths, np.concatenate(rows)
+
+    def _tokenise(self, texts: list[str]) -> list[TokenIds]:
         encoded = self._tokenizer(
-            list(texts),
+            texts,
             add_special_tokens=self._format == "plain",
             return_attention_mask=False,
             return_token_type_ids=False,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
 
 from atropos_exp.errors import UserError
+from atropos_exp.parts.data.cache import Cache
 from atropos_exp.parts.data.encode import Encoder
 from atropos_exp.parts.data.mix import permutation
 from atropos_exp.parts.data.quarantine import refuse_too_many_bad
@@ -14,30 +16,20 @@ from atropos_exp.parts.data.settings import DataSettings
 from atropos_exp.parts.data.source import RawSource, prepare_source, read_source, unique_ids
 from atropos_exp.types import Prompt
 
-if TYPE_CHECKING:
-    import pyarrow as pa
-
 _SEED = 0  # fixed, so that runs of different seeds are compared on the same prompts
 
 
-def read_eval(settings: DataSettings, prepared_folder: Path | None) -> list[RawSource]:
+def read_eval(settings: DataSettings, prepared_folder: Path | None, cache: Cache) -> list[RawSource]:
     """All held-out sources, read and checked."""
-    return [read_source(entry) for entry in settings.eval_sources(prepared_folder)]
-
-
-def keys_of(sources: Iterable[RawSource]) -> pa.Array | None:
-    """The normalised texts of all held-out prompts; None without any."""
-    import pyarrow as pa
-
-    chunks = [chunk for source in sources for chunk in source.table.column("key").chunks]
-    return pa.concat_arrays(chunks) if chunks else None
+    return [read_source(entry, cache) for entry in settings.eval_sources(prepared_folder)]
 
 
 def eval_prompts(
     settings: DataSettings, tokenizer: Any, *, num_prompts: int, max_prompt_length: int, prepared_folder: Path | None
 ) -> list[Prompt]:
     """A fixed random choice of `num_prompts` (or all, if fewer) of the held-out prompts. Raises UserError if none."""
-    raws = read_eval(settings, prepared_folder)
+    cache = Cache(Path(settings.cache))
+    raws = read_eval(settings, prepared_folder, cache)
     if not raws:
         raise UserError(
             "data.eval_paths: it is empty; expected held-out parquet files (or eval.num_prompts=0 for no eval)"
@@ -46,7 +38,13 @@ def eval_prompts(
     encoder = Encoder(settings, tokenizer)
     sources = [
         prepare_source(
-            raw, encoder, abilities=settings.ability, excluded=None, max_prompt_length=max_prompt_length, cap=None
+            raw,
+            encoder,
+            cache,
+            abilities=settings.ability,
+            excluded=np.empty(0, np.uint64),
+            max_prompt_length=max_prompt_length,
+            cap=None,
         )
         for raw in raws
     ]

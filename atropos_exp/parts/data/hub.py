@@ -4,17 +4,32 @@ from __future__ import annotations
 
 import re
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from atropos_exp.errors import UserError
-from atropos_exp.parts.data.raw import FORMATS, recognise, verl_row
+from atropos_exp.parts.data.pairs import ANSWERS, QUESTIONS, recognise_table
+from atropos_exp.parts.data.raw import FORMATS, RawFormat, verl_row
+from atropos_exp.parts.data.rows import NO_TRUTH
+from atropos_exp.parts.data.schema import REQUIRED
+from atropos_exp.parts.data.unseen import RAW, raw_task_columns
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 LOCAL_BUILDERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".arrow": "arrow"}
+_PIECE_ROWS = 2048
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Opened:
+    """A file or data set in verl's schema, to be read once."""
+
+    pieces: Iterator[pa.Table]
+    note: str | None = None  # what was guessed
+    no_truth: str = NO_TRUTH  # what a row lacks without a ground truth
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,24 +64,66 @@ class DatasetName:
         return None
 
 
-def read_verl(text: str, *, default_split: str) -> pa.Table:
+def read_verl(text: str, *, default_split: str) -> Opened:
     """The data set named `text` in verl's schema, converted if it is in a known raw format. Raises UserError."""
+    return in_verls_schema(read_table(text, default_split=default_split), text, default_split=default_split)
+
+
+def read_table(text: str, *, default_split: str) -> pa.Table:
+    """The data set named `text` as it is. Raises UserError."""
+    name, split = _name_and_split(text, default_split)
+    return read_splits(name.source, name.config, [split])[split]
+
+
+def in_verls_schema(table: pa.Table, text: str, *, default_split: str) -> Opened:
+    """The rows of `table`, of the data set named `text`, as rows in verl's schema. Raises UserError."""
+    _, split = _name_and_split(text, default_split)
+    if set(REQUIRED) <= set(table.column_names):
+        return Opened(pieces=_slices(table))
+    known = recognise_table(table, Path(DatasetName.parse(text).source).name)
+    if known is None:
+        names = "; ".join(f"{one.name}: {', '.join(sorted(one.columns))}" for one in FORMATS)
+        raise UserError(
+            f"data set {text}: its columns {', '.join(table.column_names)} are not known; expected verl's schema or "
+            f"{names}; or a question ({' | '.join(QUESTIONS)}) and a final answer ({' | '.join(ANSWERS)})"
+        )
+    raw_format, note = known
+    return Opened(
+        pieces=_converted(table, raw_format, split),
+        note=f"{text}: {note}",
+        no_truth=f"{NO_TRUTH}: {raw_format.no_truth}",
+    )
+
+
+def local_files(text: str, *, default_split: str) -> list[Path] | None:
+    """The files that `read_verl` would read, or None if `text` names a data set of the hub. Raises UserError."""
+    name, split = _name_and_split(text, default_split)
+    if name.folder is None:
+        return None
+    folder = _folder(name.source, name.folder, name.config)
+    return _all_files(folder) if _is_saved(folder) else _files_of_splits(folder, [split])[split]
+
+
+def _name_and_split(text: str, default_split: str) -> tuple[DatasetName, str]:
+    name = DatasetName.parse(text)
+    return name, name.split or default_split
+
+
+def _slices(table: pa.Table) -> Iterator[pa.Table]:
+    for start in range(0, table.num_rows, _PIECE_ROWS):
+        yield table.slice(start, _PIECE_ROWS)
+
+
+def _converted(table: pa.Table, raw_format: RawFormat, split: str) -> Iterator[pa.Table]:
     import pyarrow as pa
 
-    name = DatasetName.parse(text)
-    split = name.split or default_split
-    table = read_splits(name.source, name.config, [split])[split]
-    if {"data_source", "prompt", "reward_model"} <= set(table.column_names):
-        return table
-    raw_format = recognise(table.column_names)
-    if raw_format is None:
-        known = "; ".join(f"{one.name}: {', '.join(sorted(one.columns))}" for one in FORMATS)
-        raise UserError(
-            f"data set {text}: its columns {', '.join(table.column_names)} are not known; "
-            f"expected verl's schema or {known}"
-        )
-    raws = table.to_pylist()
-    return pa.Table.from_pylist([verl_row(raw, raw_format, split=split, index=row) for row, raw in enumerate(raws)])
+    beside = raw_task_columns(table.schema)
+    for number, piece in enumerate(_slices(table)):
+        raws = enumerate(piece.to_pylist(), start=number * _PIECE_ROWS)
+        rows = pa.Table.from_pylist([verl_row(raw, raw_format, split=split, index=row) for row, raw in raws])
+        for name in beside:
+            rows = rows.append_column(RAW + name, piece.column(name))
+        yield rows
 
 
 def read_splits(
@@ -80,14 +137,14 @@ def read_splits(
 
     name = DatasetName(source=source, config=config, split=None)
     folder = Path(source).expanduser() if is_folder else name.folder
-    if folder is not None and not folder.is_dir():
-        raise UserError(f"data set folder {source} does not exist (looked for {folder.absolute()})")
+    if folder is not None:
+        folder = _folder(source, folder, config)
     if folder is None and (problem := name.problem()):
         raise UserError(problem)
     datasets.disable_progress_bars()
     try:
         if folder is not None:
-            return _read_folder(folder, config, wanted)
+            return _read_folder(folder, wanted)
         loaded = datasets.load_dataset(source, config, revision=revision)
         return _tables(loaded, wanted, source)
     except UserError:
@@ -102,15 +159,24 @@ def read_splits(
         datasets.enable_progress_bars()
 
 
-def _read_folder(folder: Path, config: str | None, wanted: list[str]) -> dict[str, pa.Table]:
-    """Read the output of `save_to_disk`, a clone of a hub repository, or files named after their split."""
-    import datasets
+def _folder(source: str, folder: Path, config: str | None) -> Path:
+    if not folder.is_dir():
+        raise UserError(f"data set folder {source} does not exist (looked for {folder.absolute()})")
+    return folder / config if config is not None and (folder / config).is_dir() else folder
 
-    if config is not None and (folder / config).is_dir():
-        folder = folder / config
-    if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
-        return _tables(datasets.load_from_disk(str(folder)), wanted, str(folder))
-    files = sorted(path for path in folder.rglob("*") if path.suffix in LOCAL_BUILDERS and path.is_file())
+
+def _is_saved(folder: Path) -> bool:
+    """Whether the folder is the output of `save_to_disk`."""
+    return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
+
+
+def _all_files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _files_of_splits(folder: Path, wanted: list[str]) -> dict[str, list[Path]]:
+    """The files of each split, by their names or their folder's. Raises UserError if there are none."""
+    files = [path for path in _all_files(folder) if path.suffix in LOCAL_BUILDERS]
     by_split = {split: [file for file in files if re.match(rf"{split}(\W|_|$)", file.name)] for split in wanted}
     by_folder = {split: [file for file in files if file.parent.name == split] for split in wanted}
     found = {split: by_split[split] or by_folder[split] for split in wanted}
@@ -120,6 +186,16 @@ def _read_folder(folder: Path, config: str | None, wanted: list[str]) -> dict[st
             f"{folder}: found no file of split {' or '.join(wanted)}; expected dataset_dict.json (save_to_disk) or "
             f"files such as {wanted[0]}.parquet, {wanted[0]}-00000-of-00001.parquet; data files there: {listing}"
         )
+    return found
+
+
+def _read_folder(folder: Path, wanted: list[str]) -> dict[str, pa.Table]:
+    """Read the output of `save_to_disk`, a clone of a hub repository, or files named after their split."""
+    import datasets
+
+    if _is_saved(folder):
+        return _tables(datasets.load_from_disk(str(folder)), wanted, str(folder))
+    found = _files_of_splits(folder, wanted)
     tables = {}
     for split, split_files in found.items():
         if split_files:

@@ -4,18 +4,21 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from atropos_exp.errors import UserError
 from atropos_exp.interfaces import JSON
+from atropos_exp.parts.data.cache import Cache
 from atropos_exp.parts.data.counts import DataCounts, add
 from atropos_exp.parts.data.encode import Encoder
-from atropos_exp.parts.data.evalset import keys_of, read_eval
+from atropos_exp.parts.data.evalset import read_eval
 from atropos_exp.parts.data.mix import Mix, apportion
 from atropos_exp.parts.data.quarantine import refuse_too_many_bad, write_quarantine
 from atropos_exp.parts.data.settings import DataSettings
-from atropos_exp.parts.data.source import RawSource, Source, prepare_source, read_source, unique_ids
+from atropos_exp.parts.data.source import RawSource, Source, num_copies, prepare_source, read_source, unique_ids
 from atropos_exp.types import Prompt
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 
 
 class AtroposDataLoader:
@@ -38,16 +41,23 @@ class AtroposDataLoader:
     ) -> None:
         _check_context(tokenizer, max_prompt_length, max_response_length)
         encoder = Encoder(settings, tokenizer)
-        held_out = read_eval(settings, prepared_folder)
-        raws = [read_source(entry) for entry in settings.sources(prepared_folder)]
+        cache = Cache(Path(settings.cache))
+        held_out = read_eval(settings, prepared_folder, cache)
+        raws = [read_source(entry, cache) for entry in settings.sources(prepared_folder)]
         write_quarantine(run_folder, [*raws, *held_out])
         refuse_too_many_bad([*raws, *held_out], settings.max_bad_fraction)
 
-        excluded = keys_of(held_out)
+        eval_keys = np.concatenate([raw.keys for raw in held_out]) if held_out else np.empty(0, np.uint64)
         abilities, caps = settings.ability, _caps(raws, settings.max_prompts)
         sources = [
             prepare_source(
-                raw, encoder, abilities=abilities, excluded=excluded, max_prompt_length=max_prompt_length, cap=cap
+                raw,
+                encoder,
+                cache,
+                abilities=abilities,
+                excluded=eval_keys,
+                max_prompt_length=max_prompt_length,
+                cap=cap,
             )
             for raw, cap in zip(raws, caps, strict=True)
         ]
@@ -70,9 +80,12 @@ class AtroposDataLoader:
             total=add(source.counts for source in self._sources),
             sources=tuple((source.raw.name, source.counts) for source in self._sources),
             shares=self._mix.shares,
-            num_eval_rows=0 if excluded is None else len(excluded),
-            num_eval_quarantined=sum(len(raw.bad) for raw in held_out),
+            num_copies=num_copies(np.concatenate([source.of_kept("keys") for source in self._sources])),
+            num_eval_rows=len(eval_keys),
+            num_eval_copies=num_copies(eval_keys),
+            num_eval_quarantined=sum(raw.num_bad for raw in held_out),
             num_renamed_ids=num_renamed,
+            notes=tuple(dict.fromkeys(note for raw in [*raws, *held_out] for file in raw.files for note in file.notes)),
         )
 
     def take(self, num_prompts: int) -> list[Prompt]:
@@ -87,8 +100,8 @@ class AtroposDataLoader:
             "version": STATE_VERSION,
             "cursor": self._cursor,
             "settings": self._settings,
-            "files": [asdict(file) for source in self._sources for file in source.raw.files],
-            "eval_files": [asdict(file) for raw in self._held_out for file in raw.files],
+            "files": [asdict(file) for source in self._sources for file in source.raw.stamps],
+            "eval_files": [asdict(file) for raw in self._held_out for file in raw.stamps],
             "prompts_hash": self._prompts_hash,
         }
 
@@ -137,7 +150,7 @@ def _check_files(before: list[dict[str, Any]], now: list[dict[str, Any]], word: 
 
 def _caps(raws: list[RawSource], max_prompts: int | None) -> list[int | None]:
     """`max_prompts` divided among the sources in proportion to their rows."""
-    sizes = [raw.table.num_rows for raw in raws]
+    sizes = [raw.num_rows - raw.num_bad for raw in raws]
     if max_prompts is None or max_prompts >= sum(sizes) or min(sizes) == 0:
         return [max_prompts] * len(raws)
     return list(apportion(max_prompts, sizes))
@@ -145,14 +158,14 @@ def _caps(raws: list[RawSource], max_prompts: int | None) -> list[int | None]:
 
 def _prompts_hash(sources: list[Source]) -> str:
     """A hash of all token ids and prompt ids, in order."""
-    import numpy as np
     import xxhash
 
     hasher = xxhash.xxh3_128()
     for source in sources:
-        lengths = np.array([len(ids) for ids in source.token_ids], dtype=np.int64)
-        hasher.update(lengths.tobytes() + np.concatenate(source.token_ids).tobytes())
-        hasher.update("\0".join(source.table.column("prompt_id").to_pylist()).encode())
+        hasher.update(source.kept.tobytes())
+        hasher.update(source.of_kept("id_hashes").tobytes())
+        for tokens in source.tokens:
+            hasher.update(tokens.digests())
     return hasher.hexdigest()
 
 

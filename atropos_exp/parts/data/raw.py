@@ -1,7 +1,8 @@
 """Converts rows of well-known raw data sets, recognised by their columns, into verl's schema.
 
 Used by `data.hf_datasets` on the fly and by the builders of `data_prep`, so that both give the same prompts.
-A row without a usable answer gets the ground_truth None, and the schema check then quarantines it.
+Tables of other columns: `pairs.py`. A row without a usable answer gets the ground_truth None, and the schema check then
+quarantines it.
 """
 
 import re
@@ -26,9 +27,8 @@ class RawFormat:
     columns: frozenset[str]  # a table that has all of them is in this format
     data_source: str  # the name that verl's reward_score knows, where it knows one
     ability: str
-    convert: Callable[
-        [Mapping[str, Any]], tuple[str, str | None, dict[str, Any]]
-    ]  # -> question, ground truth, extra_info
+    no_truth: str  # why a row has no ground truth
+    convert: Callable[[Mapping[str, Any]], tuple[Any, Any, dict[str, Any]]]  # -> question, ground truth, extra_info
 
 
 def verl_row(raw: Mapping[str, Any], raw_format: RawFormat, *, split: str, index: int) -> VerlRow:
@@ -41,12 +41,12 @@ def verl_row(raw: Mapping[str, Any], raw_format: RawFormat, *, split: str, index
 
 
 def make_row(
-    *, data_source: str, content: str, ability: str, ground_truth: str | None, split: str, index: int, **extra: Any
+    *, data_source: str, content: Any, ability: str, ground_truth: Any, split: str, index: int, **extra: Any
 ) -> VerlRow:
-    """A row in verl's schema, with a prompt of one message and a rule-based reward."""
+    """A row in verl's schema, with a rule-based reward. `content` is the user's only message, or a list of messages."""
     return {
         "data_source": data_source,
-        "prompt": [{"role": "user", "content": content}],
+        "prompt": content if isinstance(content, list) else [{"role": "user", "content": content}],
         "ability": ability,
         "reward_model": {"style": "rule", "ground_truth": ground_truth},
         "extra_info": {"split": split, "index": index, **extra},
@@ -103,7 +103,8 @@ def _math(raw: Mapping[str, Any]) -> tuple[str, str | None, dict[str, Any]]:
     content = f"{problem}\n{MATH_INSTRUCTION}" if problem else ""
     subject = str(raw.get("type") or raw.get("subject") or "")
     extra = {"solution": solution, "level": str(raw.get("level") or ""), "subject": subject}
-    return content, boxed_answer(solution), extra
+    final = raw.get("answer")
+    return content, boxed_answer(solution) or (final if final is None else str(final).strip()), extra
 
 
 def _hellaswag(raw: Mapping[str, Any]) -> tuple[str, str | None, dict[str, Any]]:
@@ -124,13 +125,19 @@ def _clean(text: str) -> str:
 
 
 GSM8K = RawFormat(
-    name="gsm8k", columns=frozenset({"question", "answer"}), data_source="openai/gsm8k", ability="math", convert=_gsm8k
+    name="gsm8k",
+    columns=frozenset({"question", "answer"}),
+    data_source="openai/gsm8k",
+    ability="math",
+    no_truth='answer has no "#### NUMBER"',
+    convert=_gsm8k,
 )
 MATH = RawFormat(
     name="math",
     columns=frozenset({"problem", "solution"}),
     data_source="DigitalLearningGmbH/MATH-lighteval",
     ability="math",
+    no_truth="solution has no \\boxed{}, and there is no answer",
     convert=_math,
 )
 HELLASWAG = RawFormat(
@@ -138,6 +145,7 @@ HELLASWAG = RawFormat(
     columns=frozenset({"activity_label", "ctx_a", "ctx_b", "endings", "label"}),
     data_source="Rowan/hellaswag",
     ability="commonsense",
+    no_truth="it has not four endings and a label of 0 to 3",
     convert=_hellaswag,
 )
 FORMATS = (HELLASWAG, MATH, GSM8K)

@@ -1,146 +1,58 @@
-"""verl's schema: what a file must contain, and why a single row is bad.
+"""verl's schema: which columns a file must have, and which types they may have.
 
     data_source string | prompt list<struct<role, content>> | ability string | reward_model struct<ground_truth, ...>
     | extra_info struct (optional; `split` and `index` make the prompt id)
 
-A file without these columns is refused; a row without usable values is reported and left out. All checks work on whole
-columns.
+A file without these columns is refused; `rows.py` says why a single row is bad.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from atropos_exp.errors import UserError
+from atropos_exp.parts.data.truth import is_truth
 
 if TYPE_CHECKING:
     import pyarrow as pa
-    from numpy.typing import NDArray
 
-ROLES = ("system", "user", "assistant", "tool")
+REQUIRED = ("data_source", "prompt", "reward_model")
+COLUMNS = (*REQUIRED, "ability", "extra_info")
 EXPECTED = (
     "data_source: string, prompt: list<struct<role: string, content: string>>, reward_model: struct<ground_truth>"
 )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class BadRow:
-    """A row that is left out: one line of quarantine.jsonl."""
-
-    file: str
-    row: int  # from 0
-    reason: str
-    content: Any  # the row as far as it can be read
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class GoodRows:
-    """The good rows of one file, as columns."""
-
-    table: pa.Table  # data_source, prompt, ability, ground_truth, text, key, prompt_id: no nulls; row: int64
-    extra_info: pa.Array | None  # struct, row by row beside `table`
-
-
-def check_rows(table: pa.Table, file: str, *, split: str) -> tuple[GoodRows, list[BadRow]]:
-    """Split a file's rows into good and bad. `split`: used in prompt ids where extra_info names none.
-
-    Raises UserError if the columns are not verl's.
-    """
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    check_columns(table, file)
-    bad = _undecodable(table, file)
-    row = np.setdiff1d(np.arange(table.num_rows), [one.row for one in bad])
-    if bad:
-        table = table.take(pa.array(row))
-    prompt = table.column("prompt").combine_chunks()
-    lengths = pc.fill_null(pc.list_value_length(prompt), 0).to_numpy().astype(np.int64)
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
-    messages = prompt.flatten()
-    roles = _text(pc.struct_field(messages, "role"))
-    contents = _text(pc.struct_field(messages, "content"))
-    data_source = _text(table.column("data_source").combine_chunks())
-    ground_truth = _text(pc.struct_field(table.column("reward_model").combine_chunks(), "ground_truth"))
-    is_user = _flags(pc.equal(roles, "user"))
-    last = np.maximum(offsets[1:] - 1, 0)
-    reasons = {
-        "data_source is missing": _blank(data_source),
-        "prompt has no messages": lengths == 0,
-        f"a message's role is none of {', '.join(ROLES)}": _any(~_flags(pc.is_in(roles, pa.array(ROLES))), offsets),
-        "a message has no content": _any(_blank(contents), offsets),
-        "the last message is not the user's": ~is_user[last] if len(messages) else np.ones(table.num_rows, np.bool_),
-        "reward_model.ground_truth is missing": _blank(ground_truth),
-    }
-    first = np.full(table.num_rows, "", dtype=object)
-    for reason, mask in reversed(reasons.items()):  # the first of the list wins
-        first[mask] = reason
-    for index in np.flatnonzero(first != ""):
-        content = table.slice(int(index), 1).to_pylist()[0]
-        bad.append(BadRow(file=file, row=int(row[index]), reason=str(first[index]), content=content))
-
-    good = pa.array(np.flatnonzero(first == ""))
-    extra = table.column("extra_info").combine_chunks() if "extra_info" in table.column_names else None
-    if extra is not None and pa.types.is_null(extra.type):
-        extra = None
-    clean = pa.StructArray.from_arrays([roles, contents], ["role", "content"])
-    conversation = pc.if_else(pc.equal(roles, "system"), "", contents)
-    columns = {
-        "data_source": data_source,
-        "prompt": pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), clean),
-        "ability": pc.fill_null(_text(table.column("ability").combine_chunks()), "")
-        if "ability" in table.column_names
-        else pa.array([""] * table.num_rows, pa.string()),
-        "ground_truth": ground_truth,
-        "text": contents.take(pa.array(last)) if len(contents) else pa.nulls(table.num_rows, pa.string()),
-        "key": _normalised(_joined(offsets, conversation)),
-        "prompt_id": _prompt_ids(data_source, extra, split, row),
-        "row": pa.array(row, pa.int64()),
-    }
-    bad.sort(key=lambda one: one.row)
-    rows = GoodRows(table=pa.table(columns).take(good), extra_info=None if extra is None else extra.take(good))
-    return rows, bad
-
-
-def _normalised(texts: pa.Array) -> pa.Array:
-    """The form in which prompts are compared: lower case, runs of white space as one space, none at the ends."""
-    import pyarrow.compute as pc
-
-    return pc.utf8_trim_whitespace(pc.replace_substring_regex(pc.utf8_lower(texts), r"\s+", " "))
-
-
-def check_columns(table: pa.Table, file: str) -> None:
-    """Raise UserError if the columns of `table` are not verl's. No row is looked at."""
+def check_columns(schema: pa.Schema, file: str) -> None:
+    """Raise UserError, with all that is wrong, unless the columns are verl's."""
     import pyarrow as pa
 
     problems = []
-    names = table.column_names
-    for name in ("data_source", "prompt", "reward_model"):
+    names = schema.names
+    for name in REQUIRED:
         if names.count(name) != 1:
             problems.append(f"column {name} is {'missing' if name not in names else 'there twice'}")
     if not problems:
-        kind = table.schema.field("prompt").type
+        kind = schema.field("prompt").type
         item = kind.value_type if hasattr(kind, "value_type") else None
         is_messages = item is not None and pa.types.is_struct(item)
-        if not is_messages or not all(_has_scalar(item, name) for name in ("role", "content")):
+        if not is_messages or not all(has_scalar(item, name) for name in ("role", "content")):
             problems.append(f"column prompt is {kind}")
-        model = table.schema.field("reward_model").type
+        model = schema.field("reward_model").type
         if not pa.types.is_struct(model) or model.get_field_index("ground_truth") < 0:
             problems.append(f"column reward_model is {model}")
-        elif not _is_scalar(model.field("ground_truth").type):
+        elif not is_truth(model.field("ground_truth").type):
             problems.append(
-                f"reward_model.ground_truth is {model.field('ground_truth').type}; expected string or integer"
+                f"reward_model.ground_truth is {model.field('ground_truth').type}; expected text, a number, or a list "
+                "or struct of them"
             )
         if "extra_info" in names:
-            extra = table.schema.field("extra_info").type
+            extra = schema.field("extra_info").type
             if not (pa.types.is_struct(extra) or pa.types.is_null(extra)):
                 problems.append(f"column extra_info is {extra}; expected a struct")
         for name in ("data_source", "ability"):
-            if name in names and not _is_scalar(table.schema.field(name).type):
-                problems.append(f"column {name} is {table.schema.field(name).type}")
+            if name in names and not is_scalar(schema.field(name).type):
+                problems.append(f"column {name} is {schema.field(name).type}")
     if problems:
         raise UserError(
             f"{file}: wrong schema: {'; '.join(problems)} (its columns: {', '.join(names) or 'none'}); expected "
@@ -148,11 +60,12 @@ def check_columns(table: pa.Table, file: str) -> None:
         )
 
 
-def _has_scalar(struct: pa.DataType, name: str) -> bool:
-    return struct.get_field_index(name) >= 0 and _is_scalar(struct.field(name).type)
+def has_scalar(struct: pa.DataType, name: str) -> bool:
+    """Whether the struct has that field, with `is_scalar` values."""
+    return struct.get_field_index(name) >= 0 and is_scalar(struct.field(name).type)
 
 
-def _is_scalar(kind: pa.DataType) -> bool:
+def is_scalar(kind: pa.DataType) -> bool:
     """Whether values are strings, or integers to be written as such. Null is the type of a column without values."""
     import pyarrow as pa
 
@@ -163,65 +76,14 @@ def _is_scalar(kind: pa.DataType) -> bool:
     return any(test(kind) for test in tests)
 
 
-def _undecodable(table: pa.Table, file: str) -> list[BadRow]:
-    """The rows whose text is no valid UTF-8. Rows are only looked at one by one if the table has such text."""
+def plain_type(kind: pa.DataType) -> pa.DataType:
+    """The type without dictionary encoding, at any depth, which differs from piece to piece of a file."""
     import pyarrow as pa
 
-    try:
-        table.validate(full=True)
-        return []
-    except pa.ArrowInvalid:
-        pass
-    bad = []
-    for row in range(table.num_rows):
-        one = table.take([row])  # a copy: a slice would be validated with all that lies behind it
-        try:
-            one.validate(full=True)
-        except pa.ArrowInvalid as error:
-            bad.append(BadRow(file=file, row=row, reason=f"text is not valid UTF-8 ({error})", content=str(one)))
-    return bad
-
-
-def _text(array: pa.Array) -> pa.Array:
-    import pyarrow as pa
-
-    return array.cast(pa.string())
-
-
-def _flags(array: Any) -> NDArray[np.bool_]:
-    import pyarrow.compute as pc
-
-    return np.asarray(pc.fill_null(array, False).to_numpy(zero_copy_only=False), dtype=np.bool_)
-
-
-def _blank(array: pa.Array) -> NDArray[np.bool_]:
-    import pyarrow.compute as pc
-
-    return ~_flags(pc.greater(pc.utf8_length(pc.utf8_trim_whitespace(array)), 0))
-
-
-def _any(flags: NDArray[np.bool_], offsets: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """For each row, whether any of its messages is flagged."""
-    counts = np.concatenate([[0], np.cumsum(flags)])
-    return np.asarray(counts[offsets[1:]] > counts[offsets[:-1]], dtype=np.bool_)
-
-
-def _joined(offsets: NDArray[np.int64], contents: pa.Array) -> pa.Array:
-    """The contents of each row's messages, with spaces between them."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    filled = pc.fill_null(contents, "")
-    return pc.binary_join(pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), filled), " ")
-
-
-def _prompt_ids(data_source: pa.Array, extra: pa.Array | None, split: str, row: NDArray[np.int64]) -> pa.Array:
-    """Prompt ids <data_source>/<split>/<index>; split and index come from extra_info if it has them, else the file."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    parts = {"split": pa.array([split] * len(row), pa.string()), "index": _text(pa.array(row))}
-    for name in parts:
-        if extra is not None and _has_scalar(extra.type, name):
-            parts[name] = pc.coalesce(_text(pc.struct_field(extra, name)), parts[name])
-    return pc.binary_join_element_wise(pc.fill_null(data_source, ""), *parts.values(), "/")
+    if pa.types.is_dictionary(kind):
+        return plain_type(kind.value_type)
+    if pa.types.is_struct(kind):
+        return pa.struct([field.with_type(plain_type(field.type)) for field in kind])
+    if pa.types.is_list(kind):
+        return pa.list_(kind.value_field.with_type(plain_type(kind.value_type)))
+    return kind

@@ -45,6 +45,7 @@ class DataSettings(Settings):
     chat_template_arguments: dict[str, Any]
     ability: Strings  # to train on; empty: all
     max_prompts: Annotated[int | None, Field(le=10**9)]
+    cache: Annotated[str, Field(min_length=1, description="a folder")]
     max_bad_fraction: Annotated[float, Field(ge=0, lt=1, description="0: none")]
 
     @model_validator(mode="after")

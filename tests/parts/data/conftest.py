@@ -67,7 +67,7 @@ def write_rows() -> Callable[..., Path]:
 
 
 @pytest.fixture
-def settings() -> Callable[..., VerlData]:
+def settings(tmp_path: Path) -> Callable[..., VerlData]:
     """VerlData with the values of conf/data/*.yaml less `prepare`, changed as given."""
 
     def make(**changes: Any) -> VerlData:
@@ -83,8 +83,10 @@ def settings() -> Callable[..., VerlData]:
             "ability": None,
             "max_prompts": None,
             "max_bad_fraction": 0.0,
+            "cache": tmp_path / "cache",
         }
-        return VerlData(**{**values, **{key: str(v) if isinstance(v, Path) else v for key, v in changes.items()}})
+        values |= changes
+        return VerlData(**{key: str(value) if isinstance(value, Path) else value for key, value in values.items()})
 
     return make
 
