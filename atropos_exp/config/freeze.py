@@ -13,6 +13,7 @@ from atropos_exp.runs.redaction import redact
 
 # Where a run is stored, watched and executed does not change what it computes.
 NOT_HASHED = ("logger", "output_dir", "run_dir", "resume", "name", "cluster")
+CACHE = "data.cache"  # neither does the place of what can be made again
 FROZEN = "--frozen"  # FILE: run the configuration in it, and nothing of conf/
 
 
@@ -35,6 +36,8 @@ def config_hash(config: DictConfig) -> str:
     with read_write(same), open_dict(same):
         same.pop("sweep", None)  # no part of a run
         same.update(dict.fromkeys(NOT_HASHED))  # before resolving: other keys may refer to these
+        if OmegaConf.select(same, CACHE) is not None:
+            OmegaConf.update(same, CACHE, None)
     plain = _canonical(OmegaConf.to_container(same, resolve=True))
     text = json.dumps(plain, sort_keys=True, separators=(",", ":"), default=str)
     return hashlib.sha256(text.encode()).hexdigest()

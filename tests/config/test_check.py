@@ -209,6 +209,8 @@ def test_hash_ignores_where_and_sees_what() -> None:
     moved = OmegaConf.create({**base, "output_dir": "p", "data": {"folder": "${output_dir}/data"}})
     assert config_hash(refers) == config_hash(moved) != first
     assert refers.output_dir == "o"
+    caches = [OmegaConf.create({**base, "data": {"cache": place, "max": 1}}) for place in ("c", "${output_dir}/d", "e")]
+    assert len({config_hash(one) for one in caches}) == 1 and caches[0].data.cache == "c"
 
 
 def test_saved_configuration_holds_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

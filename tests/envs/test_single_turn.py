@@ -170,7 +170,7 @@ def test_evaluation_gives_the_numbers_of_our_own(
         )  # fmt: skip
     assert found == alike  # seed for seed: pass@k too
     greedy = [name for name in ours if "pass_at" not in name]
-    assert len(greedy) == 5 and {name: found[name] for name in greedy} == {name: ours[name] for name in greedy}
+    assert len(greedy) == 6 and {name: found[name] for name in greedy} == {name: ours[name] for name in greedy}
     assert 0.1 < found["eval/arithmetic/accuracy"] < 0.9 and "eval/arithmetic/pass_at_3" in found
 
     samples = [json.loads(line) for line in (tmp_path / "eval" / "samples.jsonl").read_text().splitlines()]

@@ -44,18 +44,26 @@ def pass_at_k(*, num_correct: NDArray[np.integer], num_samples: int, k: int) -> 
     return estimates
 
 
-def mean_interval(values: NDArray[np.floating]) -> Bounds:
-    """95 % interval of the mean of [N] independent values in [0, 1], such as one pass@k estimate per problem.
+def mean_interval(values: NDArray[np.floating], problems: NDArray[np.integer] | None = None) -> Bounds:
+    """95 % interval of the mean of values [N] in [0, 1], such as one answer or one pass@k estimate per row.
 
-    Wilson's interval with Kish's effective number of trials, mean (1 - mean) / variance * N: values between 0 and 1
-    vary less than coin tosses do. Equal values do not show their variance, so they count as coin tosses.
+    `problems` [N] numbers the problem of each row, since rows of the same problem are not independent; None: all
+    differ. Example: six problems, each of which is there 32 times, give the interval of six.
+
+    Wilson's interval with an effective number of trials, mean (1 - mean) / variance of the mean. That variance is the
+    cluster-robust one, G / (G - 1) sum_g (sum of deviations in problem g)^2 / N^2 (Liang and Zeger 1986). Values
+    between 0 and 1 vary less than coin tosses do, so the number is at least Kish's, N^2 / sum_g n_g^2, which is N if
+    all problems differ; equal values do not show their variance, so they count as coin tosses.
     """
     if len(values) == 0:
         return 0.0, 1.0
     # rounding may carry a mean of ones a hair beyond 1
     mean = min(1.0, max(0.0, float(np.mean(values, dtype=np.float64))))
-    variance = float(np.var(values, dtype=np.float64, ddof=1)) if len(values) > 1 else 0.0
-    num = float(len(values))
-    if variance > 1e-12:
-        num = max(num, num * mean * (1 - mean) / variance)
+    _, group = np.unique(np.arange(len(values)) if problems is None else problems, return_inverse=True)
+    sizes = np.bincount(group)
+    num = len(values) ** 2 / float((sizes.astype(np.float64) ** 2).sum())
+    sums = np.bincount(group, weights=np.asarray(values, np.float64) - mean)
+    variance = float((sums**2).sum()) / len(values) ** 2 * len(sizes) / max(1, len(sizes) - 1)
+    if variance * len(values) > 1e-12:
+        num = max(num, mean * (1 - mean) / variance)
     return wilson_interval(mean=mean, num=num)

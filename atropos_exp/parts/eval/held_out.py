@@ -10,7 +10,7 @@ from pydantic import Field
 from atropos_exp.config.settings import Index, Settings
 from atropos_exp.interfaces import Engine, Scorer
 from atropos_exp.metrics import slug
-from atropos_exp.parts.eval.estimators import mean_interval, pass_at_k, wilson_interval
+from atropos_exp.parts.eval.estimators import mean_interval, pass_at_k
 from atropos_exp.runs.seeds import derive_seed
 from atropos_exp.types import Prompt, RewardFailure, SamplingParams
 
@@ -52,16 +52,25 @@ class HeldOutEvaluator:
 
         values = {"eval/reward_failures": float(num_failed)}
         sources = [prompt.data_source for prompt in self.prompts]
+        problems = self._problems()
         for name in dict.fromkeys(sources):
             rows = np.array([source == name for source in sources])
             values |= eval_metrics(
                 name=name,
                 correct=greedy[rows, 0],
+                problems=problems[rows],
                 num_correct=sampled[rows].sum(1) if sampled is not None else None,
                 num_samples=num_sampled,
                 k=num_sampled,
             )
         return values
+
+    def _problems(self) -> NDArray[np.int64]:
+        """A number for each prompt, equal where the texts are, up to case and spacing."""
+        texts = self.tokenizer.batch_decode([prompt.token_ids for prompt in self.prompts])
+        numbers: dict[str, int] = {}
+        normalised = (" ".join(text.lower().split()) for text in texts)
+        return np.array([numbers.setdefault(text, len(numbers)) for text in normalised], np.int64)
 
     def _answer(self, *, temperature: float, num_samples: int) -> tuple[NDArray[np.bool_], int]:
         """Which answers are correct, bool [prompts, samples], and the number of answers without a score."""
@@ -87,24 +96,31 @@ def eval_metrics(
     *,
     name: str,
     correct: NDArray[np.bool_],
+    problems: NDArray[np.integer] | None = None,
     num_correct: NDArray[np.integer] | None = None,
     num_samples: int = 0,
     k: int = 0,
 ) -> dict[str, float]:
     """Metrics of the held-out set `name`, with 95 % intervals.
 
-    `correct` [N] says which greedy answers were right. `num_correct` [N] counts the right ones among `num_samples`
+    `correct` [N] says which greedy answers were right. `problems` [N] numbers the problem of each, which the intervals
+    count once; None: all differ. `num_correct` [N] counts the right ones among `num_samples`
     sampled answers, for pass@k; None leaves it out.
     """
     prefix, num = f"eval/{slug(name)}", len(correct)
     accuracy = float(np.mean(correct)) if num else float("nan")
-    values: dict[str, float] = {f"{prefix}/num": num, f"{prefix}/accuracy": accuracy}
+    num_distinct = num if problems is None else len(np.unique(problems))
+    values: dict[str, float] = {
+        f"{prefix}/num": num,
+        f"{prefix}/num_distinct": num_distinct,
+        f"{prefix}/accuracy": accuracy,
+    }
     if num:
-        low, high = wilson_interval(mean=accuracy, num=num)
+        low, high = mean_interval(correct.astype(np.float64), problems)
         values |= {f"{prefix}/accuracy_ci_low": low, f"{prefix}/accuracy_ci_high": high}
     if num and num_correct is not None:
         estimates = pass_at_k(num_correct=num_correct, num_samples=num_samples, k=k)
-        low, high = mean_interval(estimates)
+        low, high = mean_interval(estimates, problems)
         values[f"{prefix}/pass_at_{k}"] = float(np.mean(estimates))
         values |= {f"{prefix}/pass_at_{k}_ci_low": low, f"{prefix}/pass_at_{k}_ci_high": high}
     return values

@@ -71,3 +71,28 @@ def test_mean_interval_keeps_its_width_when_all_values_agree() -> None:
     assert mean_interval(np.zeros(0)) == (0.0, 1.0)
     low, high = mean_interval(np.full(10, 0.1 + 0.2 - 0.3 + 1.0))
     assert low <= 1.0 <= high
+
+
+def test_copies_of_a_problem_count_once() -> None:
+    six, copies = np.array([1.0, 0, 1, 1, 0, 1]), np.repeat(np.arange(6), 32)
+    assert mean_interval(np.repeat(six, 32), copies) == pytest.approx(wilson_interval(mean=4 / 6, num=6))
+    assert mean_interval(np.ones(192), copies) == pytest.approx(wilson_interval(mean=1.0, num=6))
+    assert mean_interval(np.repeat([0.25, 0.75], 8), np.repeat([7, 7], 8)) == wilson_interval(mean=0.5, num=1)
+    # by hand: deviations of the groups 3 * 0.25 and -1 * 0.75, variance 2 * (0.5625 + 0.5625) / 16, more than a coin's
+    assert mean_interval(np.array([1.0, 1, 1, 0]), np.array([0, 0, 0, 1])) == wilson_interval(mean=0.75, num=16 / 10)
+
+
+def test_intervals_of_unequal_numbers_of_copies_cover_the_truth_about_95_times_in_100() -> None:
+    """Copies are answered alike nine times in ten, as by sampling or by another batch. A plain interval covers less."""
+    rng = np.random.default_rng(1)
+    problems = np.repeat(np.arange(80), rng.integers(1, 9, size=80))
+    covered = plain = 0
+    for _ in range(2000):
+        own = rng.random(80) < 0.6  # of each problem
+        values = np.where(rng.random(len(problems)) < 0.9, own[problems], rng.random(len(problems)) < 0.6).astype(float)
+        low, high = mean_interval(values, problems)
+        covered += low <= 0.6 <= high
+        low, high = mean_interval(values)
+        plain += low <= 0.6 <= high
+    assert 0.93 < covered / 2000 < 0.97
+    assert plain / 2000 < 0.75
