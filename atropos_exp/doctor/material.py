@@ -150,7 +150,7 @@ def check_reward(checked: Checked, prompts: Sequence[Prompt]) -> list[Line]:
         with RewardPool(reward, num_workers=1, timeout_seconds=reward.timeout_seconds) as pool:
             scores = pool.score(items)
     except UserError as error:
-        return [fail("reward", *split_remedy(str(error)))]
+        return [fail("reward", *split_remedy(str(error).partition("\n")[0]))]
     failures = [score.reason for score in scores if isinstance(score, RewardFailure)]
     if len(failures) == len(scores):
         return [fail("reward", f"{name} scores nothing: {failures[0]}", "choose the reward that these data want")]

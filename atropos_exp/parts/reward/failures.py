@@ -57,6 +57,6 @@ class Failures:
             last = f", the last one for {traceback.rpartition(chr(10))[2]}" if traceback else ""
             raise UserError(
                 f"reward {self._name} could score none of {self._row.total()} answers in a row, to "
-                f"{len(self._prompts)} prompts ({reasons}){last}. So there is nothing to train on: mend the reward, or "
-                f"choose one that fits the data" + (f"\n{traceback}" if traceback else "")
+                f"{len(self._prompts)} prompts ({reasons}){last}. So there is nothing to train on; mend the reward, or "
+                "choose the reward that fits the data" + (f"\n{traceback}" if traceback else "")
             )
