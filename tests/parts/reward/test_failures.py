@@ -40,7 +40,7 @@ def test_the_first_traceback_of_each_kind_is_logged(caplog: pytest.LogCaptureFix
 
 
 def test_a_reward_that_scores_nothing_ends_it() -> None:
-    with RewardPool(Obedient(), num_workers=2, timeout_seconds=5.0) as pool:
+    with RewardPool(Obedient(), num_workers=1, timeout_seconds=5.0) as pool:
         pool.score(items("raise value")[:3] * 8)  # three prompts, whatever happens to them
         with pytest.raises(
             UserError,
