@@ -152,9 +152,6 @@ class Experiment:
             with suppress(OSError):
                 name = signal.Signals(number).name
                 os.write(2, f"\n{name}: {what}; stopping (Ctrl-C again: stop now)\n".encode())
-        # Several ranks stop together, once all have started.
-        if is_first and self._parts is None and self._ranks.world_size == 1:
-            raise StopRequested
 
     def _leave_terminal(self) -> None:
         """What is printed goes to a file from now on: the terminal is gone, and writing to it would fail."""

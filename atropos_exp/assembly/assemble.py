@@ -15,6 +15,7 @@ from atropos_exp.assembly.resync import Resync, ResyncedEvaluator, ResyncedSourc
 from atropos_exp.interfaces import AdvantageEstimator, Engine, Evaluator, PolicyTrainer, Recorder, RolloutSource
 from atropos_exp.loop import Schedule
 from atropos_exp.parts.model.hf_folder import copy_description
+from atropos_exp.processes import stopping
 from atropos_exp.processes.ranks import Ranks
 from atropos_exp.runs.checkpoints import Checkpoints
 from atropos_exp.runs.folder import RunFolder
@@ -43,8 +44,11 @@ def assemble(checked: Checked, folder: RunFolder, ranks: Ranks, stack: ExitStack
     run, parts = checked.run, checked.parts
     model_folder = ranks.folder_on_every_node(parts.model.fetch)
     tried = ranks.on_zero(lambda: try_model(checked, model_folder, folder.path / "tmp.twin", stack))
+    ranks.on_zero(stopping.check)
     prepared = ranks.keep_on_zero(lambda: prepare(checked, folder, model_folder, stack))
+    ranks.on_zero(stopping.check)
     trainer, engine = _start_trainer_and_engine(checked, folder, model_folder, tried, ranks, stack)
+    ranks.on_zero(stopping.check)
     head = ranks.keep_on_zero(
         lambda: start_head(checked, folder, of_rank_zero(prepared), of_rank_zero(engine), model_folder, stack)
     )

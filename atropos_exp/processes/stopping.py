@@ -15,12 +15,17 @@ def request(requested: bool = True) -> None:
     _requested = requested
 
 
+def check() -> None:
+    """Raise StopRequested if a stop is requested."""
+    if _requested:
+        raise StopRequested
+
+
 def sleep(seconds: float) -> None:
     """Sleep between two looks at something that may never come. Raises StopRequested once a stop is requested."""
     end = time.monotonic() + seconds
     while True:
-        if _requested:
-            raise StopRequested
+        check()
         if (left := end - time.monotonic()) <= 0:
             return
         time.sleep(min(left, SLICE_SECONDS))

@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from atropos_exp.errors import UserError
+from atropos_exp.runs.folder import IDENTITY
 from tests.helpers.experiments import command, environment, metrics, run_here, summary
 
 NAMES = (
@@ -125,6 +126,7 @@ def test_two_ranks_end_where_one_ends(one, tmp_path):
     """On the same rollouts: the second run, started by torchrun, finds the first one's journal in its folder."""
     two = tmp_path / "two"
     shutil.copytree(one / "rollouts", two / "rollouts")
+    shutil.copy(one / IDENTITY, two)
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
     done = subprocess.run(
         [*start, *command(two, "trainer.max_steps=2")[2:]],

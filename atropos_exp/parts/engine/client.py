@@ -11,6 +11,7 @@ import numpy as np
 
 from atropos_exp.errors import EngineError, EngineLost, UserError, WireError
 from atropos_exp.parts.engine.process import ServerProcess
+from atropos_exp.processes import stopping
 from atropos_exp.processes.wire import HEARTBEAT, Message, flatten, pack, split, unpack
 from atropos_exp.types import Endpoint, Finish, Floats, Sample, SamplingParams, TokenIds
 from atropos_exp.weights.transport import Transport
@@ -94,12 +95,13 @@ class EngineClient:
 
     def _await_server(self) -> float:
         """Wait until the server answers. Returns the seconds that are left of the time that a start may take. Raises
-        EngineLost if it is killed meanwhile, EngineError for what would happen again."""
+        EngineLost if it is killed meanwhile, EngineError for what would happen again, StopRequested."""
         import httpx
 
         seconds = self.start_timeout_seconds
         deadline = time.monotonic() + seconds
         while True:
+            stopping.check()
             if self.process.child.poll() is not None:
                 kind = EngineLost if self._was_killed() else EngineError
                 raise kind(f"engine {self.kind} did not start: {self.process.child.state()}")
