@@ -78,7 +78,7 @@ class Experiment:
         handlers = {
             number: signal.signal(number, self._request_stop)
             for number in STOPS
-            if signal.getsignal(number) is not signal.SIG_IGN  # nohup
+            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN  # nohup
         }
         status, error, code = "failed", None, 1
         refused = False

@@ -59,7 +59,7 @@ class Local(Settings):
         before = {
             number: signal.signal(number, hand_on)
             for number in stops
-            if signal.getsignal(number) is not signal.SIG_IGN  # nohup
+            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN  # nohup
         }
         try:
             for rank in range(self.num_processes):
