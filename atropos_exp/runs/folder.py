@@ -21,8 +21,9 @@ SUBMITTED = Path("slurm") / "submitted.json"  # likewise, of a run that waits in
 LOCK = "lock"  # held while a process works on the run
 # What a start writes into the folder of a run before the run begins or goes on.
 REWRITTEN = (LOCK, IDENTITY, "config.yaml", "command.txt", "quarantine.jsonl")
-# What may be in a folder before a run has written whose it is: of a sweep, a queue, or a start that was killed.
-_EARLY = {LOCK, "slurm", "log", "trial_end.json"}
+# What may be in a folder before a run has written whose it is: of a sweep, a queue, a start that was killed, or journals
+# that are given to it.
+_EARLY = {LOCK, "slurm", "log", "rollouts", "trial_end.json"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
