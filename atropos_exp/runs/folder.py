@@ -21,8 +21,8 @@ SUBMITTED = Path("slurm") / "submitted.json"  # likewise, of a run that waits in
 LOCK = "lock"  # held while a process works on the run
 # What a start writes into the folder of a run before the run begins or goes on.
 REWRITTEN = (LOCK, IDENTITY, "config.yaml", "command.txt", "quarantine.jsonl")
-# What may be in a folder before a run has written whose it is: of a sweep, a queue, a start that was killed, or journals
-# that are given to it.
+# What may be in a folder before a run has written whose it is: of a sweep, a queue, a start that was killed; or
+# journals that it is given.
 _EARLY = {LOCK, "slurm", "log", "rollouts", "trial_end.json"}
 
 
